@@ -1,0 +1,111 @@
+// Arguments of the launchers in csrc/sm90: plain structs, a shape beside every pointer. No torch and no Python types,
+// so that one wheel serves every torch version.
+#pragma once
+
+#include <cstdint>
+
+namespace gdn2 {
+
+// C = A B with B [depth, 128], or C = A B^T with B [128, depth]: the two ways in which the scan's products read their
+// right operand.
+struct TileProductParams {
+  void const* a;       // A [rows, depth] bf16, row-major
+  void const* b;       // B [128, depth] bf16 (K-major), or [depth, 128] bf16 where b_is_mn_major; row-major
+  float* c;            // C [rows, 128] float32, row-major
+  std::int64_t rows;   // a multiple of 64
+  std::int64_t depth;  // a multiple of 64
+  bool b_is_mn_major;
+};
+
+enum class ElementType { kBFloat16, kFloat16, kFloat32 };
+
+// [batch, seqlen, heads, channels] with contiguous channels; strides in elements. Address and strides are multiples of
+// 16 bytes.
+struct TokenTensor {
+  void const* data;
+  std::int64_t stride_batch, stride_token, stride_head;
+};
+
+// Where a chunk of packed sequences lies; slots beyond the last chunk have no rows.
+struct ChunkSlot {
+  std::int32_t first_token;
+  std::int32_t num_rows;
+};
+
+// Where a packed sequence lies. num_tokens is -1 for malformed offsets, and first_token is then where they begin.
+struct SequenceSpan {
+  std::int32_t first_token;
+  std::int32_t num_tokens;
+  std::int32_t first_slot;
+};
+
+// The packed sequences of a call, written by `plan_packed` on the device.
+struct PackedPlan {
+  ChunkSlot* slots;     // [num_slots]
+  SequenceSpan* spans;  // [num_sequences]
+};
+
+struct PlanParams {
+  void const* cu_seqlens;  // [num_sequences + 1] int32 or int64
+  bool offsets_are_64_bit;
+  std::int32_t num_sequences, seqlen, num_slots;
+  PackedPlan plan;
+};
+
+enum class DecayGate { kNone, kSoftplus, kLowerBound };
+
+// What the kernels apply to raw projections.
+struct GateParams {
+  bool use_qk_l2norm;
+  DecayGate decay_gate;
+  float lower_bound;
+  bool use_gate_sigmoid;
+  float erase_scale;
+  float const* A_log;    // [num_heads] or null
+  float const* dt_bias;  // [num_heads, dim_k] or null
+};
+
+// The dimensions of a call. Slots: `batch * ceil(seqlen / 64)` chunks, or the slots of the packed plan.
+struct CallShape {
+  ElementType element;
+  std::int32_t batch, seqlen, num_sequences;  // seqlen: of a dense sequence, or of all packed tokens
+  std::int32_t num_heads, num_gate_heads, num_value_heads;  // of q and k; of g and b; of v and w
+  std::int32_t dim_k, dim_v;
+  std::int32_t num_slots;
+};
+
+// Chunk tiles are images of shared memory: boxes [64, 64] of 16-bit elements, 128 bytes a row, the 16-byte pieces of
+// row r permuted by piece ^ (r % 8). kDimK is dim_k rounded up to 64 or 128, missing channels are zero.
+struct ChunkTiles {
+  void* factors;      // [num_slots, num_gate_heads, 3, kDimK / 64, 64, 64]: scale*gamma*q, Kt, gamma*E
+  float* gamma_last;  // [num_slots, num_gate_heads, kDimK]: gamma[C-1]
+  void* A_minus_I;    // [num_slots, num_gate_heads, 64, 64]
+  void* P;            // [num_slots, num_gate_heads, 64, 64]
+};
+
+struct PrepareParams {
+  CallShape shape;
+  TokenTensor q, k;          // [batch, seqlen, num_heads, dim_k]
+  TokenTensor g, b;          // [batch, seqlen, num_gate_heads, dim_k]
+  ElementType gate_element;  // of g: float32, or as q
+  GateParams gates;
+  float scale;
+  PackedPlan plan;  // null pointers: dense
+  ChunkTiles tiles;
+};
+
+struct ScanParams {
+  CallShape shape;
+  TokenTensor v, w;  // [batch, seqlen, num_value_heads, dim_v]
+  void* o;           // [batch, seqlen, num_value_heads, dim_v], contiguous
+  GateParams gates;
+  PackedPlan plan;
+  ChunkTiles tiles;
+  // States float32: [num_sequences, num_value_heads, dim_k, dim_v], or [.., dim_v, dim_k] where state_v_first.
+  float const* initial_state;  // or null: zero
+  float* final_state;          // or null
+  float* chunk_states;         // [num_slots, num_value_heads, dim_k, dim_v] (or V, K), or null
+  bool state_v_first;
+};
+
+}  // namespace gdn2

@@ -1,0 +1,74 @@
+// plan: where the packed sequences and their chunks lie, from offsets that stay on the device.
+//
+// Sequence n owns the chunk slots cu_seqlens[n] / 64 + n and following: disjoint without a prefix sum over lengths, at
+// the cost of at most one empty slot a sequence. Offsets count up to the first that is out of order or out of range;
+// sequences from there on are malformed: they own no slots.
+//
+// Grid: one CTA, a thread a sequence, then a thread a slot.
+#include "api/chunk_forward.h"
+#include "api/cuda_error.h"
+#include "tile/arch.cuh"
+
+namespace gdn2 {
+namespace {
+
+constexpr int kThreads = 1024;
+constexpr int kChunk = 64;
+
+template <class Offset>
+__global__ void __launch_bounds__(kThreads) plan_kernel(PlanParams const params) {
+  auto const* const cu_seqlens = static_cast<Offset const*>(params.cu_seqlens);
+  int const num_sequences = params.num_sequences;
+  __shared__ int first_malformed;
+  if (threadIdx.x == 0) {
+    first_malformed = cu_seqlens[0] == 0 ? num_sequences : 0;
+  }
+  __syncthreads();
+  for (int n = threadIdx.x; n < num_sequences; n += kThreads) {
+    Offset const begin = cu_seqlens[n], end = cu_seqlens[n + 1];
+    if (begin < 0 || end < begin || end > params.seqlen) {
+      atomicMin(&first_malformed, n);
+    }
+  }
+  __syncthreads();
+
+  int const num_good = first_malformed;
+  int const good_end = num_good == 0 ? 0 : static_cast<int>(cu_seqlens[num_good]);
+  for (int n = threadIdx.x; n < num_sequences; n += kThreads) {
+    SequenceSpan span{good_end, -1, 0};
+    if (n < num_good) {
+      int const begin = static_cast<int>(cu_seqlens[n]);
+      span = {begin, static_cast<int>(cu_seqlens[n + 1]) - begin, begin / kChunk + n};
+    }
+    params.plan.spans[n] = span;
+  }
+  for (int slot = threadIdx.x; slot < params.num_slots; slot += kThreads) {
+    // The last sequence whose first slot is not behind this one.
+    int low = 0, high = num_good;
+    while (low < high) {
+      int const middle = (low + high) / 2;
+      bool const behind = static_cast<int>(cu_seqlens[middle]) / kChunk + middle > slot;
+      (behind ? high : low) = behind ? middle : middle + 1;
+    }
+    ChunkSlot at{0, 0};
+    if (low > 0) {
+      int const n = low - 1;
+      int const begin = static_cast<int>(cu_seqlens[n]), end = static_cast<int>(cu_seqlens[n + 1]);
+      int const first = begin + (slot - begin / kChunk - n) * kChunk;
+      if (first < end) {
+        at = {first, min(kChunk, end - first)};
+      }
+    }
+    params.plan.slots[slot] = at;
+  }
+}
+
+}  // namespace
+
+void run_plan(PlanParams const& params, cudaStream_t stream) {
+  auto const kernel = params.offsets_are_64_bit ? plan_kernel<std::int64_t> : plan_kernel<std::int32_t>;
+  kernel<<<1, kThreads, 0, stream>>>(params);
+  throw_on_error(cudaGetLastError(), "plan: launch");
+}
+
+}  // namespace gdn2

@@ -1,0 +1,670 @@
+// prepare: everything about a chunk that does not depend on the state or on v, for all chunks at once.
+//
+//     T[r,s] = sum_i E[r,i] k[s,i] exp(G[r,i]-G[s,i])  (s < r)       A = (I+T)^-1
+//     P[r,s] = scale sum_i q[r,i] k[s,i] exp(G[r,i]-G[s,i])  (s <= r)
+//     tiles gamma*E, scale*gamma*q, Kt = exp(G[C-1]-G)*k, and gamma[C-1]
+//
+// The triangle is split by halves (level h = 1, 2, .., 32): rows of the later half of a pair of h rows each meet rows of
+// the earlier one, and exp(G[r]-G[s]) = D[r] U[s] with D the decay from the later half's first row to r and U from s to
+// that row. Both are running products of alpha = exp(g), in [0, 1] for any g <= 0, so no level overflows and no factor
+// looks past r. Over all pairs a level has 32 later and 32 earlier rows, and is one product
+//     [E*D; q*D] [64, K]  x  (k*U)^T [K, 32]
+// of which the entries of matching pairs are kept.
+//
+// Grid: one CTA for a chunk slot and gate head, heads fastest. K 128: 256 threads, two CTAs an SM.
+// Roles: a thread owns two channels of 16 tokens, so the running products stay inside it; the four warps of a
+// warpgroup take the four blocks of 16 tokens of 64 channels. Warpgroups take turns in the products of the levels;
+// the first one inverts.
+// Shared memory (K 128): q, k 32 KB; b, g 48 KB, then two operand buffers of 24 KB, then gamma*E and A; T 17 KB,
+// P 8 KB, block products 4 KB: 110 KB.
+//
+//     TMA in | levels 1 2 4 8 16 32: operands of one while the last one's product runs | A | tiles out (bulk copies)
+#include <cutlass/arch/barrier.h>
+
+#include "api/chunk_forward.h"
+#include "api/cuda_error.h"
+#include "tile/convert.cuh"
+#include "tile/mma.cuh"
+#include "tile/pipeline.cuh"
+#include "tile/tensor_map.h"
+#include "tile/tma.cuh"
+#include "tile/triangular_inverse.cuh"
+#include "tile/wgmma.cuh"
+
+namespace gdn2 {
+namespace {
+
+constexpr int kChunk = 64;
+constexpr int kBlock = 16;  // tokens that a thread owns
+constexpr int kNumBlocks = kChunk / kBlock;
+constexpr int kBoxBytes = kChunk * kBoxRowBytes;
+
+template <class Element_, int kDimK_, bool kFused_>
+struct Config {
+  using Element = Element_;
+  static constexpr int kDimK = kDimK_;
+  static constexpr bool kFused = kFused_;  // norms, gates and sigmoids may be asked for
+  static constexpr int kBoxes = kDimK / kBoxColumns;
+  static constexpr int kWarpgroups = kBoxes;
+  static constexpr int kThreads = kWarpgroups * kWarpgroupThreads;
+  static constexpr int kCtasPerSm = 2;
+  static constexpr int kTileBytes = kBoxes * kBoxBytes;
+  static constexpr int kGateColumns = kBoxRowBytes / sizeof(float);  // of a box of float32 g
+};
+
+// Operands of one level: rows 0-31 E*D and 32-63 q*D of the later halves, and k*U of the earlier halves.
+template <class Cfg>
+struct LevelOperands {
+  std::uint8_t later[Cfg::kBoxes][kBoxBytes];
+  std::uint8_t earlier[Cfg::kBoxes][kBoxBytes / 2];
+};
+
+// q and k stay until the tiles leave. b and g go to registers and make room for the operands, then for gamma*E and A.
+template <class Cfg>
+struct SharedStorage {
+  // Thread by thread, q becomes scale*gamma*q and k becomes Kt.
+  alignas(kSwizzleAtomBytes) std::uint8_t q[Cfg::kBoxes][kBoxBytes], k[Cfg::kBoxes][kBoxBytes];
+  union {
+    struct {
+      std::uint8_t b[Cfg::kBoxes][kBoxBytes], g[2 * Cfg::kBoxes][kBoxBytes];
+    } in;
+    LevelOperands<Cfg> operands[2];
+    struct {
+      std::uint8_t gamma_E[Cfg::kBoxes][kBoxBytes], A_minus_I[kBoxBytes];
+    } out;
+  };
+  std::uint8_t P[kBoxBytes];
+  float T[kChunk * TriangularMatrix::kStride];
+  // Of every block of 16 tokens and channel: alpha of its first token, and the product over the others.
+  float block_first[kNumBlocks][Cfg::kDimK], block_rest[kNumBlocks][Cfg::kDimK];
+  float gamma_last[Cfg::kDimK];
+  float q_scale[kChunk], k_scale[kChunk];  // 1 / norm (or 1), and scale / norm for q
+  FullBarrier inputs_full;
+};
+
+struct TensorMaps {
+  CUtensorMap q, k, b, g;
+};
+
+// What one CTA works on.
+struct Work {
+  int batch, first_token, num_rows;  // rows beyond num_rows belong to nobody here
+  int head, gate_head;
+  std::int64_t tile;  // index of the slot and gate head among the output tiles
+};
+
+__device__ Work find_work(PrepareParams const& params) {
+  CallShape const& shape = params.shape;
+  int const slot = blockIdx.x / shape.num_gate_heads;
+  Work work;
+  work.gate_head = blockIdx.x % shape.num_gate_heads;
+  work.head = work.gate_head / (shape.num_gate_heads / shape.num_heads);
+  work.tile = blockIdx.x;
+  if (params.plan.slots != nullptr) {
+    ChunkSlot const at = params.plan.slots[slot];
+    work.batch = 0;
+    work.first_token = at.first_token;
+    work.num_rows = at.num_rows;
+  } else {
+    int const chunks = shape.num_slots / shape.batch;
+    work.batch = slot / chunks;
+    work.first_token = slot % chunks * kChunk;
+    work.num_rows = min(kChunk, shape.seqlen - work.first_token);
+  }
+  return work;
+}
+
+template <class Cfg>
+__device__ void load_inputs(SharedStorage<Cfg>& smem, TensorMaps const& maps, Work const& work,
+                            ElementType gate_element) {
+  bool const wide_gates = gate_element == ElementType::kFloat32;
+  smem.inputs_full.arrive_and_expect_tx((wide_gates ? 5 : 4) * Cfg::kTileBytes);
+  for (int box = 0; box < Cfg::kBoxes; ++box) {
+    int const channel = box * kBoxColumns;
+    tma_load(maps.q, smem.inputs_full, smem.q[box], channel, work.head, work.first_token, work.batch);
+    tma_load(maps.k, smem.inputs_full, smem.k[box], channel, work.head, work.first_token, work.batch);
+    tma_load(maps.b, smem.inputs_full, smem.in.b[box], channel, work.gate_head, work.first_token, work.batch);
+  }
+  int const gate_boxes = wide_gates ? 2 * Cfg::kBoxes : Cfg::kBoxes;
+  for (int box = 0; box < gate_boxes; ++box) {
+    int const channel = box * (wide_gates ? Cfg::kGateColumns : kBoxColumns);
+    tma_load(maps.g, smem.inputs_full, smem.in.g[box], channel, work.gate_head, work.first_token, work.batch);
+  }
+}
+
+// Two channels of 16 tokens: what a thread keeps in registers until the tiles leave.
+template <class Cfg>
+struct ThreadInputs {
+  float alpha[kBlock][2];
+  float E[kBlock][2];
+};
+
+// Where a thread works: channels 2*lane and the next of box `box`, tokens [16*block, 16*block + 16).
+struct ThreadPlace {
+  int box, block, lane;
+
+  __device__ ThreadPlace()
+      : box(threadIdx.x / kWarpgroupThreads),
+        block(threadIdx.x / kWarpThreads % kNumBlocks),
+        lane(lane_index()) {}
+  __device__ int channel() const { return box * kBoxColumns + 2 * lane; }
+};
+
+// The address of this lane's pair of channels in row `row` of a box: 128 bytes a warp, without bank conflicts.
+__device__ std::uint32_t& pair_at(std::uint8_t* box, int row, int lane) {
+  return *reinterpret_cast<std::uint32_t*>(box + swizzled_offset(row, lane / 4) + lane % 4 * 4);
+}
+
+__device__ float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;\n" : "=f"(y) : "f"(x));
+  return y;
+}
+
+constexpr float kLog2E = 1.4426950408889634f;
+constexpr float kLn2 = 0.6931471805599453f;
+
+__device__ float sigmoid(float x) {
+  return __fdividef(1.f, 1.f + exp2_approx(-kLog2E * x));
+}
+
+// ln(1 + exp(x)), finite-difference free: for small exp(-|x|) by two terms of its series.
+__device__ float softplus(float x) {
+  float const t = exp2_approx(-kLog2E * fabsf(x));
+  float const log1p = t < 1e-3f ? t * (1.f - 0.5f * t) : __log2f(1.f + t) * kLn2;
+  return fmaxf(x, 0.f) + log1p;
+}
+
+template <class Cfg>
+__device__ float2 load_gate(SharedStorage<Cfg>& smem, ElementType gate_element, ThreadPlace at, int row) {
+  if (Cfg::kFused && gate_element != ElementType::kFloat32) {
+    return unpack<typename Cfg::Element>(pair_at(smem.in.g[at.box], row, at.lane));
+  }
+  std::uint8_t* const box = smem.in.g[2 * at.box + at.lane / 16];
+  return *reinterpret_cast<float2*>(box + swizzled_offset(row, at.lane % 16 / 2) + at.lane % 2 * 8);
+}
+
+// Reads this thread's inputs; rows that are not the sequence's become g = 0 and q = k = b = 0, whatever lies there.
+template <class Cfg>
+__device__ void read_inputs(ThreadInputs<Cfg>& x, SharedStorage<Cfg>& smem, PrepareParams const& params,
+                            Work const& work, ThreadPlace at) {
+  using Element = typename Cfg::Element;
+  GateParams const& gates = params.gates;
+  float2 bias{0.f, 0.f};
+  float rate = 1.f;
+  if (Cfg::kFused && gates.decay_gate != DecayGate::kNone) {
+    if (gates.dt_bias != nullptr && at.channel() < params.shape.dim_k) {
+      float const* const row = gates.dt_bias + static_cast<std::int64_t>(work.head) * params.shape.dim_k;
+      bias.x = row[at.channel()];
+      bias.y = at.channel() + 1 < params.shape.dim_k ? row[at.channel() + 1] : 0.f;
+    }
+    rate = gates.A_log != nullptr ? __expf(gates.A_log[work.head]) : 1.f;
+  }
+#pragma unroll
+  for (int i = 0; i < kBlock; ++i) {
+    int const row = at.block * kBlock + i;
+    bool const inside = row < work.num_rows;
+    float2 g = load_gate(smem, params.gate_element, at, row);
+    float2 b = unpack<Element>(inside ? pair_at(smem.in.b[at.box], row, at.lane) : 0u);
+    if constexpr (Cfg::kFused) {
+      if (gates.decay_gate == DecayGate::kSoftplus) {
+        g = {-rate * softplus(g.x + bias.x), -rate * softplus(g.y + bias.y)};
+      } else if (gates.decay_gate == DecayGate::kLowerBound) {
+        g = {gates.lower_bound * sigmoid(rate * (g.x + bias.x)),
+             gates.lower_bound * sigmoid(rate * (g.y + bias.y))};
+      }
+      if (gates.use_gate_sigmoid) {
+        b = {gates.erase_scale * sigmoid(b.x), gates.erase_scale * sigmoid(b.y)};
+      }
+    }
+    float2 const k = unpack<Element>(pair_at(smem.k[at.box], row, at.lane));
+    x.alpha[i][0] = inside ? exp2_approx(kLog2E * g.x) : 1.f;
+    x.alpha[i][1] = inside ? exp2_approx(kLog2E * g.y) : 1.f;
+    x.E[i][0] = inside ? b.x * k.x : 0.f;
+    x.E[i][1] = inside ? b.y * k.y : 0.f;
+  }
+}
+
+// Zeroes this thread's q and k in rows that are not the sequence's.
+template <class Cfg>
+__device__ void clear_foreign_rows(SharedStorage<Cfg>& smem, Work const& work, ThreadPlace at) {
+#pragma unroll
+  for (int i = 0; i < kBlock; ++i) {
+    int const row = at.block * kBlock + i;
+    if (row >= work.num_rows) {
+      pair_at(smem.q[at.box], row, at.lane) = 0u;
+      pair_at(smem.k[at.box], row, at.lane) = 0u;
+    }
+  }
+}
+
+// Diagonals of q k^T (and, for the norms, of q q^T and k k^T) for 16 rows a warp: the product of a row with itself or
+// its partner, on the tensor cores. Writes the row scales and the diagonal of P.
+template <class Cfg>
+__device__ void row_products(SharedStorage<Cfg>& smem, PrepareParams const& params, Work const& work) {
+  using Element = typename Cfg::Element;
+  int const warp = threadIdx.x / kWarpThreads, lane = lane_index();
+  bool const normalize = Cfg::kFused && params.gates.use_qk_l2norm;
+  float qk[2][4] = {}, qq[2][4] = {}, kk[2][4] = {};
+#pragma unroll
+  for (int step = 0; step < Cfg::kDimK / 16; ++step) {
+    std::uint32_t q[4], k[4];
+    load_matrices(q, smem.q[step / 4], 16 * warp, step % 4 * 2);
+    load_matrices(k, smem.k[step / 4], 16 * warp, step % 4 * 2);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      mma_16x8x16<Element>(qk[half], q, k[half], k[half + 2]);
+      if (normalize) {
+        mma_16x8x16<Element>(qq[half], q, q[half], q[half + 2]);
+        mma_16x8x16<Element>(kk[half], k, k[half], k[half + 2]);
+      }
+    }
+  }
+  // Row l/4 + 8*half meets itself in column l/4 of the half's eight: there 2*(l%4) + c = l/4.
+  if (lane / 8 == lane % 4) {
+    int const c = lane / 4 % 2;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      int const row = 16 * warp + lane / 4 + 8 * half;
+      float const q_norm =
+          normalize ? rsqrtf((c ? qq[half][2 * half + 1] : qq[half][2 * half]) + 1e-6f) : 1.f;
+      float const k_norm =
+          normalize ? rsqrtf((c ? kk[half][2 * half + 1] : kk[half][2 * half]) + 1e-6f) : 1.f;
+      bool const inside = row < work.num_rows;
+      smem.q_scale[row] = inside ? params.scale * q_norm : 0.f;
+      smem.k_scale[row] = inside ? k_norm : 0.f;
+      float const diagonal =
+          (c ? qk[half][2 * half + 1] : qk[half][2 * half]) * params.scale * q_norm * k_norm;
+      auto* const place = smem.P + swizzled_offset(row, row / 8) + row % 8 * sizeof(Element);
+      *reinterpret_cast<Element*>(place) = round_to<Element>(inside ? diagonal : 0.f);
+    }
+  }
+}
+
+// The index of a row among the 32 later (or earlier) rows of level h: the bit h taken out.
+__host__ __device__ constexpr int compressed_row(int row, int h) {
+  return row / (2 * h) * h + row % h;
+}
+__host__ __device__ constexpr int later_row(int index, int h) {
+  return index / h * 2 * h + h + index % h;
+}
+__host__ __device__ constexpr int earlier_row(int index, int h) {
+  return index / h * 2 * h + index % h;
+}
+
+template <class Cfg>
+__device__ void store_later(LevelOperands<Cfg>& out, SharedStorage<Cfg>& smem, ThreadInputs<Cfg> const& x,
+                            ThreadPlace at, int i, int index, float const (&D)[2]) {
+  using Element = typename Cfg::Element;
+  float2 const q = unpack<Element>(pair_at(smem.q[at.box], at.block * kBlock + i, at.lane));
+  pair_at(out.later[at.box], index, at.lane) = pack<Element>(x.E[i][0] * D[0], x.E[i][1] * D[1]);
+  pair_at(out.later[at.box], 32 + index, at.lane) = pack<Element>(q.x * D[0], q.y * D[1]);
+}
+
+template <class Cfg>
+__device__ void store_earlier(LevelOperands<Cfg>& out, SharedStorage<Cfg>& smem, ThreadPlace at, int i,
+                              int index, float const (&U)[2]) {
+  using Element = typename Cfg::Element;
+  float2 const k = unpack<Element>(pair_at(smem.k[at.box], at.block * kBlock + i, at.lane));
+  pair_at(out.earlier[at.box], index, at.lane) = pack<Element>(k.x * U[0], k.y * U[1]);
+}
+
+// Levels whose pairs lie inside a thread's 16 tokens.
+template <int h, class Cfg>
+__device__ void build_inner_level(LevelOperands<Cfg>& out, SharedStorage<Cfg>& smem,
+                                  ThreadInputs<Cfg> const& x, ThreadPlace at) {
+  static_assert(2 * h <= kBlock);
+#pragma unroll
+  for (int first = 0; first < kBlock; first += 2 * h) {
+    int const index = at.block * (kBlock / 2) + first / 2;
+    float D[2] = {1.f, 1.f};
+#pragma unroll
+    for (int i = 0; i < h; ++i) {
+      if (i > 0) {
+        D[0] *= x.alpha[first + h + i][0];
+        D[1] *= x.alpha[first + h + i][1];
+      }
+      store_later(out, smem, x, at, first + h + i, index + i, D);
+    }
+    float U[2] = {1.f, 1.f};
+#pragma unroll
+    for (int i = h - 1; i >= 0; --i) {
+      U[0] *= x.alpha[first + i + 1][0];
+      U[1] *= x.alpha[first + i + 1][1];
+      store_earlier(out, smem, at, first + i, index + i, U);
+    }
+  }
+}
+
+// Decay over whole blocks, per channel: alpha of a block's first token, and the product over its other 15.
+template <class Cfg>
+struct BlockProducts {
+  float2 first[kNumBlocks], rest[kNumBlocks];
+
+  __device__ BlockProducts(SharedStorage<Cfg> const& smem, int channel) {
+#pragma unroll
+    for (int block = 0; block < kNumBlocks; ++block) {
+      first[block] = *reinterpret_cast<float2 const*>(&smem.block_first[block][channel]);
+      rest[block] = *reinterpret_cast<float2 const*>(&smem.block_rest[block][channel]);
+    }
+  }
+};
+
+// Levels 16 and 32: a block is later or earlier as a whole. `carry` is the decay between this block and the pair's
+// middle: from the later half's first row to this block's first, or from this block's last row to it.
+template <class Cfg>
+__device__ void build_outer_level(LevelOperands<Cfg>& out, SharedStorage<Cfg>& smem,
+                                  ThreadInputs<Cfg> const& x, ThreadPlace at, bool later, int first_index,
+                                  float2 carry) {
+  float F[2] = {carry.x, carry.y};
+  if (later) {
+#pragma unroll
+    for (int i = 0; i < kBlock; ++i) {
+      if (i > 0) {
+        F[0] *= x.alpha[i][0];
+        F[1] *= x.alpha[i][1];
+      }
+      store_later(out, smem, x, at, i, first_index + i, F);
+    }
+  } else {
+#pragma unroll
+    for (int i = kBlock - 1; i >= 0; --i) {
+      if (i < kBlock - 1) {
+        F[0] *= x.alpha[i + 1][0];
+        F[1] *= x.alpha[i + 1][1];
+      }
+      store_earlier(out, smem, at, i, first_index + i, F);
+    }
+  }
+}
+
+__device__ float2 operator*(float2 a, float2 b) {
+  return {a.x * b.x, a.y * b.y};
+}
+
+template <int h, class Cfg>
+__device__ void build_level(LevelOperands<Cfg>& out, SharedStorage<Cfg>& smem, ThreadInputs<Cfg> const& x,
+                            ThreadPlace at) {
+  if constexpr (2 * h <= kBlock) {
+    build_inner_level<h>(out, smem, x, at);
+  } else {
+    BlockProducts<Cfg> const blocks(smem, at.channel());
+    float2 const one{1.f, 1.f};
+    float2 carry;
+    bool later;
+    if constexpr (h == 16) {
+      later = at.block % 2 == 1;
+      carry = later ? one : (at.block == 0 ? blocks.first[1] : blocks.first[3]);
+    } else {
+      later = at.block >= 2;
+      carry = at.block == 2   ? one
+              : at.block == 3 ? blocks.rest[2] * blocks.first[3]
+              : at.block == 1 ? blocks.first[2]
+                              : blocks.first[1] * blocks.rest[1] * blocks.first[2];
+    }
+    build_outer_level(out, smem, x, at, later, compressed_row(at.block * kBlock, h), carry);
+  }
+}
+
+// [E*D; q*D] (k*U)^T of one level, by one warpgroup; the entries of matching pairs go to T and P.
+template <int h, class Cfg>
+__device__ void multiply_level(SharedStorage<Cfg>& smem, LevelOperands<Cfg> const& operands, bool normalize) {
+  using Element = typename Cfg::Element;
+  float acc[16];
+  wgmma_fence();
+#pragma unroll
+  for (int step = 0; step < Cfg::kDimK / 16; ++step) {
+    auto const later = shared_descriptor<Major::K>(operands.later[step / 4] + step % 4 * 32);
+    auto const earlier = shared_descriptor<Major::K>(operands.earlier[step / 4] + step % 4 * 32);
+    wgmma_shared<Element>(acc, later, earlier, step > 0);
+  }
+  wgmma_commit();
+  wgmma_wait<0>();
+
+  int const warp = threadIdx.x % kWarpgroupThreads / kWarpThreads, lane = lane_index();
+  bool const is_P = warp >= 2;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    int const later = 16 * (warp % 2) + lane / 4 + 8 * half;
+    int const r = later_row(later, h);
+    float const row_scale = is_P ? smem.q_scale[r] : normalize ? smem.k_scale[r] : 1.f;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        int const earlier = 8 * j + 2 * (lane % 4) + c;
+        if (later / h == earlier / h) {
+          int const s = earlier_row(earlier, h);
+          float value = acc[4 * j + 2 * half + c] * row_scale;
+          if (normalize) {
+            value *= smem.k_scale[s];
+          }
+          if (is_P) {
+            auto* const place = smem.P + swizzled_offset(r, s / 8) + s % 8 * sizeof(Element);
+            *reinterpret_cast<Element*>(place) = round_to<Element>(value);
+          } else {
+            smem.T[r * TriangularMatrix::kStride + s] = value;
+          }
+        }
+      }
+    }
+  }
+}
+
+// One level: every thread builds its operands, then one warpgroup multiplies while the others build the next level.
+template <int kLevel, class Cfg>
+__device__ void run_level(SharedStorage<Cfg>& smem, ThreadInputs<Cfg> const& x, ThreadPlace at,
+                          bool normalize) {
+  constexpr int h = 1 << kLevel;
+  auto& operands = smem.operands[kLevel % 2];
+  build_level<h>(operands, smem, x, at);
+  // Operands written by ordinary stores are read by wgmma, and the buffer before this one is free again: its product
+  // was waited for by its warpgroup before it came here.
+  cutlass::arch::fence_view_async_shared();
+  __syncthreads();
+  if (threadIdx.x / kWarpgroupThreads == kLevel % Cfg::kWarpgroups) {
+    multiply_level<h>(smem, operands, normalize);
+  }
+}
+
+// gamma*E, scale*gamma*q and Kt from running products over the chunk.
+template <class Cfg>
+__device__ void write_factor_tiles(SharedStorage<Cfg>& smem, ThreadInputs<Cfg> const& x, ThreadPlace at) {
+  using Element = typename Cfg::Element;
+  BlockProducts<Cfg> const blocks(smem, at.channel());
+  float2 gamma = blocks.first[0], tail{1.f, 1.f};
+#pragma unroll
+  for (int block = 0; block < kNumBlocks - 1; ++block) {
+    gamma = block < at.block ? gamma * blocks.rest[block] * blocks.first[block + 1] : gamma;
+    tail = block + 1 > at.block ? tail * blocks.first[block + 1] * blocks.rest[block + 1] : tail;
+  }
+#pragma unroll
+  for (int i = 0; i < kBlock; ++i) {
+    int const row = at.block * kBlock + i;
+    if (i > 0) {
+      gamma = gamma * float2{x.alpha[i][0], x.alpha[i][1]};
+    }
+    float const q_scale = smem.q_scale[row], k_scale = smem.k_scale[row];
+    std::uint32_t& pair = pair_at(smem.q[at.box], row, at.lane);
+    float2 const q = unpack<Element>(pair);
+    pair = pack<Element>(q.x * gamma.x * q_scale, q.y * gamma.y * q_scale);
+    pair_at(smem.out.gamma_E[at.box], row, at.lane) =
+        pack<Element>(x.E[i][0] * gamma.x * k_scale, x.E[i][1] * gamma.y * k_scale);
+  }
+  if (at.block == kNumBlocks - 1) {
+    *reinterpret_cast<float2*>(&smem.gamma_last[at.channel()]) = gamma;
+  }
+#pragma unroll
+  for (int i = kBlock - 1; i >= 0; --i) {
+    int const row = at.block * kBlock + i;
+    if (i < kBlock - 1) {
+      tail = tail * float2{x.alpha[i + 1][0], x.alpha[i + 1][1]};
+    }
+    float const k_scale = smem.k_scale[row];
+    std::uint32_t& pair = pair_at(smem.k[at.box], row, at.lane);
+    float2 const k = unpack<Element>(pair);
+    pair = pack<Element>(k.x * tail.x * k_scale, k.y * tail.y * k_scale);
+  }
+}
+
+// A - I as a tile image; the strict upper triangle and the diagonal are zero. By one warpgroup.
+template <class Cfg>
+__device__ void write_A_minus_I(SharedStorage<Cfg>& smem) {
+  using Element = typename Cfg::Element;
+  TriangularMatrix const A{smem.T};
+  int const thread = threadIdx.x % kWarpgroupThreads;
+#pragma unroll
+  for (int i = 0; i < kChunk * 8 / kWarpgroupThreads; ++i) {
+    int const row = thread / 8 + i * (kWarpgroupThreads / 8), piece = thread % 8;
+    std::uint32_t pairs[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      int const s = 8 * piece + 2 * j;
+      pairs[j] = pack<Element>(s < row ? A.at(row, s) : 0.f, s + 1 < row ? A.at(row, s + 1) : 0.f);
+    }
+    *reinterpret_cast<uint4*>(smem.out.A_minus_I + swizzled_offset(row, piece)) =
+        uint4{pairs[0], pairs[1], pairs[2], pairs[3]};
+  }
+}
+
+__device__ void bulk_store(void* global, void const* smem, std::uint32_t bytes) {
+  auto const address = static_cast<std::uint32_t>(__cvta_generic_to_shared(smem));
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;\n" ::"l"(global), "r"(address),
+               "r"(bytes)
+               : "memory");
+}
+
+template <class Cfg>
+__device__ void store_tiles(SharedStorage<Cfg>& smem, ChunkTiles const& tiles, std::int64_t tile) {
+  auto const place = [tile](void* base, int bytes) {
+    return static_cast<std::uint8_t*>(base) + tile * bytes;
+  };
+  // q, k and gamma_E lie one behind the other: the order of the factors.
+  bulk_store(place(tiles.factors, 3 * Cfg::kTileBytes), smem.q, 3 * Cfg::kTileBytes);
+  bulk_store(place(tiles.A_minus_I, kBoxBytes), smem.out.A_minus_I, kBoxBytes);
+  bulk_store(place(tiles.P, kBoxBytes), smem.P, kBoxBytes);
+  bulk_store(place(tiles.gamma_last, Cfg::kDimK * sizeof(float)), smem.gamma_last,
+             Cfg::kDimK * sizeof(float));
+  cute::tma_store_arrive();
+  cute::tma_store_wait<0>();
+}
+
+template <class Cfg>
+__global__ void __launch_bounds__(Cfg::kThreads, Cfg::kCtasPerSm)
+    prepare_kernel(__grid_constant__ PrepareParams const params, __grid_constant__ TensorMaps const maps) {
+  extern __shared__ std::uint8_t smem_bytes[];
+  auto& smem = *reinterpret_cast<SharedStorage<Cfg>*>(smem_bytes);
+  Work const work = find_work(params);
+  ThreadPlace const at;
+  if (threadIdx.x == 0) {
+    smem.inputs_full.init(1);
+    cutlass::arch::fence_barrier_init();
+    load_inputs(smem, maps, work, params.gate_element);
+  }
+  // What no level writes must be zero: the upper triangles of T (read by the merge) and P.
+  for (int i = threadIdx.x; i < kChunk * TriangularMatrix::kStride / 4; i += Cfg::kThreads) {
+    reinterpret_cast<float4*>(smem.T)[i] = float4{};
+  }
+  for (int i = threadIdx.x; i < kBoxBytes / 16; i += Cfg::kThreads) {
+    reinterpret_cast<uint4*>(smem.P)[i] = uint4{};
+  }
+  __syncthreads();
+  smem.inputs_full.wait(0);
+
+  bool const normalize = Cfg::kFused && params.gates.use_qk_l2norm;
+  if (at.box == 0) {
+    row_products(smem, params, work);
+  }
+  ThreadInputs<Cfg> x;
+  read_inputs(x, smem, params, work, at);
+  float2 rest{1.f, 1.f};
+#pragma unroll
+  for (int i = 1; i < kBlock; ++i) {
+    rest = rest * float2{x.alpha[i][0], x.alpha[i][1]};
+  }
+  *reinterpret_cast<float2*>(&smem.block_first[at.block][at.channel()]) =
+      float2{x.alpha[0][0], x.alpha[0][1]};
+  *reinterpret_cast<float2*>(&smem.block_rest[at.block][at.channel()]) = rest;
+  __syncthreads();  // b and g are in registers: their shared memory becomes operands
+  if (work.num_rows < kChunk) {
+    clear_foreign_rows(smem, work, at);
+  }
+
+  run_level<0>(smem, x, at, normalize);
+  run_level<1>(smem, x, at, normalize);
+  run_level<2>(smem, x, at, normalize);
+  run_level<3>(smem, x, at, normalize);
+  run_level<4>(smem, x, at, normalize);
+  run_level<5>(smem, x, at, normalize);
+  __syncthreads();  // T is complete, and the operands become the outgoing tiles
+
+  if (at.box == 0) {
+    constexpr std::uint32_t kInverseBarrier = 1;
+    invert_unit_lower(TriangularMatrix{smem.T}, kInverseBarrier);
+    write_A_minus_I(smem);
+  }
+  write_factor_tiles(smem, x, at);
+  cutlass::arch::fence_view_async_shared();  // the tiles' ordinary stores, before the bulk copies read them
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    store_tiles(smem, params.tiles, work.tile);
+  }
+}
+
+CUtensorMap token_map(TokenTensor const& x, CallShape const& shape, int heads, ElementType element) {
+  bool const wide = element == ElementType::kFloat32;
+  auto const type = wide                                ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
+                    : element == ElementType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+                                                        : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+  std::uint64_t const size = wide ? 4 : 2;
+  auto const bytes = [size](std::int64_t stride) { return static_cast<std::uint64_t>(stride) * size; };
+  return make_tensor_map<4>(
+      x.data, type,
+      {.extent = {static_cast<std::uint64_t>(shape.dim_k), static_cast<std::uint64_t>(heads),
+                  static_cast<std::uint64_t>(shape.seqlen), static_cast<std::uint64_t>(shape.batch)},
+       .stride_bytes = {bytes(x.stride_head), bytes(x.stride_token), bytes(x.stride_batch)},
+       .box = {static_cast<std::uint32_t>(kBoxRowBytes / size), 1, kChunk, 1}});
+}
+
+template <class Cfg>
+void launch(PrepareParams const& params, cudaStream_t stream) {
+  CallShape const& shape = params.shape;
+  TensorMaps const maps{.q = token_map(params.q, shape, shape.num_heads, shape.element),
+                        .k = token_map(params.k, shape, shape.num_heads, shape.element),
+                        .b = token_map(params.b, shape, shape.num_gate_heads, shape.element),
+                        .g = token_map(params.g, shape, shape.num_gate_heads, params.gate_element)};
+  auto const kernel = prepare_kernel<Cfg>;
+  constexpr int kSmemBytes = sizeof(SharedStorage<Cfg>);
+  static_assert(Cfg::kCtasPerSm * (kSmemBytes + 1024) <= 228 * 1024);
+  throw_on_error(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSmemBytes),
+                 "prepare: shared memory");
+  kernel<<<static_cast<unsigned>(shape.num_slots) * shape.num_gate_heads, Cfg::kThreads, kSmemBytes,
+           stream>>>(params, maps);
+  throw_on_error(cudaGetLastError(), "prepare: launch");
+}
+
+template <class Element>
+void dispatch(PrepareParams const& params, cudaStream_t stream) {
+  GateParams const& gates = params.gates;
+  bool const fused = gates.use_qk_l2norm || gates.use_gate_sigmoid || gates.decay_gate != DecayGate::kNone ||
+                     params.gate_element != ElementType::kFloat32;
+  if (params.shape.dim_k > 64) {
+    fused ? launch<Config<Element, 128, true>>(params, stream)
+          : launch<Config<Element, 128, false>>(params, stream);
+  } else {
+    fused ? launch<Config<Element, 64, true>>(params, stream)
+          : launch<Config<Element, 64, false>>(params, stream);
+  }
+}
+
+}  // namespace
+
+void run_prepare(PrepareParams const& params, cudaStream_t stream) {
+  if (params.shape.num_slots == 0 || params.shape.seqlen == 0) {
+    return;
+  }
+  params.shape.element == ElementType::kFloat16 ? dispatch<__half>(params, stream)
+                                                : dispatch<__nv_bfloat16>(params, stream);
+}
+
+}  // namespace gdn2

@@ -1,0 +1,609 @@
+// scan: the state walks along the chunks of a sequence; outputs come out on the way.
+//
+//     X^T = Z^T - S^T (gamma*E)^T              Z = w*v
+//     R^T = X^T + X^T (A-I)^T
+//     O^T = S^T (scale*gamma*q)^T + R^T P^T
+//     S^T = S^T Diag(gamma[C-1]) + R^T Kt
+//
+// Everything is transposed, value columns on the rows of the accumulators: then the left operand of each product is the
+// rounded accumulator of the one before it, in the registers where it is, and neither state nor residual passes
+// through shared memory.
+//
+// Grid: one CTA for a sequence, value head and kWarpgroups * 64 value columns, heads fastest.
+// Roles: kWarpgroups warpgroups of 64 value columns each (S 64, X 32, O 32 accumulators; 32 rounded S, 16 rounded X or
+// R, 16 rounded O a thread); one warp that loads.
+// Shared memory (K 128): four rings of stages, each let go as soon as its product is done: v and w (16 KB a
+// warpgroup), gamma*E (16 KB), scale*gamma*q and A-I (24 KB), Kt and P (24 KB); O 8 KB a warpgroup. 226 KB.
+//
+// Tensor cores, one chunk (cycles at full rate) and what hides behind them:
+//     X 256        | O = S q 256        | R 128        |         | S' 256    | O += R P 128
+//     last O out   | round X            |              | round R | Z of c+1  | round and decay S
+#include <cutlass/arch/barrier.h>
+
+#include "api/chunk_forward.h"
+#include "api/cuda_error.h"
+#include "tile/convert.cuh"
+#include "tile/mma.cuh"
+#include "tile/pipeline.cuh"
+#include "tile/tensor_map.h"
+#include "tile/tma.cuh"
+#include "tile/wgmma.cuh"
+
+namespace gdn2 {
+namespace {
+
+constexpr int kChunk = 64;
+constexpr int kColumns = 64;  // value columns of a warpgroup
+constexpr int kBoxBytes = kChunk * kBoxRowBytes;
+
+template <class Element_, int kDimK_, int kWarpgroups_, bool kStoreStates_>
+struct Config {
+  using Element = Element_;
+  static constexpr int kDimK = kDimK_;
+  static constexpr int kWarpgroups = kWarpgroups_;
+  static constexpr bool kStoreStates = kStoreStates_;  // of every chunk's start
+  static constexpr int kBoxes = kDimK / kBoxColumns;
+  static constexpr int kTileBytes = kBoxes * kBoxBytes;
+  // As many stages as shared memory holds.
+  static constexpr int kStagesValues = kWarpgroups == 1 ? 3 : 2, kStagesE = 3;
+  static constexpr int kStagesQ = kWarpgroups == 1 ? 3 : 2, kStagesK = 2;
+  static constexpr int kMathThreads = kWarpgroups * kWarpgroupThreads;
+  // The loader is a whole warpgroup where registers must move from it to the math: setmaxnreg counts in warpgroups.
+  static constexpr bool kMoveRegisters = kWarpgroups > 1;
+  static constexpr int kThreads = kMathThreads + (kMoveRegisters ? kWarpgroupThreads : kWarpThreads);
+};
+
+template <class Cfg>
+struct SharedStorage {
+  struct Values {
+    std::uint8_t v[Cfg::kWarpgroups][kBoxBytes], w[Cfg::kWarpgroups][kBoxBytes];
+  };
+  struct FactorsQ {
+    std::uint8_t gamma_q[Cfg::kTileBytes], A_minus_I[kBoxBytes];
+  };
+  struct FactorsK {
+    std::uint8_t Kt[Cfg::kTileBytes], P[kBoxBytes];
+  };
+  alignas(kSwizzleAtomBytes) Values values[Cfg::kStagesValues];
+  std::uint8_t gamma_E[Cfg::kStagesE][Cfg::kTileBytes];
+  FactorsQ factors_q[Cfg::kStagesQ];
+  FactorsK factors_k[Cfg::kStagesK];
+  std::uint8_t O[Cfg::kWarpgroups][kBoxBytes];
+  float gamma_last[Cfg::kStagesE][Cfg::kDimK];  // in the ring of gamma_E
+  RingBarriers<Cfg::kStagesValues> ring_values;
+  RingBarriers<Cfg::kStagesE> ring_E;
+  RingBarriers<Cfg::kStagesQ> ring_q;
+  RingBarriers<Cfg::kStagesK> ring_k;
+
+  // By one thread.
+  __device__ void init_barriers() {
+    constexpr int kConsumers = Cfg::kMathThreads / kWarpThreads;
+    ring_values.init(kConsumers);
+    ring_E.init(kConsumers);
+    ring_q.init(kConsumers);
+    ring_k.init(kConsumers);
+    cutlass::arch::fence_barrier_init();  // orders the inits before the copy engine's use of them
+  }
+};
+
+// Where producer or consumers are in the four rings.
+template <class Cfg>
+struct Positions {
+  RingPosition<Cfg::kStagesValues> values;
+  RingPosition<Cfg::kStagesE> E;
+  RingPosition<Cfg::kStagesQ> q;
+  RingPosition<Cfg::kStagesK> k;
+};
+
+struct TensorMaps {
+  CUtensorMap v, w, o;
+};
+
+// What one CTA works on.
+struct Work {
+  int batch, first_token, num_tokens, num_chunks;
+  int sequence, value_head, first_column;
+  std::int64_t first_tile;  // among the chunk tiles; the next chunk's is tile_stride further
+  int tile_stride, first_slot;
+  bool malformed;
+};
+
+template <class Cfg>
+__device__ Work find_work(ScanParams const& params) {
+  CallShape const& shape = params.shape;
+  Work work;
+  work.value_head = blockIdx.x % shape.num_value_heads;
+  work.sequence = blockIdx.x / shape.num_value_heads;
+  work.first_column = blockIdx.y * Cfg::kWarpgroups * kColumns;
+  work.malformed = false;
+  if (params.plan.spans != nullptr) {
+    SequenceSpan const span = params.plan.spans[work.sequence];
+    work.batch = 0;
+    work.first_token = span.first_token;
+    work.num_tokens = max(span.num_tokens, 0);
+    work.first_slot = span.first_slot;
+    work.malformed = span.num_tokens < 0;
+  } else {
+    work.batch = work.sequence;
+    work.first_token = 0;
+    work.num_tokens = shape.seqlen;
+    work.first_slot = work.sequence * (shape.num_slots / shape.batch);
+  }
+  work.num_chunks = (work.num_tokens + kChunk - 1) / kChunk;
+  int const gate_head = work.value_head / (shape.num_value_heads / shape.num_gate_heads);
+  work.first_tile = static_cast<std::int64_t>(work.first_slot) * shape.num_gate_heads + gate_head;
+  work.tile_stride = shape.num_gate_heads;
+  return work;
+}
+
+// Copies contiguous bytes from global to shared memory and counts them on the barrier.
+__device__ void bulk_load(void* smem, void const* global, std::uint32_t bytes, FullBarrier& full) {
+  cute::SM90_BULK_COPY_G2S::copy(global, reinterpret_cast<std::uint64_t*>(&full), smem, bytes);
+}
+
+// ---- load role ---------------------------------------------------------------------------------------------
+
+template <class Cfg>
+__device__ void load(SharedStorage<Cfg>& smem, ScanParams const& params, TensorMaps const& maps,
+                     Work const& work) {
+  constexpr int kTile = Cfg::kTileBytes;
+  constexpr int kGammaBytes = Cfg::kDimK * sizeof(float);
+  ChunkTiles const& tiles = params.tiles;
+  Positions<Cfg> at;
+  for (int chunk = 0; chunk < work.num_chunks; ++chunk) {
+    std::int64_t const tile = work.first_tile + static_cast<std::int64_t>(chunk) * work.tile_stride;
+    auto const* const factors = static_cast<std::uint8_t const*>(tiles.factors) + tile * 3 * kTile;
+    int const token = work.first_token + chunk * kChunk;
+
+    auto& values = smem.values[at.values.stage];
+    FullBarrier& full_values = smem.ring_values.begin_fill(at.values, sizeof(values));
+    for (int wg = 0; wg < Cfg::kWarpgroups; ++wg) {
+      int const column = work.first_column + wg * kColumns;
+      tma_load(maps.v, full_values, values.v[wg], column, work.value_head, token, work.batch);
+      tma_load(maps.w, full_values, values.w[wg], column, work.value_head, token, work.batch);
+    }
+    at.values.advance();
+
+    FullBarrier& full_E = smem.ring_E.begin_fill(at.E, kTile + kGammaBytes);
+    bulk_load(smem.gamma_E[at.E.stage], factors + 2 * kTile, kTile, full_E);
+    bulk_load(smem.gamma_last[at.E.stage], tiles.gamma_last + tile * Cfg::kDimK, kGammaBytes, full_E);
+    at.E.advance();
+
+    auto& factors_q = smem.factors_q[at.q.stage];
+    FullBarrier& full_q = smem.ring_q.begin_fill(at.q, sizeof(factors_q));
+    bulk_load(factors_q.gamma_q, factors, kTile, full_q);
+    bulk_load(factors_q.A_minus_I, static_cast<std::uint8_t const*>(tiles.A_minus_I) + tile * kBoxBytes,
+              kBoxBytes, full_q);
+    at.q.advance();
+
+    auto& factors_k = smem.factors_k[at.k.stage];
+    FullBarrier& full_k = smem.ring_k.begin_fill(at.k, sizeof(factors_k));
+    bulk_load(factors_k.Kt, factors + kTile, kTile, full_k);
+    bulk_load(factors_k.P, static_cast<std::uint8_t const*>(tiles.P) + tile * kBoxBytes, kBoxBytes, full_k);
+    at.k.advance();
+  }
+}
+
+// ---- math steps: one warpgroup, 64 value columns ------------------------------------------------------------
+
+// Rounded accumulators as A fragments: 16 columns a fragment.
+template <class Element, int kRegisters>
+__device__ void round_fragments(FragmentA (&a)[kRegisters / 8], float const (&acc)[kRegisters]) {
+#pragma unroll
+  for (int i = 0; i < kRegisters / 8; ++i) {
+#pragma unroll
+    for (int p = 0; p < 4; ++p) {
+      a[i].pairs[p] = pack<Element>(acc[8 * i + 2 * p], acc[8 * i + 2 * p + 1]);
+    }
+  }
+}
+
+__device__ float sigmoid(float x) {
+  return __fdividef(1.f, 1.f + __expf(-x));
+}
+
+// Z^T = (w*v)^T, [64 value columns, C]; tokens beyond num_rows are zero, whatever lies there.
+template <class Element>
+__device__ void load_Z(float (&Z)[32], std::uint8_t const* v, std::uint8_t const* w, int num_rows,
+                       bool use_gate_sigmoid) {
+  int const warp = threadIdx.x % kWarpgroupThreads / kWarpThreads;
+#pragma unroll
+  for (int t = 0; t < 4; ++t) {
+    std::uint32_t v4[4], w4[4];
+    load_matrices_transposed(v4, v, 16 * t, 2 * warp);
+    load_matrices_transposed(w4, w, 16 * t, 2 * warp);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      float2 const v2 = unpack<Element>(v4[i]);
+      float2 w2 = unpack<Element>(w4[i]);
+      if (use_gate_sigmoid) {
+        w2 = {sigmoid(w2.x), sigmoid(w2.y)};
+      }
+      // v4[i]: tokens 16*t + 8*(i%2) and value columns 8*(i/2) of the warp's 16
+      int const acc = 4 * (2 * t + i % 2) + 2 * (i / 2);
+      Z[acc] = v2.x * w2.x;
+      Z[acc + 1] = v2.y * w2.y;
+    }
+  }
+  if (num_rows < kChunk) {
+    int const first = 2 * (lane_index() % 4);
+#pragma unroll
+    for (int acc = 0; acc < 32; ++acc) {
+      int const token = acc / 4 * 8 + first + acc % 2;
+      Z[acc] = token < num_rows ? Z[acc] : 0.f;
+    }
+  }
+}
+
+// S^T Diag(gamma[C-1])
+template <class Cfg>
+__device__ void decay_state(float (&S)[Cfg::kDimK / 2], float const* gamma_last) {
+#pragma unroll
+  for (int j = 0; j < Cfg::kDimK / 8; ++j) {
+    float2 const gamma = *reinterpret_cast<float2 const*>(gamma_last + 8 * j + 2 * (lane_index() % 4));
+    S[4 * j + 0] *= gamma.x;
+    S[4 * j + 1] *= gamma.y;
+    S[4 * j + 2] *= gamma.x;
+    S[4 * j + 3] *= gamma.y;
+  }
+}
+
+// acc (+)= +-A B^T for a B [64, 16 * kSteps] that lies in K-major boxes. Issued and committed, not waited for.
+template <class Element, ScaleIn kSign, int kSteps>
+__device__ void multiply_transposed(float (&acc)[32], FragmentA const (&a)[kSteps], std::uint8_t const* B,
+                                    bool accumulate) {
+  auto const descriptor = shared_descriptor<Major::K>(B);
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step) {
+    int const offset = step / 4 * kBoxBytes + step % 4 * 32;
+    wgmma<Element, Major::K, kSign>(acc, a[step], descriptor + (offset >> 4), accumulate || step > 0);
+  }
+  wgmma_commit();
+}
+
+// S^T += R^T Kt
+template <class Cfg>
+__device__ void update_state(float (&S)[Cfg::kDimK / 2], FragmentA const (&R)[4], std::uint8_t const* Kt) {
+  auto const descriptor = shared_descriptor<Major::MN>(Kt, kBoxBytes);
+#pragma unroll
+  for (int step = 0; step < 4; ++step) {
+    wgmma<typename Cfg::Element, Major::MN>(S, R[step], descriptor + (step * 16 * kBoxRowBytes >> 4), true);
+  }
+  wgmma_commit();
+}
+
+// ---- states ------------------------------------------------------------------------------------------------
+
+// Calls body(element of S, index among [K, V] or [V, K]) for what of this thread's state lies inside.
+template <class Cfg, class Body>
+__device__ void for_each_state(ScanParams const& params, int first_column, Body body) {
+  int const lane = lane_index(), warp = threadIdx.x % kWarpgroupThreads / kWarpThreads;
+  int const dim_k = params.shape.dim_k, dim_v = params.shape.dim_v;
+  int const stride_k = params.state_v_first ? 1 : dim_v, stride_v = params.state_v_first ? dim_k : 1;
+#pragma unroll
+  for (int acc = 0; acc < Cfg::kDimK / 2; ++acc) {
+    int const k = acc / 4 * 8 + 2 * (lane % 4) + acc % 2;
+    int const v = first_column + 16 * warp + lane / 4 + acc / 2 % 2 * 8;
+    if (k < dim_k && v < dim_v) {
+      body(acc, k * stride_k + v * stride_v);
+    }
+  }
+}
+
+__device__ std::int64_t state_offset(ScanParams const& params, std::int64_t row, int value_head) {
+  CallShape const& shape = params.shape;
+  return (row * shape.num_value_heads + value_head) * shape.dim_k * shape.dim_v;
+}
+
+// ---- output ------------------------------------------------------------------------------------------------
+
+// O^T to the warpgroup's tile, then to the rows of o that the chunk owns.
+template <class Cfg>
+__device__ void store_O(SharedStorage<Cfg>& smem, ScanParams const& params, TensorMaps const& maps,
+                        Work const& work, FragmentA const (&O)[4], int wg, int chunk) {
+  using Element = typename Cfg::Element;
+  int const num_rows = min(kChunk, work.num_tokens - chunk * kChunk),
+            token = work.first_token + chunk * kChunk;
+  using cutlass::arch::NamedBarrier;
+  int const thread = threadIdx.x % kWarpgroupThreads, warp = thread / kWarpThreads;
+  std::uint32_t const barrier = 1 + wg;
+  std::uint8_t* const tile = smem.O[wg];
+  if (thread == 0) {
+    cute::tma_store_wait<0>();  // the last chunk's copy has read the tile
+  }
+  NamedBarrier::sync(kWarpgroupThreads, barrier);
+#pragma unroll
+  for (int t = 0; t < 4; ++t) {
+    // tokens 16*t and 16*t + 8 of the warp's first eight value columns, then of its last eight
+    std::uint32_t const r[4] = {O[t].pairs[0], O[t].pairs[2], O[t].pairs[1], O[t].pairs[3]};
+    store_matrices_transposed(r, tile, 16 * t, 2 * warp);
+  }
+  cutlass::arch::fence_view_async_shared();  // the tile's ordinary stores, before the copy engine reads them
+  NamedBarrier::sync(kWarpgroupThreads, barrier);
+  int const column = work.first_column + wg * kColumns;
+  CallShape const& shape = params.shape;
+  if (num_rows == kChunk && shape.dim_v % 8 == 0) {
+    if (thread == 0) {
+      cute::SM90_TMA_STORE::copy(&maps.o, tile, column, work.value_head, token, work.batch);
+      cute::tma_store_arrive();
+    }
+    return;
+  }
+  // A tail must not touch the next sequence's rows, and a copy needs rows of whole 16 bytes.
+  auto* const o = static_cast<Element*>(params.o);
+  for (int i = thread; i < num_rows * kColumns; i += kWarpgroupThreads) {
+    int const row = i / kColumns, v = i % kColumns;
+    if (column + v < shape.dim_v) {
+      std::int64_t const at =
+          ((static_cast<std::int64_t>(work.batch) * shape.seqlen + token + row) * shape.num_value_heads +
+           work.value_head) *
+              shape.dim_v +
+          column + v;
+      o[at] = *reinterpret_cast<Element const*>(tile + swizzled_offset(row, v / 8) + v % 8 * sizeof(Element));
+    }
+  }
+}
+
+// Rows that no sequence owns, behind the last well-formed one: NaN.
+template <class Cfg>
+__device__ void poison_unowned_rows(ScanParams const& params, Work const& work, int wg) {
+  using Element = typename Cfg::Element;
+  CallShape const& shape = params.shape;
+  int const first_row = work.first_token + work.num_tokens;
+  int const column = work.first_column + wg * kColumns + threadIdx.x % kColumns;
+  if (column >= shape.dim_v) {
+    return;
+  }
+  for (int row = first_row + threadIdx.x % kWarpgroupThreads / kColumns; row < shape.seqlen;
+       row += kWarpgroupThreads / kColumns) {
+    std::int64_t const at =
+        (static_cast<std::int64_t>(row) * shape.num_value_heads + work.value_head) * shape.dim_v + column;
+    static_cast<Element*>(params.o)[at] = round_to<Element>(__int_as_float(0x7fffffff));
+  }
+}
+
+// ---- math role ---------------------------------------------------------------------------------------------
+
+// One warpgroup's walk. Accumulators stay in registers over the whole sequence.
+template <class Cfg>
+struct Walk {
+  using Element = typename Cfg::Element;
+  static constexpr int kSteps = Cfg::kDimK / 16;
+
+  SharedStorage<Cfg>& smem;
+  ScanParams const& params;
+  TensorMaps const& maps;
+  Work const& work;
+  int wg;
+  Positions<Cfg> at;
+  float S[Cfg::kDimK / 2], X[32], O[32];
+
+  // Z^T of a chunk into X.
+  __device__ void begin_Z(int chunk) {
+    smem.ring_values.wait_full(at.values);
+    auto const& values = smem.values[at.values.stage];
+    load_Z<Element>(X, values.v[wg], values.w[wg], work.num_tokens - chunk * kChunk,
+                    params.gates.use_gate_sigmoid);
+    smem.ring_values.release(at.values);
+    at.values.advance();
+  }
+
+  // X^T = Z^T - S^T (gamma*E)^T: issued. S goes on as S Diag(gamma[C-1]): the compiler lets nobody touch accumulators,
+  // not even idle ones, between a product's issue and its wait.
+  __device__ void issue_X(FragmentA (&S_rounded)[kSteps]) {
+    smem.ring_E.wait_full(at.E);
+    round_fragments<Element>(S_rounded, S);
+    decay_state<Cfg>(S, smem.gamma_last[at.E.stage]);
+    wgmma_fence();
+    multiply_transposed<Element, ScaleIn::Neg>(X, S_rounded, smem.gamma_E[at.E.stage], true);
+  }
+
+  // O^T = S^T (scale*gamma*q)^T while X is finished and rounded, then R^T = X^T + X^T (A-I)^T. All are done on return.
+  __device__ void finish_X_and_R(FragmentA const (&S_rounded)[kSteps]) {
+    smem.ring_q.wait_full(at.q);
+    auto const& factors = smem.factors_q[at.q.stage];
+    wgmma_fence();
+    multiply_transposed<Element, ScaleIn::One>(O, S_rounded, factors.gamma_q, false);
+    wgmma_wait<1>();  // X
+    smem.ring_E.release(at.E);
+    at.E.advance();
+    FragmentA X_rounded[4];
+    round_fragments<Element>(X_rounded, X);
+    wgmma_fence();
+    multiply_transposed<Element, ScaleIn::One>(X, X_rounded, factors.A_minus_I, true);
+  }
+
+  __device__ void wait_R() {
+    wgmma_wait<0>();
+    smem.ring_q.release(at.q);
+    at.q.advance();
+  }
+
+  // S'^T = S^T Diag(gamma[C-1]) + R^T Kt, then O^T += R^T P^T: issued.
+  __device__ void issue_S_and_O(FragmentA const (&R_rounded)[4]) {
+    smem.ring_k.wait_full(at.k);
+    auto const& factors = smem.factors_k[at.k.stage];
+    wgmma_fence();
+    update_state<Cfg>(S, R_rounded, factors.Kt);
+    multiply_transposed<Element, ScaleIn::One>(O, R_rounded, factors.P, true);
+  }
+
+  __device__ void release_factors_k() {
+    smem.ring_k.release(at.k);
+    at.k.advance();
+  }
+
+  __device__ void store_chunk_state(int chunk) {
+    float* const state = params.chunk_states + state_offset(params, work.first_slot + chunk, work.value_head);
+    for_each_state<Cfg>(params, work.first_column + wg * kColumns,
+                        [&](int acc, int place) { state[place] = S[acc]; });
+  }
+
+  // No product is in flight between iterations: the compiler would have to wait for it.
+  __device__ void run() {
+    if (work.num_chunks == 0) {
+      return;
+    }
+    begin_Z(0);
+    {
+      if constexpr (Cfg::kStoreStates) {
+        store_chunk_state(0);
+      }
+      FragmentA S_rounded[kSteps];
+      issue_X(S_rounded);
+      finish_X_and_R(S_rounded);
+      wait_R();
+    }
+    for (int chunk = 1; chunk < work.num_chunks; ++chunk) {
+      FragmentA R_rounded[4];
+      round_fragments<Element>(R_rounded, X);
+      issue_S_and_O(R_rounded);
+      begin_Z(chunk);
+      if constexpr (Cfg::kStoreStates) {
+        wgmma_wait<0>();
+        store_chunk_state(chunk);
+      }
+      wgmma_wait<1>();  // S'
+      FragmentA S_rounded[kSteps];
+      issue_X(S_rounded);
+      wgmma_wait<1>();  // O of the last chunk
+      release_factors_k();
+      FragmentA O_rounded[4];
+      round_fragments<Element>(O_rounded, O);
+      store_O(smem, params, maps, work, O_rounded, wg, chunk - 1);
+      finish_X_and_R(S_rounded);
+      wait_R();
+    }
+    FragmentA R_rounded[4], O_rounded[4];
+    round_fragments<Element>(R_rounded, X);
+    issue_S_and_O(R_rounded);
+    wgmma_wait<0>();
+    round_fragments<Element>(O_rounded, O);
+    store_O(smem, params, maps, work, O_rounded, wg, work.num_chunks - 1);
+  }
+};
+
+template <class Cfg>
+__device__ void compute(SharedStorage<Cfg>& smem, ScanParams const& params, TensorMaps const& maps,
+                        Work const& work, int wg) {
+  int const first_column = work.first_column + wg * kColumns;
+  Walk<Cfg> walk{smem, params, maps, work, wg};
+#pragma unroll
+  for (float& s : walk.S) {
+    s = 0.f;
+  }
+  if (params.initial_state != nullptr) {
+    float const* const initial = params.initial_state + state_offset(params, work.sequence, work.value_head);
+    for_each_state<Cfg>(params, first_column, [&](int acc, int place) { walk.S[acc] = initial[place]; });
+  }
+  walk.run();
+  if (params.final_state != nullptr) {
+    float* const final_state = params.final_state + state_offset(params, work.sequence, work.value_head);
+    float const nan = __int_as_float(0x7fffffff);
+    for_each_state<Cfg>(params, first_column,
+                        [&](int acc, int place) { final_state[place] = work.malformed ? nan : walk.S[acc]; });
+  }
+  if (params.plan.spans != nullptr && work.sequence == params.shape.num_sequences - 1) {
+    poison_unowned_rows<Cfg>(params, work, wg);
+  }
+  if (threadIdx.x % kWarpgroupThreads == 0) {
+    cute::tma_store_wait<0>();  // shared memory must outlive the copies that read it
+  }
+}
+
+template <class Cfg>
+__global__ void __launch_bounds__(Cfg::kThreads, 1)
+    scan_kernel(__grid_constant__ ScanParams const params, __grid_constant__ TensorMaps const maps) {
+  extern __shared__ std::uint8_t smem_bytes[];
+  auto& smem = *reinterpret_cast<SharedStorage<Cfg>*>(smem_bytes);
+  Work const work = find_work<Cfg>(params);
+  if (threadIdx.x == 0) {
+    smem.init_barriers();
+  }
+  __syncthreads();
+  int const wg = warpgroup_index();
+  if (wg == Cfg::kWarpgroups) {
+    if constexpr (Cfg::kMoveRegisters) {
+      give_up_registers<24>();
+    }
+    if (threadIdx.x < Cfg::kMathThreads + kWarpThreads && elect_one()) {
+      load(smem, params, maps, work);
+    }
+  } else {
+    if constexpr (Cfg::kMoveRegisters) {
+      claim_registers<240>();
+    }
+    compute(smem, params, maps, work, wg);
+  }
+}
+
+CUtensorMap value_map(TokenTensor const& x, CallShape const& shape) {
+  auto const type = shape.element == ElementType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+                                                            : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+  auto const bytes = [](std::int64_t stride) { return static_cast<std::uint64_t>(stride) * 2; };
+  return make_tensor_map<4>(
+      x.data, type,
+      {.extent = {static_cast<std::uint64_t>(shape.dim_v), static_cast<std::uint64_t>(shape.num_value_heads),
+                  static_cast<std::uint64_t>(shape.seqlen), static_cast<std::uint64_t>(shape.batch)},
+       .stride_bytes = {bytes(x.stride_head), bytes(x.stride_token), bytes(x.stride_batch)},
+       .box = {kColumns, 1, kChunk, 1}});
+}
+
+template <class Cfg>
+void launch(ScanParams const& params, cudaStream_t stream) {
+  CallShape const& shape = params.shape;
+  TensorMaps maps{};
+  if (shape.seqlen > 0) {
+    maps.v = value_map(params.v, shape);
+    maps.w = value_map(params.w, shape);
+  }
+  if (shape.seqlen > 0 && shape.dim_v % 8 == 0) {
+    std::int64_t const row = static_cast<std::int64_t>(shape.num_value_heads) * shape.dim_v;
+    maps.o = value_map({params.o, shape.seqlen * row, row, shape.dim_v}, shape);
+  }
+  auto const kernel = scan_kernel<Cfg>;
+  constexpr int kSmemBytes = sizeof(SharedStorage<Cfg>);
+  static_assert(kSmemBytes <= 227 * 1024);
+  throw_on_error(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSmemBytes),
+                 "scan: shared memory");
+  constexpr int kColumnsPerCta = Cfg::kWarpgroups * kColumns;
+  dim3 const grid(static_cast<unsigned>(shape.num_sequences) * shape.num_value_heads,
+                  (shape.dim_v + kColumnsPerCta - 1) / kColumnsPerCta);
+  kernel<<<grid, Cfg::kThreads, kSmemBytes, stream>>>(params, maps);
+  throw_on_error(cudaGetLastError(), "scan: launch");
+}
+
+template <class Element, int kDimK>
+void dispatch(ScanParams const& params, cudaStream_t stream) {
+  // Two warpgroups share the factors that they load, at half the number of CTAs: where one warpgroup a CTA would not
+  // run all at once, they are the better choice.
+  CallShape const& shape = params.shape;
+  int device = 0, num_sms = 0;
+  throw_on_error(cudaGetDevice(&device), "scan");
+  throw_on_error(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device), "scan");
+  std::int64_t const slices = (shape.dim_v + kColumns - 1) / kColumns;
+  bool const share = slices > 1 && shape.num_sequences * shape.num_value_heads * slices > num_sms;
+  if (params.chunk_states != nullptr) {
+    launch<Config<Element, kDimK, 1, true>>(params, stream);
+  } else if (share) {
+    launch<Config<Element, kDimK, 2, false>>(params, stream);
+  } else {
+    launch<Config<Element, kDimK, 1, false>>(params, stream);
+  }
+}
+
+}  // namespace
+
+void run_scan(ScanParams const& params, cudaStream_t stream) {
+  if (params.shape.num_sequences == 0) {
+    return;
+  }
+  bool const wide = params.shape.dim_k > 64;
+  if (params.shape.element == ElementType::kFloat16) {
+    wide ? dispatch<__half, 128>(params, stream) : dispatch<__half, 64>(params, stream);
+  } else {
+    wide ? dispatch<__nv_bfloat16, 128>(params, stream) : dispatch<__nv_bfloat16, 64>(params, stream);
+  }
+}
+
+}  // namespace gdn2

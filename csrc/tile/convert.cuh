@@ -1,0 +1,52 @@
+// Between float32 and the 16-bit element types, in pairs of neighbours.
+#pragma once
+
+#include <type_traits>
+
+#include "tile/arch.cuh"
+
+namespace gdn2 {
+
+template <class Element>
+struct Pair;  // the packed type of two Elements
+
+template <>
+struct Pair<__nv_bfloat16> {
+  using Type = __nv_bfloat162;
+};
+template <>
+struct Pair<__half> {
+  using Type = __half2;
+};
+
+// Rounds to nearest even; lo goes to the lower address.
+template <class Element>
+__device__ std::uint32_t pack(float lo, float hi) {
+  typename Pair<Element>::Type pair;
+  if constexpr (std::is_same_v<Element, __half>) {
+    pair = __floats2half2_rn(lo, hi);
+  } else {
+    pair = __floats2bfloat162_rn(lo, hi);
+  }
+  return *reinterpret_cast<std::uint32_t*>(&pair);
+}
+
+template <class Element>
+__device__ float2 unpack(std::uint32_t bits) {
+  if constexpr (std::is_same_v<Element, __half>) {
+    return __half22float2(*reinterpret_cast<__half2*>(&bits));
+  } else {
+    return {__uint_as_float(bits << 16), __uint_as_float(bits & 0xffff0000)};  // one instruction each
+  }
+}
+
+template <class Element>
+__device__ Element round_to(float x) {
+  if constexpr (std::is_same_v<Element, __half>) {
+    return __float2half_rn(x);
+  } else {
+    return __float2bfloat16_rn(x);
+  }
+}
+
+}  // namespace gdn2

@@ -1,0 +1,90 @@
+// Products of one warp: mma.sync on registers, for what is too small for a warpgroup.
+//
+// Accumulators of a 16x8 product: acc[2*half + c] is row l/4 + 8*half, column 2*(l%4) + c, for lane l.
+#pragma once
+
+#include <type_traits>
+
+#include "tile/arch.cuh"
+#include "tile/tma.cuh"
+
+namespace gdn2 {
+
+__device__ inline int lane_index() {
+  return threadIdx.x % kWarpThreads;
+}
+
+// Four 8x8 matrices of 16-bit elements from a swizzled box: rows [row, row+16), 16-byte pieces [piece, piece+2).
+// r[0]: rows 0-7 of the first piece; r[1]: rows 8-15; r[2], r[3]: the same of the second piece. Lane l holds row l/4,
+// columns 2*(l%4) and the next.
+__device__ inline void load_matrices(std::uint32_t (&r)[4], void const* smem_box, int row, int piece) {
+  int const lane = lane_index();
+  auto const address = static_cast<std::uint32_t>(__cvta_generic_to_shared(smem_box)) +
+                       swizzled_offset(row + lane % 16, piece + lane / 16);
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];\n"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address)
+               : "memory");
+}
+
+// The same matrices transposed: lane l holds rows 2*(l%4) and the next, column l/4.
+__device__ inline void load_matrices_transposed(std::uint32_t (&r)[4], void const* smem_box, int row,
+                                                int piece) {
+  int const lane = lane_index();
+  auto const address = static_cast<std::uint32_t>(__cvta_generic_to_shared(smem_box)) +
+                       swizzled_offset(row + lane % 16, piece + lane / 16);
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];\n"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address)
+               : "memory");
+}
+
+// The inverse of load_matrices_transposed.
+__device__ inline void store_matrices_transposed(std::uint32_t const (&r)[4], void* smem_box, int row,
+                                                 int piece) {
+  int const lane = lane_index();
+  auto const address = static_cast<std::uint32_t>(__cvta_generic_to_shared(smem_box)) +
+                       swizzled_offset(row + lane % 16, piece + lane / 16);
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};\n" ::"r"(address),
+               "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
+               : "memory");
+}
+
+// acc [16, 8] += A [16, 16] B [16, 8]; a as load_matrices gives it, b0 and b1 the rows 0-7 and 8-15 of B, transposed.
+template <class Element>
+__device__ void mma_16x8x16(float (&acc)[4], std::uint32_t const (&a)[4], std::uint32_t b0,
+                            std::uint32_t b1) {
+  if constexpr (std::is_same_v<Element, __half>) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};\n"
+        : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  } else {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};\n"
+        : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  }
+}
+
+// float32 rounded to tf32 (to nearest, where the instruction itself would cut).
+__device__ inline std::uint32_t to_tf32(float x) {
+  std::uint32_t bits;
+  asm("cvt.rna.tf32.f32 %0, %1;\n" : "=r"(bits) : "f"(x));
+  return bits;
+}
+
+// acc [16, 8] += A [16, 8] B [8, 8] in tf32. a[0]: row l/4, step l%4; a[1]: row + 8; a[2], a[3]: the same, step + 4.
+// b[0]: step l%4, column l/4; b[1]: step + 4.
+__device__ inline void mma_16x8x8_tf32(float (&acc)[4], std::uint32_t const (&a)[4],
+                                       std::uint32_t const (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};\n"
+      : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+}  // namespace gdn2

@@ -1,0 +1,61 @@
+// A ring of shared-memory stages between a producer, which fills them by TMA, and consumers, which read them.
+//
+// full[stage] flips when every byte of the stage has arrived; empty[stage] flips when every consumer has let go of it.
+#pragma once
+
+#include <cutlass/arch/barrier.h>
+
+#include "tile/arch.cuh"
+
+namespace gdn2 {
+
+using FullBarrier = cutlass::arch::ClusterTransactionBarrier;
+using EmptyBarrier = cutlass::arch::ClusterBarrier;
+
+// A place in a ring of kStages: which stage comes next, and the parity of the visit to it.
+template <int kStages>
+struct RingPosition {
+  int stage = 0;
+  std::uint32_t parity = 0;
+
+  __device__ void advance() {
+    if (++stage == kStages) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+template <int kStages>
+struct RingBarriers {
+  FullBarrier full[kStages];
+  EmptyBarrier empty[kStages];
+
+  // By one thread, before the block's first barrier; fence_barrier_init must follow.
+  __device__ void init(int num_consumer_arrivals) {
+    for (int stage = 0; stage < kStages; ++stage) {
+      full[stage].init(1);
+      empty[stage].init(num_consumer_arrivals);
+    }
+  }
+
+  // Producer: waits until the consumers are done with the stage's last content (a fresh ring passes at once), then
+  // announces how many bytes will arrive.
+  __device__ FullBarrier& begin_fill(RingPosition<kStages> at, std::uint32_t bytes) {
+    empty[at.stage].wait(at.parity ^ 1);
+    full[at.stage].arrive_and_expect_tx(bytes);
+    return full[at.stage];
+  }
+
+  // Consumers: waits until the stage's bytes have arrived.
+  __device__ void wait_full(RingPosition<kStages> at) { full[at.stage].wait(at.parity); }
+
+  // Consumers, one lane a warp: the warp reads the stage no more.
+  __device__ void release(RingPosition<kStages> at) {
+    if (threadIdx.x % kWarpThreads == 0) {
+      empty[at.stage].arrive();
+    }
+  }
+};
+
+}  // namespace gdn2

@@ -1,0 +1,36 @@
+// Copies between global and shared memory by the bulk tensor copy engine (TMA), one thread a copy.
+//
+// Every tile lies in shared memory as boxes of 64 16-bit columns: rows of 128 bytes, their 16-byte pieces permuted by
+// the 128-byte swizzle, which ldmatrix and wgmma read without bank conflicts.
+#pragma once
+
+#include <cutlass/arch/barrier.h>
+#include <cute/arch/copy_sm90_tma.hpp>
+
+#include "tile/arch.cuh"
+
+namespace gdn2 {
+
+constexpr int kBoxColumns = 64;  // 16-bit columns of a box: the 128 bytes that the swizzle permutes
+constexpr int kBoxRowBytes = 128;
+constexpr int kSwizzleAtomBytes = 1024;  // 8 rows, after which the swizzle repeats; boxes are aligned to it
+
+__device__ inline void prefetch_tensor_map(CUtensorMap const& map) {
+  cute::prefetch_tma_descriptor(reinterpret_cast<cute::TmaDescriptor const*>(&map));
+}
+
+// Loads the box whose first element has these coordinates (innermost first) and counts its bytes on the barrier.
+template <class... Coordinates>
+__device__ void tma_load(CUtensorMap const& map, cutlass::arch::ClusterTransactionBarrier& full, void* smem,
+                         Coordinates... coordinates) {
+  constexpr auto kEvictNormal = static_cast<std::uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL);
+  cute::SM90_TMA_LOAD::copy(&map, reinterpret_cast<std::uint64_t*>(&full), kEvictNormal, smem,
+                            static_cast<std::int32_t>(coordinates)...);
+}
+
+// Byte offset, inside a box that starts at a multiple of kSwizzleAtomBytes, of the 16-byte piece `piece` of `row`.
+__host__ __device__ constexpr std::uint32_t swizzled_offset(int row, int piece) {
+  return row * kBoxRowBytes + ((piece ^ (row & 7)) << 4);
+}
+
+}  // namespace gdn2

@@ -1,0 +1,160 @@
+"""The operators: torch.ops.gdn2_ext.*, functional, with fake kernels, one schema for every backend.
+
+Operators are defined with torch.library.Library, since a custom_op costs tens of microseconds a call. Arguments that a
+backend does not need are ignored by it; outputs that were not asked for are empty tensors, as schemas have no optional
+outputs. Validation lies in ops.py: operators trust their arguments.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import cuda_backend, torch_backend
+from .torch_backend import CHUNK, GateOptions, compute_dtype, num_chunk_slots
+
+_INPUTS = (
+    "Tensor q, Tensor k, Tensor v, Tensor g, Tensor b, Tensor w, Tensor? A_log, Tensor? dt_bias, "
+    "Tensor? initial_state, Tensor? cu_seqlens"
+)
+_OPTIONS = (
+    "float scale, bool use_qk_l2norm, bool use_gate, float? lower_bound, bool use_gate_sigmoid, float erase_scale, "
+    "bool state_v_first"
+)
+
+lib = torch.library.Library("gdn2_ext", "DEF")
+lib.define(
+    f"chunk_forward({_INPUTS}, {_OPTIONS}, bool output_final_state, SymInt? num_state_chunks, "
+    "bool save_for_backward, int sequence_split, str backend) "
+    "-> (Tensor o, Tensor final_state, Tensor h, Tensor A_minus_I, Tensor P)"
+)
+lib.define(
+    f"chunk_backward(Tensor do, Tensor? d_final_state, {_INPUTS}, Tensor A_minus_I, Tensor P, {_OPTIONS}, "
+    "bool[] needed, int sequence_split, str backend) "
+    "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dg, Tensor db, Tensor dw, Tensor dA_log, Tensor d_dt_bias, "
+    "Tensor d_initial_state)"
+)
+lib.define(
+    f"recurrent_forward({_INPUTS}, Tensor? state_indices, Tensor? num_accepted_tokens, {_OPTIONS}, str backend) "
+    "-> (Tensor o, Tensor final_state)"
+)
+lib.define(
+    f"recurrent_forward_({_INPUTS.replace('Tensor? initial_state', 'Tensor(a!) pool')}, Tensor state_indices, "
+    f"Tensor? num_accepted_tokens, {_OPTIONS}, str backend) -> Tensor"
+)
+
+
+def state_shape(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, state_v_first: bool) -> tuple:
+    """[N, HV, K, V], or [N, HV, V, K] with state_v_first."""
+    num_sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    matrix = (v.shape[3], q.shape[3]) if state_v_first else (q.shape[3], v.shape[3])
+    return (num_sequences, v.shape[2], *matrix)
+
+
+def _chunk_matrix_shape(q: Tensor, g: Tensor, cu_seqlens: Tensor | None) -> tuple:
+    """A - I and P: [chunk slots, heads of g, C, C]."""
+    num_sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    slots = num_chunk_slots(q.shape[0], q.shape[1], num_sequences, cu_seqlens is not None)
+    return (slots, g.shape[2], CHUNK, CHUNK)
+
+
+def _empty(q: Tensor) -> Tensor:
+    return q.new_empty(0)
+
+
+def _chunk_forward(
+    q, k, v, g, b, w, A_log, dt_bias, initial_state, cu_seqlens,
+    scale, use_qk_l2norm, use_gate, lower_bound, use_gate_sigmoid, erase_scale, state_v_first,
+    output_final_state, num_state_chunks, save_for_backward, sequence_split, backend,
+):  # fmt: skip
+    options = GateOptions(use_qk_l2norm, use_gate, lower_bound, use_gate_sigmoid, erase_scale)
+    module = cuda_backend if backend == "cuda" else torch_backend
+    o, final_state, h, A_minus_I, P = module.chunk_forward(
+        q, k, v, g, b, w, A_log, dt_bias, initial_state, cu_seqlens, scale, options,
+        state_v_first=state_v_first, output_final_state=output_final_state, num_state_chunks=num_state_chunks,
+    )  # fmt: skip
+    return (
+        o,
+        _empty(q) if final_state is None else final_state,
+        _empty(q) if h is None else h,
+        A_minus_I if save_for_backward else _empty(q),
+        P if save_for_backward else _empty(q),
+    )
+
+
+def _chunk_forward_fake(
+    q, k, v, g, b, w, A_log, dt_bias, initial_state, cu_seqlens,
+    scale, use_qk_l2norm, use_gate, lower_bound, use_gate_sigmoid, erase_scale, state_v_first,
+    output_final_state, num_state_chunks, save_for_backward, sequence_split, backend,
+):  # fmt: skip
+    dtype = compute_dtype(q.dtype)
+    o = v.new_empty(v.shape)
+    state = state_shape(q, v, cu_seqlens, state_v_first)
+    final_state = q.new_empty(state, dtype=dtype) if output_final_state else _empty(q)
+    if num_state_chunks is None:
+        h = _empty(q)
+    else:
+        h = q.new_empty((q.shape[0], num_state_chunks, *state[1:]), dtype=dtype)
+    matrix = _chunk_matrix_shape(q, g, cu_seqlens) if save_for_backward else (0,)
+    matrix_dtype = dtype if save_for_backward and backend == "torch" else q.dtype
+    return o, final_state, h, q.new_empty(matrix, dtype=matrix_dtype), q.new_empty(matrix, dtype=matrix_dtype)
+
+
+def _chunk_backward(
+    do, d_final_state, q, k, v, g, b, w, A_log, dt_bias, initial_state, cu_seqlens, A_minus_I, P,
+    scale, use_qk_l2norm, use_gate, lower_bound, use_gate_sigmoid, erase_scale, state_v_first,
+    needed, sequence_split, backend,
+):  # fmt: skip
+    options = GateOptions(use_qk_l2norm, use_gate, lower_bound, use_gate_sigmoid, erase_scale)
+    if backend == "cuda":
+        A_minus_I, P = cuda_backend.from_tile_image(A_minus_I), cuda_backend.from_tile_image(P)
+    gradients = torch_backend.chunk_backward(
+        do, d_final_state, q, k, v, g, b, w, A_log, dt_bias, initial_state, cu_seqlens, A_minus_I, P, scale,
+        options, state_v_first=state_v_first,
+    )  # fmt: skip
+    return tuple(x.contiguous() if wanted else q.new_empty(0) for x, wanted in zip(gradients, needed))
+
+
+def _chunk_backward_fake(
+    do, d_final_state, q, k, v, g, b, w, A_log, dt_bias, initial_state, cu_seqlens, A_minus_I, P,
+    scale, use_qk_l2norm, use_gate, lower_bound, use_gate_sigmoid, erase_scale, state_v_first,
+    needed, sequence_split, backend,
+):  # fmt: skip
+    inputs = (q, k, v, g, b, w, A_log, dt_bias, initial_state)
+    return tuple(x.new_empty(x.shape) if wanted else q.new_empty(0) for x, wanted in zip(inputs, needed))
+
+
+def _recurrent_forward(
+    q, k, v, g, b, w, A_log, dt_bias, initial_state, cu_seqlens, state_indices, num_accepted_tokens,
+    scale, use_qk_l2norm, use_gate, lower_bound, use_gate_sigmoid, erase_scale, state_v_first, backend,
+    inplace_final_state=False,
+):  # fmt: skip
+    options = GateOptions(use_qk_l2norm, use_gate, lower_bound, use_gate_sigmoid, erase_scale)
+    return torch_backend.recurrent_forward(
+        q, k, v, g, b, w, A_log, dt_bias, initial_state, cu_seqlens, state_indices, num_accepted_tokens, scale,
+        options, state_v_first=state_v_first, inplace_final_state=inplace_final_state,
+    )  # fmt: skip
+
+
+def _recurrent_forward_fake(q, k, v, g, b, w, A_log, dt_bias, initial_state, cu_seqlens, *rest):
+    state_v_first = rest[-2]
+    state = state_shape(q, v, cu_seqlens, state_v_first)
+    return v.new_empty(v.shape), q.new_empty(state, dtype=compute_dtype(q.dtype))
+
+
+def _recurrent_forward_inplace(*args):
+    return _recurrent_forward(*args, inplace_final_state=True)[0]
+
+
+def _recurrent_forward_inplace_fake(q, k, v, *rest):
+    return v.new_empty(v.shape)
+
+
+for _name, _kernel, _fake in (
+    ("chunk_forward", _chunk_forward, _chunk_forward_fake),
+    ("chunk_backward", _chunk_backward, _chunk_backward_fake),
+    ("recurrent_forward", _recurrent_forward, _recurrent_forward_fake),
+    ("recurrent_forward_", _recurrent_forward_inplace, _recurrent_forward_inplace_fake),
+):
+    lib.impl(_name, _kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"gdn2_ext::{_name}", _fake, lib=lib)

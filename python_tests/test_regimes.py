@@ -1,0 +1,119 @@
+"""Accuracy: o, the final state and every gradient against the float64 reference, at the bar of each regime."""
+
+import cases
+import compare
+import pytest
+import torch
+
+CONSTANT_DECAYS = (0.0, -1.0, -5.0, -8.0, -20.0, -100.0, -float("inf"))
+
+
+@pytest.mark.every_dtype
+@pytest.mark.parametrize("regime", cases.REGIMES)
+def test_every_tensor_meets_the_bar_of_its_regime(backend, regime):
+    """The shape of the accuracy table, but one head and one seed on the CPU. Gradients arrive through o, as there."""
+    seeds, heads = ((1, 2, 3), 4) if backend.device.type == "cuda" else ((1,), 1)
+    for seed in seeds:
+        print(f"seed = {seed}")
+        inputs = backend.inputs(regime, seqlen=1024, heads=heads, seed=seed)
+        backend.check_against_reference(inputs, regime)
+
+
+@pytest.mark.every_dtype
+@pytest.mark.parametrize("regime", cases.REGIMES)
+def test_gradients_arrive_through_the_final_state_too(backend, regime, seed):
+    inputs = backend.inputs(regime, batch=2, seqlen=100, heads=2, dim_k=64, dim_v=64, seed=seed)
+    initial_state, d_final_state = backend.states(inputs, seed=seed)
+    backend.check_against_reference(inputs, regime, initial_state=initial_state, d_final_state=d_final_state)
+
+
+@pytest.mark.parametrize("g", CONSTANT_DECAYS)
+def test_any_constant_decay_is_accurate(backend, g, seed):
+    inputs = backend.inputs(seqlen=130, heads=2, dim_k=32, dim_v=48, seed=seed)
+    inputs.g.fill_(g)
+    initial_state, d_final_state = backend.states(inputs, seed=seed)
+    backend.check_against_reference(inputs, "slow", initial_state=initial_state, d_final_state=d_final_state)
+
+
+@pytest.mark.parametrize("g", CONSTANT_DECAYS)
+def test_any_decay_beside_a_slow_channel_is_accurate(backend, g, seed):
+    """Half of the channels decay by g, the others hardly: what the fast ones lose must not cost the slow ones."""
+    inputs = backend.inputs("slow", seqlen=130, heads=2, dim_k=32, dim_v=48, seed=seed)
+    inputs.g[..., ::2] = g
+    initial_state, d_final_state = backend.states(inputs, seed=seed)
+    backend.check_against_reference(inputs, "slow", initial_state=initial_state, d_final_state=d_final_state)
+
+
+def test_every_decay_at_once_is_accurate(backend, seed):
+    """A different constant in every channel, and another order of them in every token."""
+    inputs = backend.inputs(seqlen=130, heads=2, dim_k=70, dim_v=32, seed=seed)
+    values = torch.tensor(CONSTANT_DECAYS, device=backend.device).repeat(10)
+    for t in range(inputs.g.shape[1]):
+        inputs.g[:, t] = values.roll(t)
+    initial_state, d_final_state = backend.states(inputs, seed=seed)
+    backend.check_against_reference(inputs, "slow", initial_state=initial_state, d_final_state=d_final_state)
+
+
+@pytest.mark.parametrize("reset_at", [0, 1, 31, 32, 63, 64, 100, 129])
+def test_a_reset_of_every_channel_forgets_exactly(backend, reset_at, seed):
+    """g = -inf in one token: later outputs are those of a run that starts there, earlier ones of one that ends there."""
+    inputs = backend.inputs("slow", seqlen=130, heads=2, dim_k=32, dim_v=32, seed=seed)
+    inputs.g[:, reset_at] = -float("inf")
+    initial_state, d_final_state = backend.states(inputs, seed=seed)
+    backend.check_against_reference(inputs, "slow", initial_state=initial_state, d_final_state=d_final_state)
+    _, final_state = backend.forward(inputs, initial_state=initial_state, output_final_state=True)
+    _, without_past = backend.forward(inputs, initial_state=None, output_final_state=True)
+    compare.assert_bitwise_equal(final_state, without_past, "S with and without a past before the reset")
+
+
+@pytest.mark.parametrize("w", [0.0, 1.0])
+@pytest.mark.parametrize("b", [0.0, 1.0, 2.0])
+def test_saturated_gates_are_accurate(backend, b, w, seed):
+    inputs = backend.inputs("slow", seqlen=130, heads=2, dim_k=64, dim_v=32, seed=seed)
+    inputs.b.fill_(b)
+    inputs.w.fill_(w)
+    initial_state, d_final_state = backend.states(inputs, seed=seed)
+    regime = "erase2" if b == 2.0 else "slow"
+    backend.check_against_reference(inputs, regime, initial_state=initial_state, d_final_state=d_final_state)
+
+
+@pytest.mark.parametrize("w", [0.0, 1.0, 2.0])
+def test_write_gates_above_one_are_accurate(backend, w, seed):
+    """Nothing in the equations needs w <= 1."""
+    inputs = backend.inputs("slow", seqlen=70, heads=1, dim_k=32, dim_v=32, seed=seed)
+    inputs.w[..., ::2] = w
+    backend.check_against_reference(inputs, "slow")
+
+
+@pytest.mark.every_dtype
+def test_near_parallel_keys_with_full_erase_stay_close(backend):
+    """The hardest keys. Their bar is for o; everything else must be finite, and exact in float64."""
+    for seed in (1, 2, 3):
+        print(f"seed = {seed}")
+        dtypes = {"dtype": backend.dtype, "gate_dtype": backend.state_dtype, "device": backend.device}
+        inputs = cases.near_parallel_keys(seqlen=256, heads=2, dim_k=64, dim_v=64, seed=seed, **dtypes)
+        results, expected = backend.run(inputs), backend.expected(inputs)
+        for name, x in results.items():
+            assert torch.isfinite(x).all(), f"{name}: not finite at {torch.nonzero(~torch.isfinite(x))[0].tolist()}"
+        compare.assert_close(results["o"], expected["o"], cases.NEAR_PARALLEL_O_BAR, "o")
+        if backend.dtype == torch.float64:
+            backend.check(results, expected, "correlated")
+
+
+@pytest.mark.every_dtype
+@pytest.mark.parametrize("regime", ["slow", "uniform5"])
+def test_a_decay_in_the_dtype_of_q_is_read_as_it_is(backend, regime, seed):
+    """g rounded to the input dtype: the reference gets the same rounded decay."""
+    inputs = backend.inputs(regime, batch=1, seqlen=130, heads=2, dim_k=64, dim_v=64, seed=seed)
+    inputs.g = inputs.g.to(backend.dtype)
+    results = backend.check_against_reference(inputs, regime)
+    assert results["dg"].dtype == backend.dtype
+
+
+def test_zero_inputs_give_zero_outputs_and_finite_gradients(backend, seed):
+    inputs = backend.inputs(seqlen=70, heads=2, dim_k=32, dim_v=32, seed=seed)
+    for x in inputs.tensors:
+        x.zero_()
+    results = backend.run(inputs)
+    for name, x in results.items():
+        assert not x.any(), f"{name} is not zero"
