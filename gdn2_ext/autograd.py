@@ -1,7 +1,7 @@
 """Gradients of the operators in library.py: what is saved, and which backward operator runs.
 
-Saved between forward and backward: the inputs, A - I and P. The states are recomputed. Only gradients that somebody
-asked for are returned. A second derivative does not exist and says so.
+Saved between forward and backward: the inputs, A - I and P. The states are recomputed. Only gradients that
+somebody asked for are returned. A second derivative does not exist and says so.
 """
 
 from __future__ import annotations

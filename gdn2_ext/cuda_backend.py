@@ -26,8 +26,9 @@ _ALIGNMENT = 16  # bytes: what a bulk tensor copy asks of addresses and strides
 
 
 @torch.compiler.assume_constant_result
-def _capability(index: int | None) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(index)
+def _capability(index: int | None) -> str:
+    """As in "9.0"; while a graph is traced this is a constant of it."""
+    return "{}.{}".format(*torch.cuda.get_device_capability(index))
 
 
 def _why_no_kernels(device: torch.device) -> str | None:
@@ -36,13 +37,13 @@ def _why_no_kernels(device: torch.device) -> str | None:
     if device.type != "cuda":
         return f"the kernels need an NVIDIA Hopper GPU and the tensors are on {device.type}"
     capability = _capability(device.index)
-    if capability != (9, 0):
-        return f"the kernels need compute capability 9.0 and this device has {capability[0]}.{capability[1]}"
+    if capability != "9.0":
+        return f"the kernels need compute capability 9.0 and this device has {capability}"
     return None
 
 
 def why_not_chunk(q: Tensor, v: Tensor) -> str | None:
-    """None when the kernels take `chunk_gdn2` on checked tensors like these, else the reason why not."""
+    """None when the kernels take `chunk_gdn2` on checked tensors like these, else why not."""
     reason = _why_no_kernels(q.device)
     if reason is not None:
         return reason
@@ -56,7 +57,7 @@ def why_not_chunk(q: Tensor, v: Tensor) -> str | None:
 
 
 def why_not_recurrent(q: Tensor, v: Tensor) -> str | None:
-    """None when the kernels take `fused_recurrent_gdn2` on checked tensors like these, else the reason why not."""
+    """None when the kernels take `fused_recurrent_gdn2` on checked tensors like these, else why not."""
     return _why_no_kernels(q.device) or "this version has no recurrent kernel yet"
 
 
@@ -68,8 +69,8 @@ def why_not_recurrent(q: Tensor, v: Tensor) -> str | None:
 def _token_tensor(x: Tensor) -> tuple[Tensor, tuple[int, int, int, int]]:
     """x or a copy of it that a bulk tensor copy can read, and its address and strides in elements.
 
-    Contiguous channels and strides of whole 16 bytes are read as they are. Anything else is copied, channels padded to
-    whole 16 bytes.
+    Contiguous channels and strides of whole 16 bytes are read as they are. Anything else is copied, channels
+    padded to whole 16 bytes.
     """
     batch, seqlen, heads, channels = x.shape
     width = _ALIGNMENT // x.element_size()
@@ -108,7 +109,7 @@ def chunk_forward(
     output_final_state: bool,
     num_state_chunks: int | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor]:
-    """o, final_state (or None), chunk states (or None), A - I and P as tile images (see `from_tile_image`)."""
+    """o, final_state (or None), chunk states (or None), A - I and P (see `from_tile_image`)."""
     batch, seqlen, num_heads, dim_k = q.shape
     num_gate_heads = g.shape[2]
     num_value_heads, dim_v = v.shape[2:]
@@ -171,7 +172,7 @@ def chunk_forward(
 
 
 def from_tile_image(x: Tensor) -> Tensor:
-    """[..., 64, 64] from an image of shared memory, where row r has its 16-byte pieces permuted by piece ^ (r % 8)."""
+    """[..., 64, 64] from an image of shared memory: row r has its 16-byte pieces at piece ^ (r % 8)."""
     pieces = x.unflatten(-1, (8, 8))
     row = torch.arange(CHUNK, device=x.device).unsqueeze(1)
     order = (torch.arange(8, device=x.device) ^ (row % 8)).unsqueeze(-1)

@@ -1,11 +1,13 @@
 """The operators: torch.ops.gdn2_ext.*, functional, with fake kernels, one schema for every backend.
 
-Operators are defined with torch.library.Library, since a custom_op costs tens of microseconds a call. Arguments that a
-backend does not need are ignored by it; outputs that were not asked for are empty tensors, as schemas have no optional
-outputs. Validation lies in ops.py: operators trust their arguments.
+Operators are defined with torch.library.Library, since a custom_op costs tens of microseconds a call.
+Arguments that a backend does not need are ignored by it; outputs that were not asked for are empty tensors,
+as schemas have no optional outputs. Validation lies in ops.py: operators trust their arguments.
 """
 
 from __future__ import annotations
+
+import functools
 
 import torch
 from torch import Tensor
@@ -18,8 +20,8 @@ _INPUTS = (
     "Tensor? initial_state, Tensor? cu_seqlens"
 )
 _OPTIONS = (
-    "float scale, bool use_qk_l2norm, bool use_gate, float? lower_bound, bool use_gate_sigmoid, float erase_scale, "
-    "bool state_v_first"
+    "float scale, bool use_qk_l2norm, bool use_gate, float? lower_bound, bool use_gate_sigmoid, "
+    "float erase_scale, bool state_v_first"
 )
 
 lib = torch.library.Library("gdn2_ext", "DEF")
@@ -35,12 +37,12 @@ lib.define(
     "Tensor d_initial_state)"
 )
 lib.define(
-    f"recurrent_forward({_INPUTS}, Tensor? state_indices, Tensor? num_accepted_tokens, {_OPTIONS}, str backend) "
-    "-> (Tensor o, Tensor final_state)"
+    f"recurrent_forward({_INPUTS}, Tensor? state_indices, Tensor? num_accepted_tokens, {_OPTIONS}, "
+    "str backend) -> (Tensor o, Tensor final_state)"
 )
 lib.define(
-    f"recurrent_forward_({_INPUTS.replace('Tensor? initial_state', 'Tensor(a!) pool')}, Tensor state_indices, "
-    f"Tensor? num_accepted_tokens, {_OPTIONS}, str backend) -> Tensor"
+    f"recurrent_forward_({_INPUTS.replace('Tensor? initial_state', 'Tensor(a!) pool')}, "
+    f"Tensor state_indices, Tensor? num_accepted_tokens, {_OPTIONS}, str backend) -> Tensor"
 )
 
 
@@ -62,11 +64,31 @@ def _empty(q: Tensor) -> Tensor:
     return q.new_empty(0)
 
 
+def _without_autocast(kernel):
+    """The kernel with autocast off: it has chosen its dtypes."""
+
+    @functools.wraps(kernel)
+    def call(*args):
+        device_type = args[0].device.type
+        if not torch.is_autocast_enabled(device_type):
+            return kernel(*args)
+        with torch.autocast(device_type, enabled=False):
+            return kernel(*args)
+
+    return call
+
+
 def _chunk_forward(
     q, k, v, g, b, w, A_log, dt_bias, initial_state, cu_seqlens,
     scale, use_qk_l2norm, use_gate, lower_bound, use_gate_sigmoid, erase_scale, state_v_first,
     output_final_state, num_state_chunks, save_for_backward, sequence_split, backend,
 ):  # fmt: skip
+    if q.shape[0] == 0:  # no batch: nothing to compute, and the shapes are all there is
+        return _chunk_forward_fake(
+            q, k, v, g, b, w, A_log, dt_bias, initial_state, cu_seqlens,
+            scale, use_qk_l2norm, use_gate, lower_bound, use_gate_sigmoid, erase_scale, state_v_first,
+            output_final_state, num_state_chunks, save_for_backward, sequence_split, backend,
+        )  # fmt: skip
     options = GateOptions(use_qk_l2norm, use_gate, lower_bound, use_gate_sigmoid, erase_scale)
     module = cuda_backend if backend == "cuda" else torch_backend
     o, final_state, h, A_minus_I, P = module.chunk_forward(
@@ -105,6 +127,9 @@ def _chunk_backward(
     scale, use_qk_l2norm, use_gate, lower_bound, use_gate_sigmoid, erase_scale, state_v_first,
     needed, sequence_split, backend,
 ):  # fmt: skip
+    if q.shape[0] == 0:
+        inputs = (q, k, v, g, b, w, A_log, dt_bias, initial_state)
+        return tuple(torch.zeros_like(x) if wanted else _empty(q) for x, wanted in zip(inputs, needed))
     options = GateOptions(use_qk_l2norm, use_gate, lower_bound, use_gate_sigmoid, erase_scale)
     if backend == "cuda":
         A_minus_I, P = cuda_backend.from_tile_image(A_minus_I), cuda_backend.from_tile_image(P)
@@ -131,8 +156,8 @@ def _recurrent_forward(
 ):  # fmt: skip
     options = GateOptions(use_qk_l2norm, use_gate, lower_bound, use_gate_sigmoid, erase_scale)
     return torch_backend.recurrent_forward(
-        q, k, v, g, b, w, A_log, dt_bias, initial_state, cu_seqlens, state_indices, num_accepted_tokens, scale,
-        options, state_v_first=state_v_first, inplace_final_state=inplace_final_state,
+        q, k, v, g, b, w, A_log, dt_bias, initial_state, cu_seqlens, state_indices, num_accepted_tokens,
+        scale, options, state_v_first=state_v_first, inplace_final_state=inplace_final_state,
     )  # fmt: skip
 
 
@@ -156,5 +181,5 @@ for _name, _kernel, _fake in (
     ("recurrent_forward", _recurrent_forward, _recurrent_forward_fake),
     ("recurrent_forward_", _recurrent_forward_inplace, _recurrent_forward_inplace_fake),
 ):
-    lib.impl(_name, _kernel, "CompositeExplicitAutograd")
+    lib.impl(_name, _without_autocast(_kernel), "CompositeExplicitAutograd")
     torch.library.register_fake(f"gdn2_ext::{_name}", _fake, lib=lib)

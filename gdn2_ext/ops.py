@@ -1,4 +1,4 @@
-"""Public functions of Gated DeltaNet-2: argument checks, choice of backend, and the call into the operators."""
+"""Public functions: argument checks, choice of backend, and the call into the operators."""
 
 from __future__ import annotations
 
@@ -204,7 +204,8 @@ def _check_offsets(
             raise ValueError(f"cu_seqlens_cpu: expected device cpu, got {host.device}")
         if host.shape != cu_seqlens.shape:
             raise ValueError(
-                f"cu_seqlens_cpu: expected shape {tuple(cu_seqlens.shape)} as cu_seqlens, got {tuple(host.shape)}"
+                f"cu_seqlens_cpu: expected shape {tuple(cu_seqlens.shape)} as cu_seqlens, "
+                f"got {tuple(host.shape)}"
             )
         if not torch.compiler.is_compiling():  # values are not known while tracing
             _check_host_offsets(host_name, host, q.shape[1])
@@ -227,7 +228,7 @@ def _check_scalars(
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """q, k, v, b, w in the dtype of autocast where it is on. g, A_log, dt_bias and states stay as they are."""
+    """q, k, v, b, w in the dtype of autocast where it is on; g, A_log, dt_bias and states stay."""
     if not all(isinstance(x, Tensor) for x in tensors):
         return tensors  # the checks will name it
     device_type = tensors[0].device.type
@@ -292,22 +293,25 @@ def chunk_gdn2(
         S_t = (I - k_t (b_t*k_t)^T) Diag(exp g_t) S_{t-1} + k_t (w_t*v_t)^T        o_t = scale * S_t^T q_t
 
     Args:
-        q, k: queries and keys [B, T, H, K]; bfloat16, float16, float32 or float64. Usually L2-normalised, by the
-            caller or with `use_qk_l2norm_in_kernel`.
-        v: values [B, T, HV, V], dtype as q. HV is a multiple of H; value head hv reads key head hv // (HV // H).
-        g: log-decay (natural logarithm), g <= 0, -inf allowed, [B, T, H, K] or [B, T, HV, K]; float32 recommended,
-            or the dtype of q. With `use_gate_in_kernel` the raw projection.
+        q, k: queries and keys [B, T, H, K]; bfloat16, float16, float32 or float64. Usually L2-normalised, by
+            the caller or with `use_qk_l2norm_in_kernel`.
+        v: values [B, T, HV, V], dtype as q. HV is a multiple of H; value head hv reads key
+            head hv // (HV // H).
+        g: log-decay (natural logarithm), g <= 0, -inf allowed, [B, T, H, K] or [B, T, HV, K]; float32
+            recommended, or the dtype of q. With `use_gate_in_kernel` the raw projection.
         b: erase gate, shape as g, dtype as q, in [0, 1], or [0, 2] to allow negative eigenvalues.
         w: write gate [B, T, HV, V], dtype as q, in [0, 1].
         scale: factor of the outputs; K ** -0.5 by default.
-        initial_state: [N, HV, K, V] float32 (float64 with float64 inputs), zero by default. N is B, or the number of
-            packed sequences.
-        output_final_state: whether to return the state after the last token, shape and dtype as `initial_state`.
+        initial_state: [N, HV, K, V] float32 (float64 with float64 inputs), zero by default. N is B, or the
+            number of packed sequences.
+        output_final_state: whether to return the state after the last token, shape and dtype as
+            `initial_state`.
         use_qk_l2norm_in_kernel: divide q and k by sqrt(sum x^2 + 1e-6) first.
-        use_gate_in_kernel: g is raw; the decay is -exp(A_log) * softplus(g + dt_bias), or with `lower_bound` L < 0
-            L * sigmoid(exp(A_log) * (g + dt_bias)).
-        cu_seqlens: offsets of packed sequences [N+1], int32 or int64, B = 1. Sequences of length 0 are allowed.
-            On the device nothing is read back; malformed offsets give NaN from the first bad sequence on.
+        use_gate_in_kernel: g is raw; the decay is -exp(A_log) * softplus(g + dt_bias), or, with
+            `lower_bound` L < 0, L * sigmoid(exp(A_log) * (g + dt_bias)).
+        cu_seqlens: offsets of packed sequences [N+1], int32 or int64, B = 1. Sequences of length 0 are
+            allowed. On the device nothing is read back; malformed offsets give NaN from the first bad
+            sequence on.
         cu_seqlens_cpu: the same offsets on the CPU; they are then checked, and malformed ones raise.
         safe_gate: accepted for compatibility; every decay is safe here.
         lower_bound: see `use_gate_in_kernel`; without it not used.
@@ -319,14 +323,15 @@ def chunk_gdn2(
         chunk_size: 64; anything else is refused.
         use_gate_sigmoid_in_kernel: b and w are raw; b = erase_scale * sigmoid(b), w = sigmoid(w).
         erase_scale: 1 or 2, with `use_gate_sigmoid_in_kernel`.
-        sequence_split: 1 never splits a sequence, n runs n segments of it side by side, None chooses by shape.
+        sequence_split: 1 never splits a sequence, n runs n segments of it side by side, None chooses by
+            shape.
         backend: "cuda", "torch", or "auto": cuda where `supports` says yes, else torch.
 
     Returns:
-        (o, final_state), or (o, final_state, h) with `return_intermediate_states`: o [B, T, HV, V] in the dtype of q;
-        final_state or None; h [B, chunks, HV, K, V] (V, K with `state_v_first`). For packed sequences the chunks of
-        one sequence follow those of the one before; where the offsets are known on the device only, h has room for
-        T // 64 + N chunks and the rest is zero.
+        (o, final_state), or (o, final_state, h) with `return_intermediate_states`: o [B, T, HV, V] in the
+        dtype of q; final_state or None; h [B, chunks, HV, K, V] (V, K with `state_v_first`). For packed
+        sequences the chunks of one sequence follow those of the one before; where the offsets are known on
+        the device only, h has room for T // 64 + N chunks and the rest is zero.
 
     Differentiable in q, k, v, g, b, w, A_log, dt_bias and initial_state, once. Two runs agree bit for bit.
 
@@ -417,19 +422,20 @@ def fused_recurrent_gdn2(
     Args:
         initial_state: [N, HV, K, V] float32, or with `state_indices` a pool [num_slots, HV, K, V], float32 or
             bfloat16 ([.., V, K] with `state_v_first`). Arithmetic is float32.
-        state_indices: slots of the pool, int32 or int64. [N]: the slot of every sequence. [N, T]: a slot for every
-            position (speculative decoding); the state after token t goes to slot [n, t]. A negative or too large
-            index reads and writes nothing, and its output rows are zero.
+        state_indices: slots of the pool, int32 or int64. [N]: the slot of every sequence. [N, T]: a slot for
+            every position (speculative decoding); the state after token t goes to slot [n, t]. A negative or
+            too large index reads and writes nothing, and its output rows are zero.
         num_accepted_tokens: [N] int32 or int64, with indices [N, T]: sequence n starts from the state in slot
             [n, num_accepted_tokens[n] - 1]; by default from slot [n, 0].
-        inplace_final_state: write final states back into `initial_state`, which is then what is returned as the
-            final state. Needs `state_indices`. Slots that several sequences share are written in no stated order.
+        inplace_final_state: write final states back into `initial_state`, which is then what is returned as
+            the final state. Needs `state_indices`. Slots that several sequences share are written in no
+            stated order.
         out: [B, T, HV, V] to write the output to, dtype as q.
         check_indices: read the indices back and raise on one that is negative or too large.
 
     Returns:
-        (o, final_state): o [B, T, HV, V] in the dtype of q; final_state [N, HV, K, V] with `output_final_state`,
-        else None; with `inplace_final_state` it is the pool itself.
+        (o, final_state): o [B, T, HV, V] in the dtype of q; final_state [N, HV, K, V] with
+        `output_final_state`, else None; with `inplace_final_state` it is the pool itself.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came; before anything runs.
@@ -471,7 +477,8 @@ def fused_recurrent_gdn2(
 
 
 def _check_pool(
-    q: Tensor, v: Tensor, pool: Tensor | None, state_indices: Tensor | None, num_accepted_tokens: Tensor | None,
+    q: Tensor, v: Tensor, pool: Tensor | None, state_indices: Tensor | None,
+    num_accepted_tokens: Tensor | None,
     inplace_final_state: bool, num_sequences: int,
 ) -> None:  # fmt: skip
     _check_is_tensor("state_indices", state_indices, optional=True)
@@ -494,7 +501,8 @@ def _check_pool(
         columns = state_indices.shape[1]
         if state_indices.shape[0] != num_sequences or columns == 0:
             raise ValueError(
-                f"state_indices: expected [N, T] with N = {num_sequences}, got shape {tuple(state_indices.shape)}"
+                f"state_indices: expected [N, T] with N = {num_sequences}, "
+                f"got shape {tuple(state_indices.shape)}"
             )
         if q.shape[0] == num_sequences and q.shape[1] > columns:
             raise ValueError(
@@ -532,8 +540,8 @@ def supports(
     """Whether the CUDA backend would take `chunk_gdn2(q, k, v, g, b, w, **options)`, and if not, why.
 
     Returns:
-        (True, "") or (False, reason). Nothing is launched; tensors that `chunk_gdn2` itself would refuse raise the
-        same errors as there.
+        (True, "") or (False, reason). Nothing is launched; tensors that `chunk_gdn2` itself would refuse
+        raise the same errors as there.
     """
     _check_tokens(q, k, v, g, b, w)
     reason = cuda_backend.why_not_chunk(q, v)

@@ -1,18 +1,21 @@
-"""The portable backend: Gated DeltaNet-2 in PyTorch operations, on any device, in any float dtype, for any K and V.
+"""The portable backend: PyTorch operations on any device, in any float dtype, for any K and V.
 
-The chunk form of the recurrence with its analytic backward. Nothing loops over tokens (but `recurrent`, which is the
-token form); one loop runs over chunks, because the state does. Everything else is batched over chunks and heads.
+The chunk form of the recurrence with its analytic backward. Nothing loops over tokens (but `recurrent`, which
+is the token form); one loop runs over chunks, because the state does. Everything else is batched over chunks
+and heads.
 
-Symbols are those of the paper (arXiv 2605.22791) and of docs/numerics.md: with S the state at a chunk's start,
+Symbols are those of the paper (arXiv 2605.22791) and of docs/numerics.md: with S the state at a chunk's
+start,
 
     X = Z - (gamma*E) S      R = A X      O = scale (gamma*q) S + P R      S' = Diag(gamma[C-1]) S + Kt^T R
 
 where E = b*k, Z = w*v, A = (I+T)^-1, and T, P hold the decayed products of E and q with k inside the chunk.
 
-Chunked tensors are [steps, lanes, C, width]: `steps` is what the state walks along, `lanes` is what runs side by side.
-A dense call has one step per chunk and a lane per batch element and head; a packed one has a step per chunk slot of the
-packed tokens and a lane per head, and the state of the slot's sequence is fetched and put back at every step. Value
-heads that share a key head are side by side in the width: everything here is linear in the columns of v.
+Chunked tensors are [steps, lanes, C, width]: `steps` is what the state walks along, `lanes` is what runs side
+by side. A dense call has a step for every chunk and a lane for every batch element and head. A packed one has a
+step for every chunk slot of the packed tokens and a lane for every head; the state of the slot's sequence is
+fetched and put back at every step. Value heads that share a key head are side by side in the width: everything
+here is linear in the columns of v.
 """
 
 from __future__ import annotations
@@ -150,8 +153,10 @@ def _decay_gate_backward(
 
 
 def num_chunk_slots(batch: int, seqlen: int, num_sequences: int, packed: bool) -> int:
-    """How many chunk slots a call has. Packed: sequence n owns the slots cu_seqlens[n] // 64 + n and following, which
-    needs no prefix sum over lengths, so that nothing is read back from the device; a few slots stay empty."""
+    """How many chunk slots a call has. Packed: sequence n owns the slots cu_seqlens[n] // 64 + n and
+    following, which needs no prefix sum over lengths, so that nothing is read back from the device; a few
+    slots stay empty.
+    """
     if packed:
         return seqlen // CHUNK + num_sequences
     return batch * ((seqlen + CHUNK - 1) // CHUNK)
@@ -169,7 +174,7 @@ class DenseTokens:
         heads, width = x.shape[2:]
         x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, self.steps * CHUNK - self.seqlen))
         x = x.view(self.batch, self.steps, CHUNK, heads, width).permute(1, 0, 3, 2, 4)
-        return x.reshape(self.steps, self.batch * heads, CHUNK, width)
+        return x.reshape(self.steps, self.batch * heads, CHUNK, width).contiguous()
 
     def from_chunks(self, x: Tensor) -> Tensor:
         """[steps, B*H, C, D] -> [B, T, H, D]."""
@@ -191,7 +196,7 @@ class DenseTokens:
 
     def states(self, x: Tensor) -> Tensor:
         """[B, H, K, V] -> [rows, lanes, K, V]: one row that holds every lane's state."""
-        return x.reshape(1, -1, *x.shape[2:]).clone()
+        return x.reshape(1, -1, *x.shape[2:]).clone(memory_format=torch.contiguous_format)
 
     def from_states(self, x: Tensor) -> Tensor:
         return x.view(self.batch, -1, *x.shape[2:])
@@ -202,10 +207,10 @@ class DenseTokens:
 
 
 class PackedTokens:
-    """Packed sequences as chunks: one step per chunk slot, a lane per head. Nothing is read back from the device.
+    """Packed sequences as chunks: one step per chunk slot, a lane per head. Nothing is read back.
 
-    Offsets count up to the first that is out of order or out of range; sequences from there on are malformed, and
-    their rows and states are NaN, as are rows that no sequence owns.
+    Offsets count up to the first that is out of order or out of range; sequences from there on are malformed,
+    and their rows and states are NaN, as are rows that no sequence owns.
     """
 
     def __init__(self, cu_seqlens: Tensor, seqlen: int):
@@ -262,7 +267,7 @@ class PackedTokens:
 
     def states(self, x: Tensor) -> Tensor:
         """[N, H, K, V] as it is: a row per sequence."""
-        return x.clone()
+        return x.clone(memory_format=torch.contiguous_format)
 
     def from_states(self, x: Tensor) -> Tensor:
         return torch.where(self.well_formed[:, None, None, None], x, torch.full_like(x, torch.nan))
@@ -271,7 +276,9 @@ class PackedTokens:
         return self._rows[step]
 
     def in_sequence_order(self, x: Tensor, num_chunks: int) -> Tensor:
-        """[steps, ...] -> [num_chunks, ...]: the chunks of every sequence one after the other, zeros behind the last."""
+        """[steps, ...] -> [num_chunks, ...]: the chunks of every sequence one after the other, zeros behind
+        the last.
+        """
         last = self._num_chunks.cumsum(0)
         index = torch.arange(num_chunks, device=x.device)
         owner = torch.searchsorted(last, index, right=True).clamp(max=self.num_sequences - 1)
@@ -300,10 +307,10 @@ def _store_state(states: Tensor, row: Tensor | None, S: Tensor) -> None:
 class _DecayLevels:
     """The factors of exp(G[r]-G[s]) for halves of growing size, all in [0, 1], as products of alpha.
 
-    Iterating gives, for h = 1, 2, ..., C/2, (h, D of the later halves, U of the earlier halves), [..., C/2h, h, K]:
-    a row r of a later and a row s of the earlier half of the same pair have exp(G[r]-G[s]) = D[r] U[s]. Afterwards
-    `gamma` is exp(G) and `tail` is exp(G[C-1]-G), [..., C, K]. Exact for any g <= 0, -inf included, and never
-    looking at a row after r.
+    Iterating gives, for h = 1, 2, ..., C/2, (h, D of the later halves, U of the earlier halves), [..., C/2h,
+    h, K]: a row r of a later and a row s of the earlier half of the same pair have exp(G[r]-G[s]) = D[r]
+    U[s]. Afterwards `gamma` is exp(G) and `tail` is exp(G[C-1]-G), [..., C, K]. Exact for any g <= 0, -inf
+    included, and never looking at a row after r.
     """
 
     def __init__(self, g: Tensor):
@@ -327,7 +334,7 @@ class _DecayLevels:
 
 
 def _halves(x: Tensor, h: int) -> tuple[Tensor, Tensor]:
-    """The earlier and the later half of every pair of h-row blocks: two views [..., C/2h, h, K] of [..., C, K]."""
+    """The earlier and the later half of every pair of h-row blocks of [..., C, K]: views [.., C/2h, h, K]."""
     pairs = x.view(*x.shape[:-2], CHUNK // (2 * h), 2, h, x.shape[-1])
     return pairs[..., 0, :, :], pairs[..., 1, :, :]
 
@@ -340,7 +347,7 @@ def _pair_blocks(M: Tensor, h: int) -> Tensor:
 
 
 class _Factors(NamedTuple):
-    """What the scan reads, per chunk: [steps, lanes, C, K], [steps, lanes, C, C], gamma_last [steps, lanes, K, 1]."""
+    """What the scan reads, per chunk: [steps, lanes, C, K], and gamma_last [steps, lanes, K, 1]."""
 
     gamma: Tensor
     tail: Tensor
@@ -372,25 +379,44 @@ def _prepare(q_scaled: Tensor, k: Tensor, g: Tensor, E: Tensor) -> tuple[_Factor
     P.diagonal(dim1=-2, dim2=-1).copy_((q_scaled * k).sum(-1))
     identity = torch.eye(CHUNK, dtype=g.dtype, device=g.device)
     A = torch.linalg.solve_triangular(T + identity, identity.expand_as(T), upper=False, unitriangular=True)
-    return _factors(levels, q_scaled, k, E), A - identity, P
+    return _factors(levels, q_scaled, k, E), (A - identity).contiguous(), P
 
 
 def _pairs_backward(
     dP: Tensor, dT: Tensor, q_scaled: Tensor, k: Tensor, g: Tensor, E: Tensor
-) -> tuple[_DecayLevels, Tensor, Tensor, Tensor]:
-    """pairs(dP) and pairs(dT) of the chunk backward: gradients of q_scaled, E and k from P and T."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """pairs(dP) and pairs(dT) of the chunk backward: gradients of q_scaled, E, k and g from P and T."""
     d_diagonal = dP.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
-    dq, dE, dk = d_diagonal * k, torch.zeros_like(E), d_diagonal * q_scaled
-    levels = _DecayLevels(g)
-    for h, D_later, U_earlier in levels:
+    dq, dE, dk, dg = d_diagonal * k, torch.zeros_like(E), d_diagonal * q_scaled, torch.zeros_like(g)
+    for h, D_later, U_earlier in _DecayLevels(g):
         k_earlier = _halves(k, h)[0] * U_earlier
-        rows = torch.cat([_halves(E, h)[1] * D_later, _halves(q_scaled, h)[1] * D_later], dim=-2)
+        E_later, q_later = _halves(E, h)[1] * D_later, _halves(q_scaled, h)[1] * D_later
         M = torch.cat([_pair_blocks(dT, h), _pair_blocks(dP, h)], dim=-3).movedim(-1, -3)
         dE_later, dq_later = (M @ k_earlier).split(h, dim=-2)
         _halves(dE, h)[1].addcmul_(dE_later, D_later)
         _halves(dq, h)[1].addcmul_(dq_later, D_later)
-        _halves(dk, h)[0].addcmul_(M.transpose(-1, -2) @ rows, U_earlier)
-    return levels, dq, dE, dk
+        dk_earlier = M.transpose(-1, -2) @ torch.cat([E_later, q_later], dim=-2)
+        _halves(dk, h)[0].addcmul_(dk_earlier, U_earlier)
+        # alpha[i] is in the pair (r, s) for s < i <= r: in the later half up to r, in the earlier one after s.
+        # Summed like this no pair has to cancel, and dg is exact relative to its own size for any decay.
+        _halves(dg, h)[1].add_(_sum_from(E_later * dE_later + q_later * dq_later))
+        if h > 1:
+            _halves(dg, h)[0][..., 1:, :].add_(_sum_to(k_earlier * dk_earlier)[..., :-1, :])
+    return dq, dE, dk, dg
+
+
+def _sum_from(x: Tensor) -> Tensor:
+    """y[i] = sum of x[r] over the rows r >= i of [..., rows, K], in an order that depends on i alone."""
+    h = 1
+    while h < x.shape[-2]:
+        x = torch.cat([x[..., :-h, :] + x[..., h:, :], x[..., -h:, :]], dim=-2)
+        h *= 2
+    return x
+
+
+def _sum_to(x: Tensor) -> Tensor:
+    """y[i] = sum of x[r] over the rows r <= i."""
+    return _sum_from(x.flip(-2)).flip(-2)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -483,10 +509,10 @@ def chunk_forward(
     output_final_state: bool,
     num_state_chunks: int | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor]:
-    """o, final_state (or None), the states at the chunks' starts (or None), A - I and P [slots, lane heads, C, C].
+    """o, final_state (or None), states at the chunks' starts (or None), A - I, P [slots, lane heads, C, C].
 
-    num_state_chunks: how many chunk states to return (per sequence for a dense call, in all for a packed one); None
-    returns none.
+    num_state_chunks: how many chunk states to return (per sequence for a dense call, in all for a packed
+    one); None returns none.
     """
     call = _Call(q, k, v, g, b, w, A_log, dt_bias, cu_seqlens, scale, options)
     factors, A_minus_I, P = _prepare(call.q_scaled, call.k, call.g, call.E)
@@ -502,7 +528,7 @@ def chunk_forward(
         torch.bmm(factors.gamma_q[step], S.start, out=O[step])
         O[step].baddbmm_(P[step], R)
         _store_state(states, row, S.end)
-    o = call.values_from_chunks(O).to(q.dtype)
+    o = call.values_from_chunks(O).to(q.dtype).contiguous()
     if h is not None:
         h = _states_at_chunks(call, h, num_state_chunks, state_v_first)
     final_state = call.states_out(states, state_v_first) if output_final_state else None
@@ -581,18 +607,20 @@ def chunk_backward(
     # dP = tril(dO R^T), dT = -tril(dX R^T, -1)
     dP = torch.tril(dO @ R.transpose(-1, -2))
     dT = torch.tril(dX @ R.transpose(-1, -2), -1).neg_()
-    _, dq, dE, dk = _pairs_backward(dP, dT, call.q_scaled, call.k, call.g, call.E)
+    dq, dE, dk, dg = _pairs_backward(dP, dT, call.q_scaled, call.k, call.g, call.E)
     # dq is the gradient of scale * q here; dk is dk_ of the equations, without b*dE.
-    dq.addcmul_(factors.gamma, dO @ S_all.transpose(-1, -2))
-    dE.addcmul_(factors.gamma, dX @ S_all.transpose(-1, -2), value=-1)
-    Kt_part = R @ dS_all.transpose(-1, -2)
-    dk.addcmul_(factors.tail, Kt_part)
+    dq_state = factors.gamma * (dO @ S_all.transpose(-1, -2))
+    dE_state = factors.gamma * (dX @ S_all.transpose(-1, -2))
+    dk_state = factors.tail * (R @ dS_all.transpose(-1, -2))
 
-    dG = call.q_scaled * dq + call.E * dE - call.k * dk
-    dG[..., -1, :] += (factors.Kt * Kt_part).sum(-2) + factors.gamma_last.squeeze(-1) * (S_all * dS_all).sum(
-        -1
-    )
-    dg = dG.flip(-2).cumsum(-2).flip(-2)
+    # Reads of S by tokens r >= i, the state that is carried through, and writes to S' by tokens s < i.
+    reads = call.q_scaled * dq_state - call.E * dE_state
+    reads[..., -1, :] += factors.gamma_last.squeeze(-1) * (S_all * dS_all).sum(-1)
+    dg += _sum_from(reads)
+    dg[..., 1:, :] += _sum_to(call.k * dk_state)[..., :-1, :]
+    dq += dq_state
+    dE -= dE_state
+    dk += dk_state
     db = call.k * dE
     dk.addcmul_(call.b, dE)
     dv, dw = call.w * dX, call.v * dX
@@ -628,7 +656,8 @@ def _reverse_scan(
 ) -> tuple[Tensor, Tensor]:
     """dS' (gradient of the state after each chunk) and dX of every chunk; d_states ends as d initial_state.
 
-    dR = P^T dO + Kt dS'      dX = A^T dR      dS = Diag(gamma[C-1]) dS' + scale (gamma*q)^T dO - (gamma*E)^T dX
+    dR = P^T dO + Kt dS'      dX = A^T dR
+    dS = Diag(gamma[C-1]) dS' + scale (gamma*q)^T dO - (gamma*E)^T dX
     """
     dS_all = call.Z.new_empty(call.tokens.steps, *d_states.shape[1:])
     dX_all = torch.empty_like(call.Z)
@@ -675,8 +704,9 @@ def _gradients_of_raw_inputs(call: _Call, inputs, options: GateOptions, **d: Ten
 class StatePool(NamedTuple):
     """Where a decode call keeps its states: slots of a pool [num_slots, HV, K, V], picked by index.
 
-    indices is [N] (one slot per sequence) or [N, T] (a slot per position: the state after that token goes there, and
-    the call starts from the slot of the last accepted position). A slot out of range is never touched.
+    indices is [N] (one slot per sequence) or [N, T] (a slot per position: the state after that token goes
+    there, and the call starts from the slot of the last accepted position). A slot out of range is never
+    touched.
     """
 
     states: Tensor
@@ -699,7 +729,7 @@ class StatePool(NamedTuple):
         return self.states.index_select(0, slots.clamp(0, self.states.shape[0] - 1))
 
     def write(self, slots: Tensor, keep: Tensor, values: Tensor) -> None:
-        """states[slots[n]] = values[n] where keep[n], one after the other, so that equal slots cannot race."""
+        """states[slots[n]] = values[n] where keep[n], one after the other: equal slots cannot race."""
         for slot, kept, value in zip(slots.split(1), keep.split(1), values.to(self.states.dtype).split(1)):
             safe = slot.clamp(0, self.states.shape[0] - 1)
             old = self.states.index_select(0, safe)
@@ -709,7 +739,7 @@ class StatePool(NamedTuple):
 def token_step(
     S: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, b: Tensor, w: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """One token of the recurrence: S [..., K, V], q (scaled) k g b [..., K], v w [..., V] -> the new S, and o [..., V].
+    """One token: S [..., K, V], q (scaled) k g b [..., K], v w [..., V] -> the new S, and o [..., V].
 
     Decay S; read r = S^T (b*k); S += k (w*v - r)^T; read o = S^T q.
     """

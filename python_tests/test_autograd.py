@@ -53,7 +53,7 @@ class Leaves:
 
     def check(self, gradients: dict, expected: dict) -> None:
         for name, x in gradients.items():
-            bar = self.backend.bar({"initial_state": "S"}.get(name, "dg" if len(name) > 1 else f"d{name}"), "layer_init")
+            bar = self.backend.bar({"initial_state": "S"}.get(name, "dg" if len(name) > 1 else f"d{name}"))
             compare.assert_close(x, expected[name], bar, f"gradient of {name}")
 
 
@@ -128,7 +128,7 @@ def test_a_loss_of_the_final_state_alone(backend, seed):
     inputs.do = torch.zeros_like(inputs.do)
     expected = backend.expected(inputs, initial_state=initial_state, d_final_state=d_final_state)
     names = ("dq", "dk", "dv", "dg", "db", "dw", "d_initial_state")
-    backend.check(dict(zip(names, gradients, strict=True)), expected, "slow")
+    backend.check(dict(zip(names, gradients, strict=True)), expected)
     assert not gradients[0].any(), "q does not reach the final state"
 
 
@@ -147,7 +147,7 @@ def test_the_final_state_is_differentiable_only_as_an_output(backend, seed):
     o, nothing = chunk_gdn2(*inputs.tensors, backend=backend.name)
     assert nothing is None
     (dq,) = torch.autograd.grad(o, q, inputs.do)
-    backend.check({"dq": dq}, backend.expected(inputs), "slow")
+    backend.check({"dq": dq}, backend.expected(inputs))
 
 
 def test_a_loss_that_needs_no_gradient_of_the_op_runs_no_backward(leaves):
@@ -265,7 +265,7 @@ def test_calls_in_a_chain_share_a_graph(backend, seed):
     d_first = torch.from_numpy(compare.to_float64(backend.expected(second_inputs)["dv"])).to(dv)
     expected = backend.expected(cases.Inputs(*inputs.tensors, do=d_first))["dv"]
     # The op is linear in v: the two layers' errors add up.
-    compare.assert_close(dv, expected, 2 * backend.bar("dv", "slow"), "dv through two layers")
+    compare.assert_close(dv, expected, 2 * backend.bar("dv"), "dv through two layers")
 
 
 # -- autocast ---------------------------------------------------------------------------------------------------------
@@ -326,11 +326,12 @@ def test_autocast_equals_the_call_on_rounded_tensors(backend, dtype, backward, s
         compare.assert_bitwise_equal(x, expected[name].float(), name)
 
 
-def test_decoding_under_autocast_equals_the_call_on_rounded_tensors(recurrent_backend, seed):
-    inputs, rounded = autocast_inputs(recurrent_backend, torch.bfloat16, seed)
-    options = {"A_log": inputs.A_log, "dt_bias": inputs.dt_bias, **EVERYTHING, "backend": recurrent_backend.name}
+@pytest.mark.recurrent
+def test_decoding_under_autocast_equals_the_call_on_rounded_tensors(backend, seed):
+    inputs, rounded = autocast_inputs(backend, torch.bfloat16, seed)
+    options = {"A_log": inputs.A_log, "dt_bias": inputs.dt_bias, **EVERYTHING, "backend": backend.name}
     expected, expected_state = fused_recurrent_gdn2(*rounded.tensors, output_final_state=True, **options)
-    with torch.autocast(recurrent_backend.device.type, torch.bfloat16):
+    with torch.autocast(backend.device.type, torch.bfloat16):
         o, final_state = fused_recurrent_gdn2(*inputs.tensors, output_final_state=True, **options)
     compare.assert_bitwise_equal(o, expected, "o")
     compare.assert_bitwise_equal(final_state, expected_state, "S")

@@ -75,7 +75,7 @@ def test_simpler_rules_are_special_cases(backend, rule, gates, decay, seed):
         inputs.g = torch.zeros_like(inputs.g)
     initial_state, _ = backend.states(inputs, seed=seed)
     o, final_state = backend.forward(inputs, initial_state=initial_state, output_final_state=True)
-    backend.check({"o": o, "S": final_state}, run_rule(inputs, initial_state, rule), "slow")
+    backend.check({"o": o, "S": final_state}, run_rule(inputs, initial_state, rule))
 
 
 def test_no_write_and_no_erase_leave_a_decaying_state(backend, seed):
@@ -86,7 +86,7 @@ def test_no_write_and_no_erase_leave_a_decaying_state(backend, seed):
     _, final_state = backend.forward(inputs, initial_state=initial_state, output_final_state=True)
     decay = compare.to_float64(inputs.g).sum(1)  # [B, H, K]
     expected = np.exp(decay)[..., None] * compare.to_float64(initial_state)
-    compare.assert_close(final_state, expected, backend.bar("S", "slow"), "S")
+    compare.assert_close(final_state, expected, backend.bar("S"), "S")
 
 
 def test_a_full_overwrite_returns_the_value_at_its_key(backend, seed):
@@ -98,7 +98,7 @@ def test_a_full_overwrite_returns_the_value_at_its_key(backend, seed):
     inputs.q.copy_(inputs.k)
     o, _ = backend.forward(inputs, scale=1.0)
     norm = compare.to_float64(inputs.k).__pow__(2).sum(-1, keepdims=True)  # 1 but for the rounding to 16 bits
-    tolerance = backend.bar("o", "slow") + np.abs(norm - 1).max()
+    tolerance = backend.bar("o") + np.abs(norm - 1).max()
     compare.assert_close(o, inputs.v, tolerance, "o")
 
 
@@ -117,7 +117,7 @@ def test_a_run_equals_two_runs_that_hand_over_the_state_at_any_token(backend, se
         first, state = backend.forward(slices(inputs, None, t), initial_state=initial_state, output_final_state=True)
         second, final_state = backend.forward(slices(inputs, t, None), initial_state=state, output_final_state=True)
         results = {"o": torch.cat([first, second], dim=1), "S": final_state}
-        backend.check(results, expected, "slow", where=f" handed over at {t}")
+        backend.check(results, expected, where=f" handed over at {t}")
 
 
 @pytest.mark.parametrize("t", [0, 1, 16, 63, 64, 65, 99, 100])
@@ -133,7 +133,7 @@ def test_gradients_pass_through_a_state_that_is_handed_over(backend, t, seed):
     )
     results = {name: torch.cat([first[name], second[name]], dim=1) for name in ("o", "dq", "dk", "dv", "dg", "db", "dw")}
     results |= {"S": second["S"], "d_initial_state": first["d_initial_state"]}
-    backend.check(results, expected, "slow")
+    backend.check(results, expected)
 
 
 @pytest.mark.every_dtype
@@ -210,7 +210,7 @@ def test_an_output_gradient_reaches_only_tokens_up_to_it(backend, seed):
         do = torch.zeros_like(inputs.do)
         do[:, t] = inputs.do[:, t]
         inputs_t = cases.Inputs(*inputs.tensors, do=do)
-        backend.check(backend.run(inputs_t), backend.expected(inputs_t), "slow", where=f" from token {t}")
+        backend.check(backend.run(inputs_t), backend.expected(inputs_t), where=f" from token {t}")
 
 
 # -- linearity --------------------------------------------------------------------------------------------------------
@@ -225,7 +225,7 @@ def test_the_output_is_linear_in_the_values_and_the_state_together(backend, seed
     o_x, S_x = backend.forward(x, initial_state=state_x, output_final_state=True)
     o_y, S_y = backend.forward(y_values, initial_state=state_y, output_final_state=True)
     o, S = backend.forward(total, initial_state=2 * state_x - 3 * state_y, output_final_state=True)
-    bars = {name: 10 * backend.bar(name, "slow") for name in ("o", "S")}  # three roundings, the terms larger than the sum
+    bars = {name: 10 * backend.bar(name) for name in ("o", "S")}  # three roundings, the terms larger than the sum
     compare.assert_close(o, 2 * o_x.double() - 3 * o_y.double(), bars["o"], "o")
     compare.assert_close(S, 2 * S_x.double() - 3 * S_y.double(), bars["S"], "S")
 

@@ -20,7 +20,7 @@ def check(backend, inputs, seed, *, v_first=False, **options):
     """Raw inputs, so bars are those of layer_init, with a state and its gradient."""
     initial_state, d_final_state = backend.states(inputs, seed=seed, v_first=v_first)
     states = {"initial_state": initial_state, "d_final_state": d_final_state, "state_v_first": v_first}
-    return backend.check_against_reference(inputs, "layer_init", **states, **options)
+    return backend.check_against_reference(inputs, **states, **options)
 
 
 # -- L2 norm ----------------------------------------------------------------------------------------------------------
@@ -105,7 +105,7 @@ def test_an_infinite_raw_gate_has_finite_gradients(backend, lower_bound, raw, se
     options = {"lower_bound": lower_bound, "initial_state": initial_state, "d_final_state": d_final_state, **EVERYTHING}
     results = backend.run(inputs, **options)
     inputs.g.clamp_(-1e4, 1e4)  # the same decays, from raw gates that the reference can multiply by zero
-    backend.check(results, backend.expected(inputs, **options), "layer_init")
+    backend.check(results, backend.expected(inputs, **options))
 
 
 def test_a_saturated_gate_equals_the_activated_one(backend, seed):
@@ -113,7 +113,7 @@ def test_a_saturated_gate_equals_the_activated_one(backend, seed):
     inputs = backend.raw_inputs(**SHAPE, seed=seed)
     actual, _ = backend.forward(inputs, **EVERYTHING)
     expected = backend.expected(inputs, **EVERYTHING)
-    compare.assert_close(actual, expected["o"], backend.bar("o", "layer_init"), "o")
+    compare.assert_close(actual, expected["o"], backend.bar("o"), "o")
 
 
 # -- gate sigmoids ----------------------------------------------------------------------------------------------------
@@ -169,7 +169,7 @@ def test_parameters_stay_float32_beside_float64_inputs(backend, seed):
     for name in ("dA_log", "d_dt_bias"):
         assert results[name].dtype == torch.float32
         expected[name] = compare.to_float64(expected[name]).astype("float32")
-    backend.check(results, expected, "layer_init")
+    backend.check(results, expected)
 
 
 def test_a_raw_gate_in_the_dtype_of_q(backend, seed):
@@ -257,7 +257,7 @@ def test_the_states_at_every_chunks_start(backend, v_first, seqlen, seed):
     options = {"initial_state": initial_state, "state_v_first": v_first}
     o, final_state, h = backend.forward(inputs, return_intermediate_states=True, output_final_state=True, **options)
     assert h.dtype == backend.state_dtype
-    backend.check({"o": o, "S": final_state, "h": h}, backend.expected(inputs, **options), "slow")
+    backend.check({"o": o, "S": final_state, "h": h}, backend.expected(inputs, **options))
     if seqlen > 0:
         compare.assert_bitwise_equal(h[:, 0], initial_state, "the first chunk's state")
 

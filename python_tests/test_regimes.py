@@ -32,7 +32,7 @@ def test_any_constant_decay_is_accurate(backend, g, seed):
     inputs = backend.inputs(seqlen=130, heads=2, dim_k=32, dim_v=48, seed=seed)
     inputs.g.fill_(g)
     initial_state, d_final_state = backend.states(inputs, seed=seed)
-    backend.check_against_reference(inputs, "slow", initial_state=initial_state, d_final_state=d_final_state)
+    backend.check_against_reference(inputs, initial_state=initial_state, d_final_state=d_final_state)
 
 
 @pytest.mark.parametrize("g", CONSTANT_DECAYS)
@@ -41,7 +41,7 @@ def test_any_decay_beside_a_slow_channel_is_accurate(backend, g, seed):
     inputs = backend.inputs("slow", seqlen=130, heads=2, dim_k=32, dim_v=48, seed=seed)
     inputs.g[..., ::2] = g
     initial_state, d_final_state = backend.states(inputs, seed=seed)
-    backend.check_against_reference(inputs, "slow", initial_state=initial_state, d_final_state=d_final_state)
+    backend.check_against_reference(inputs, initial_state=initial_state, d_final_state=d_final_state)
 
 
 def test_every_decay_at_once_is_accurate(backend, seed):
@@ -51,7 +51,7 @@ def test_every_decay_at_once_is_accurate(backend, seed):
     for t in range(inputs.g.shape[1]):
         inputs.g[:, t] = values.roll(t)
     initial_state, d_final_state = backend.states(inputs, seed=seed)
-    backend.check_against_reference(inputs, "slow", initial_state=initial_state, d_final_state=d_final_state)
+    backend.check_against_reference(inputs, initial_state=initial_state, d_final_state=d_final_state)
 
 
 @pytest.mark.parametrize("reset_at", [0, 1, 31, 32, 63, 64, 100, 129])
@@ -60,7 +60,7 @@ def test_a_reset_of_every_channel_forgets_exactly(backend, reset_at, seed):
     inputs = backend.inputs("slow", seqlen=130, heads=2, dim_k=32, dim_v=32, seed=seed)
     inputs.g[:, reset_at] = -float("inf")
     initial_state, d_final_state = backend.states(inputs, seed=seed)
-    backend.check_against_reference(inputs, "slow", initial_state=initial_state, d_final_state=d_final_state)
+    backend.check_against_reference(inputs, initial_state=initial_state, d_final_state=d_final_state)
     _, final_state = backend.forward(inputs, initial_state=initial_state, output_final_state=True)
     _, without_past = backend.forward(inputs, initial_state=None, output_final_state=True)
     compare.assert_bitwise_equal(final_state, without_past, "S with and without a past before the reset")
@@ -73,8 +73,7 @@ def test_saturated_gates_are_accurate(backend, b, w, seed):
     inputs.b.fill_(b)
     inputs.w.fill_(w)
     initial_state, d_final_state = backend.states(inputs, seed=seed)
-    regime = "erase2" if b == 2.0 else "slow"
-    backend.check_against_reference(inputs, regime, initial_state=initial_state, d_final_state=d_final_state)
+    backend.check_against_reference(inputs, initial_state=initial_state, d_final_state=d_final_state)
 
 
 @pytest.mark.parametrize("w", [0.0, 1.0, 2.0])
@@ -82,7 +81,7 @@ def test_write_gates_above_one_are_accurate(backend, w, seed):
     """Nothing in the equations needs w <= 1."""
     inputs = backend.inputs("slow", seqlen=70, heads=1, dim_k=32, dim_v=32, seed=seed)
     inputs.w[..., ::2] = w
-    backend.check_against_reference(inputs, "slow")
+    backend.check_against_reference(inputs)
 
 
 @pytest.mark.every_dtype
@@ -97,7 +96,7 @@ def test_near_parallel_keys_with_full_erase_stay_close(backend):
             assert torch.isfinite(x).all(), f"{name}: not finite at {torch.nonzero(~torch.isfinite(x))[0].tolist()}"
         compare.assert_close(results["o"], expected["o"], cases.NEAR_PARALLEL_O_BAR, "o")
         if backend.dtype == torch.float64:
-            backend.check(results, expected, "correlated")
+            backend.check(results, expected)
 
 
 @pytest.mark.every_dtype
@@ -106,7 +105,7 @@ def test_a_decay_in_the_dtype_of_q_is_read_as_it_is(backend, regime, seed):
     """g rounded to the input dtype: the reference gets the same rounded decay."""
     inputs = backend.inputs(regime, batch=1, seqlen=130, heads=2, dim_k=64, dim_v=64, seed=seed)
     inputs.g = inputs.g.to(backend.dtype)
-    results = backend.check_against_reference(inputs, regime)
+    results = backend.check_against_reference(inputs)
     assert results["dg"].dtype == backend.dtype
 
 

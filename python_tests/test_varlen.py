@@ -56,7 +56,7 @@ def assert_sequence_equals(packed: dict, alone: dict, cu_seqlens: torch.Tensor, 
 @every_packing
 def test_packed_sequences_agree_with_the_reference(backend, lengths, seed):
     inputs, options = packed_inputs(backend, lengths, seed)
-    backend.check_against_reference(inputs, "slow", **options)
+    backend.check_against_reference(inputs, **options)
 
 
 @pytest.mark.every_dtype
@@ -87,7 +87,7 @@ def test_packing_with_groups_and_everything_in_the_kernel_changes_no_bit(backend
         "use_gate_sigmoid_in_kernel": True,
         "erase_scale": 2,
     }
-    packed = backend.check_against_reference(inputs, "layer_init", **options)
+    packed = backend.check_against_reference(inputs, **options)
     for n in range(len(lengths)):
         alone, alone_options = sequence(inputs, options, n)
         assert_sequence_equals(packed, backend.run(alone, **alone_options), options["cu_seqlens"], n)
@@ -245,7 +245,7 @@ def test_the_states_at_the_chunks_starts_follow_each_other(backend, v_first, len
     o, S, h = backend.forward(
         inputs, return_intermediate_states=True, output_final_state=True, cu_seqlens_cpu=cu_seqlens.cpu(), **options
     )
-    backend.check({"o": o, "S": S, "h": h}, backend.expected(inputs, **options), "slow")
+    backend.check({"o": o, "S": S, "h": h}, backend.expected(inputs, **options))
 
 
 @every_packing
@@ -255,5 +255,5 @@ def test_without_offsets_on_the_host_there_is_room_for_more_states(backend, offs
     _, _, h = backend.forward(inputs, return_intermediate_states=True, **options)
     expected = backend.expected(inputs, **options)["h"]
     assert h.shape[1] == sum(lengths) // 64 + len(lengths)
-    backend.check({"h": h[:, : expected.shape[1]]}, {"h": expected}, "slow")
+    backend.check({"h": h[:, : expected.shape[1]]}, {"h": expected})
     assert not h[:, expected.shape[1] :].any(), "the states behind the last chunk's are not zero"

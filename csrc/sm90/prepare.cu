@@ -12,13 +12,13 @@
 // of which the entries of matching pairs are kept.
 //
 // Grid: one CTA for a chunk slot and gate head, heads fastest. K 128: 256 threads, two CTAs an SM.
-// Roles: a thread owns two channels of 16 tokens, so the running products stay inside it; the four warps of a
-// warpgroup take the four blocks of 16 tokens of 64 channels. Warpgroups take turns in the products of the levels;
-// the first one inverts.
-// Shared memory (K 128): q, k 32 KB; b, g 48 KB, then two operand buffers of 24 KB, then gamma*E and A; T 17 KB,
-// P 8 KB, block products 4 KB: 110 KB.
+// Roles: a thread owns two channels of 16 tokens, in registers from the first read to the last store, so that the
+// running products stay inside it; the four warps of a warpgroup take the four blocks of 16 tokens of 64 channels.
+// Warpgroups take turns in the products of the levels; the first one inverts.
+// Shared memory (K 128): q, k, b, g 80 KB, which then hold two operand buffers of 24 KB; T 17 KB, P 8 KB, block
+// products 4 KB: 110 KB.
 //
-//     TMA in | levels 1 2 4 8 16 32: operands of one while the last one's product runs | A | tiles out (bulk copies)
+//     TMA in | tiles out | levels 1 2 4 8 16 32: operands of one while the last one's product runs | A, P out
 #include <cutlass/arch/barrier.h>
 
 #include "api/chunk_forward.h"
@@ -59,26 +59,21 @@ struct LevelOperands {
   std::uint8_t earlier[Cfg::kBoxes][kBoxBytes / 2];
 };
 
-// q and k stay until the tiles leave. b and g go to registers and make room for the operands, then for gamma*E and A.
 template <class Cfg>
 struct SharedStorage {
-  // Thread by thread, q becomes scale*gamma*q and k becomes Kt.
-  alignas(kSwizzleAtomBytes) std::uint8_t q[Cfg::kBoxes][kBoxBytes], k[Cfg::kBoxes][kBoxBytes];
-  union {
+  union alignas(kSwizzleAtomBytes) {
     struct {
-      std::uint8_t b[Cfg::kBoxes][kBoxBytes], g[2 * Cfg::kBoxes][kBoxBytes];
+      std::uint8_t q[Cfg::kBoxes][kBoxBytes], k[Cfg::kBoxes][kBoxBytes], b[Cfg::kBoxes][kBoxBytes];
+      std::uint8_t g[2 * Cfg::kBoxes][kBoxBytes];
     } in;
-    LevelOperands<Cfg> operands[2];
-    struct {
-      std::uint8_t gamma_E[Cfg::kBoxes][kBoxBytes], A_minus_I[kBoxBytes];
-    } out;
+    LevelOperands<Cfg> operands[2];  // when the inputs are in registers
   };
   std::uint8_t P[kBoxBytes];
   float T[kChunk * TriangularMatrix::kStride];
   // Of every block of 16 tokens and channel: alpha of its first token, and the product over the others.
   float block_first[kNumBlocks][Cfg::kDimK], block_rest[kNumBlocks][Cfg::kDimK];
-  float gamma_last[Cfg::kDimK];
-  float q_scale[kChunk], k_scale[kChunk];  // 1 / norm (or 1), and scale / norm for q
+  float q_scale[kChunk],
+      k_scale[kChunk];  // scale / norm for q, 1 / norm for k (norms are 1 where not asked for)
   FullBarrier inputs_full;
 };
 
@@ -121,8 +116,8 @@ __device__ void load_inputs(SharedStorage<Cfg>& smem, TensorMaps const& maps, Wo
   smem.inputs_full.arrive_and_expect_tx((wide_gates ? 5 : 4) * Cfg::kTileBytes);
   for (int box = 0; box < Cfg::kBoxes; ++box) {
     int const channel = box * kBoxColumns;
-    tma_load(maps.q, smem.inputs_full, smem.q[box], channel, work.head, work.first_token, work.batch);
-    tma_load(maps.k, smem.inputs_full, smem.k[box], channel, work.head, work.first_token, work.batch);
+    tma_load(maps.q, smem.inputs_full, smem.in.q[box], channel, work.head, work.first_token, work.batch);
+    tma_load(maps.k, smem.inputs_full, smem.in.k[box], channel, work.head, work.first_token, work.batch);
     tma_load(maps.b, smem.inputs_full, smem.in.b[box], channel, work.gate_head, work.first_token, work.batch);
   }
   int const gate_boxes = wide_gates ? 2 * Cfg::kBoxes : Cfg::kBoxes;
@@ -132,11 +127,11 @@ __device__ void load_inputs(SharedStorage<Cfg>& smem, TensorMaps const& maps, Wo
   }
 }
 
-// Two channels of 16 tokens: what a thread keeps in registers until the tiles leave.
+// Two channels of 16 tokens: what a thread works on. E, q and k are pairs of Element.
 template <class Cfg>
 struct ThreadInputs {
   float alpha[kBlock][2];
-  float E[kBlock][2];
+  std::uint32_t E[kBlock], q[kBlock], k[kBlock];
 };
 
 // Where a thread works: channels 2*lane and the next of box `box`, tokens [16*block, 16*block + 16).
@@ -159,6 +154,13 @@ __device__ float exp2_approx(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;\n" : "=f"(y) : "f"(x));
   return y;
+}
+
+__device__ float2 operator*(float2 a, float2 b) {
+  return {a.x * b.x, a.y * b.y};
+}
+__device__ float2 operator*(float2 a, float b) {
+  return {a.x * b, a.y * b};
 }
 
 constexpr float kLog2E = 1.4426950408889634f;
@@ -184,56 +186,73 @@ __device__ float2 load_gate(SharedStorage<Cfg>& smem, ElementType gate_element, 
   return *reinterpret_cast<float2*>(box + swizzled_offset(row, at.lane % 16 / 2) + at.lane % 2 * 8);
 }
 
-// Reads this thread's inputs; rows that are not the sequence's become g = 0 and q = k = b = 0, whatever lies there.
+// The decay gate and the sigmoid of the erase gate, where they are asked for.
 template <class Cfg>
+struct Activations {
+  GateParams const& gates;
+  float2 bias{0.f, 0.f};
+  float rate = 1.f;
+
+  __device__ Activations(PrepareParams const& params, int head, int channel) : gates(params.gates) {
+    if (gates.decay_gate == DecayGate::kNone) {
+      return;
+    }
+    int const dim_k = params.shape.dim_k;
+    if (gates.dt_bias != nullptr && channel < dim_k) {
+      float const* const row = gates.dt_bias + static_cast<std::int64_t>(head) * dim_k;
+      bias.x = row[channel];
+      bias.y = channel + 1 < dim_k ? row[channel + 1] : 0.f;
+    }
+    rate = gates.A_log != nullptr ? __expf(gates.A_log[head]) : 1.f;
+  }
+
+  __device__ float2 decay(float2 g) const {
+    if (gates.decay_gate == DecayGate::kSoftplus) {
+      return {-rate * softplus(g.x + bias.x), -rate * softplus(g.y + bias.y)};
+    }
+    if (gates.decay_gate == DecayGate::kLowerBound) {
+      return {gates.lower_bound * sigmoid(rate * (g.x + bias.x)),
+              gates.lower_bound * sigmoid(rate * (g.y + bias.y))};
+    }
+    return g;
+  }
+
+  // E = b*k, a pair
+  __device__ std::uint32_t erase(std::uint32_t b, std::uint32_t k) const {
+    using Element = typename Cfg::Element;
+    if (!gates.use_gate_sigmoid) {
+      return multiply_pairs<Element>(b, k);
+    }
+    float2 const b2 = unpack<Element>(b), k2 = unpack<Element>(k);
+    return pack<Element>(gates.erase_scale * sigmoid(b2.x) * k2.x, gates.erase_scale * sigmoid(b2.y) * k2.y);
+  }
+};
+
+// Reads this thread's inputs. Where kTail, rows that are not the sequence's become g = 0 and q = k = E = 0, whatever
+// lies there.
+template <bool kTail, class Cfg>
 __device__ void read_inputs(ThreadInputs<Cfg>& x, SharedStorage<Cfg>& smem, PrepareParams const& params,
                             Work const& work, ThreadPlace at) {
   using Element = typename Cfg::Element;
-  GateParams const& gates = params.gates;
-  float2 bias{0.f, 0.f};
-  float rate = 1.f;
-  if (Cfg::kFused && gates.decay_gate != DecayGate::kNone) {
-    if (gates.dt_bias != nullptr && at.channel() < params.shape.dim_k) {
-      float const* const row = gates.dt_bias + static_cast<std::int64_t>(work.head) * params.shape.dim_k;
-      bias.x = row[at.channel()];
-      bias.y = at.channel() + 1 < params.shape.dim_k ? row[at.channel() + 1] : 0.f;
-    }
-    rate = gates.A_log != nullptr ? __expf(gates.A_log[work.head]) : 1.f;
-  }
+  Activations<Cfg> const activations(params, work.head, at.channel());
 #pragma unroll
   for (int i = 0; i < kBlock; ++i) {
     int const row = at.block * kBlock + i;
-    bool const inside = row < work.num_rows;
     float2 g = load_gate(smem, params.gate_element, at, row);
-    float2 b = unpack<Element>(inside ? pair_at(smem.in.b[at.box], row, at.lane) : 0u);
+    x.q[i] = pair_at(smem.in.q[at.box], row, at.lane);
+    x.k[i] = pair_at(smem.in.k[at.box], row, at.lane);
+    std::uint32_t const b = pair_at(smem.in.b[at.box], row, at.lane);
     if constexpr (Cfg::kFused) {
-      if (gates.decay_gate == DecayGate::kSoftplus) {
-        g = {-rate * softplus(g.x + bias.x), -rate * softplus(g.y + bias.y)};
-      } else if (gates.decay_gate == DecayGate::kLowerBound) {
-        g = {gates.lower_bound * sigmoid(rate * (g.x + bias.x)),
-             gates.lower_bound * sigmoid(rate * (g.y + bias.y))};
-      }
-      if (gates.use_gate_sigmoid) {
-        b = {gates.erase_scale * sigmoid(b.x), gates.erase_scale * sigmoid(b.y)};
-      }
+      g = activations.decay(g);
+      x.E[i] = activations.erase(b, x.k[i]);
+    } else {
+      x.E[i] = multiply_pairs<Element>(b, x.k[i]);
     }
-    float2 const k = unpack<Element>(pair_at(smem.k[at.box], row, at.lane));
-    x.alpha[i][0] = inside ? exp2_approx(kLog2E * g.x) : 1.f;
-    x.alpha[i][1] = inside ? exp2_approx(kLog2E * g.y) : 1.f;
-    x.E[i][0] = inside ? b.x * k.x : 0.f;
-    x.E[i][1] = inside ? b.y * k.y : 0.f;
-  }
-}
-
-// Zeroes this thread's q and k in rows that are not the sequence's.
-template <class Cfg>
-__device__ void clear_foreign_rows(SharedStorage<Cfg>& smem, Work const& work, ThreadPlace at) {
-#pragma unroll
-  for (int i = 0; i < kBlock; ++i) {
-    int const row = at.block * kBlock + i;
-    if (row >= work.num_rows) {
-      pair_at(smem.q[at.box], row, at.lane) = 0u;
-      pair_at(smem.k[at.box], row, at.lane) = 0u;
+    x.alpha[i][0] = exp2_approx(kLog2E * g.x);
+    x.alpha[i][1] = exp2_approx(kLog2E * g.y);
+    if (kTail && row >= work.num_rows) {
+      x.q[i] = x.k[i] = x.E[i] = 0u;
+      x.alpha[i][0] = x.alpha[i][1] = 1.f;
     }
   }
 }
@@ -249,8 +268,8 @@ __device__ void row_products(SharedStorage<Cfg>& smem, PrepareParams const& para
 #pragma unroll
   for (int step = 0; step < Cfg::kDimK / 16; ++step) {
     std::uint32_t q[4], k[4];
-    load_matrices(q, smem.q[step / 4], 16 * warp, step % 4 * 2);
-    load_matrices(k, smem.k[step / 4], 16 * warp, step % 4 * 2);
+    load_matrices(q, smem.in.q[step / 4], 16 * warp, step % 4 * 2);
+    load_matrices(k, smem.in.k[step / 4], 16 * warp, step % 4 * 2);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       mma_16x8x16<Element>(qk[half], q, k[half], k[half + 2]);
@@ -292,46 +311,46 @@ __host__ __device__ constexpr int earlier_row(int index, int h) {
   return index / h * 2 * h + index % h;
 }
 
+// E*D and q*D of token i, to row `index` of the later halves. The factor is rounded once for both: that costs less
+// accuracy than the rounding of P does, and saves a third of the level's instructions.
 template <class Cfg>
-__device__ void store_later(LevelOperands<Cfg>& out, SharedStorage<Cfg>& smem, ThreadInputs<Cfg> const& x,
-                            ThreadPlace at, int i, int index, float const (&D)[2]) {
+__device__ void store_later(LevelOperands<Cfg>& out, ThreadInputs<Cfg> const& x, ThreadPlace at, int i,
+                            int index, float const (&D)[2]) {
   using Element = typename Cfg::Element;
-  float2 const q = unpack<Element>(pair_at(smem.q[at.box], at.block * kBlock + i, at.lane));
-  pair_at(out.later[at.box], index, at.lane) = pack<Element>(x.E[i][0] * D[0], x.E[i][1] * D[1]);
-  pair_at(out.later[at.box], 32 + index, at.lane) = pack<Element>(q.x * D[0], q.y * D[1]);
+  std::uint32_t const factor = pack<Element>(D[0], D[1]);
+  pair_at(out.later[at.box], index, at.lane) = multiply_pairs<Element>(x.E[i], factor);
+  pair_at(out.later[at.box], 32 + index, at.lane) = multiply_pairs<Element>(x.q[i], factor);
 }
 
 template <class Cfg>
-__device__ void store_earlier(LevelOperands<Cfg>& out, SharedStorage<Cfg>& smem, ThreadPlace at, int i,
+__device__ void store_earlier(LevelOperands<Cfg>& out, ThreadInputs<Cfg> const& x, ThreadPlace at, int i,
                               int index, float const (&U)[2]) {
   using Element = typename Cfg::Element;
-  float2 const k = unpack<Element>(pair_at(smem.k[at.box], at.block * kBlock + i, at.lane));
-  pair_at(out.earlier[at.box], index, at.lane) = pack<Element>(k.x * U[0], k.y * U[1]);
+  pair_at(out.earlier[at.box], index, at.lane) = multiply_pairs<Element>(x.k[i], pack<Element>(U[0], U[1]));
 }
 
 // Levels whose pairs lie inside a thread's 16 tokens.
 template <int h, class Cfg>
-__device__ void build_inner_level(LevelOperands<Cfg>& out, SharedStorage<Cfg>& smem,
-                                  ThreadInputs<Cfg> const& x, ThreadPlace at) {
+__device__ void build_inner_level(LevelOperands<Cfg>& out, ThreadInputs<Cfg> const& x, ThreadPlace at) {
   static_assert(2 * h <= kBlock);
 #pragma unroll
   for (int first = 0; first < kBlock; first += 2 * h) {
     int const index = at.block * (kBlock / 2) + first / 2;
+    pair_at(out.later[at.box], index, at.lane) = x.E[first + h];  // D = 1
+    pair_at(out.later[at.box], 32 + index, at.lane) = x.q[first + h];
     float D[2] = {1.f, 1.f};
 #pragma unroll
-    for (int i = 0; i < h; ++i) {
-      if (i > 0) {
-        D[0] *= x.alpha[first + h + i][0];
-        D[1] *= x.alpha[first + h + i][1];
-      }
-      store_later(out, smem, x, at, first + h + i, index + i, D);
+    for (int i = 1; i < h; ++i) {
+      D[0] *= x.alpha[first + h + i][0];
+      D[1] *= x.alpha[first + h + i][1];
+      store_later(out, x, at, first + h + i, index + i, D);
     }
     float U[2] = {1.f, 1.f};
 #pragma unroll
     for (int i = h - 1; i >= 0; --i) {
       U[0] *= x.alpha[first + i + 1][0];
       U[1] *= x.alpha[first + i + 1][1];
-      store_earlier(out, smem, at, first + i, index + i, U);
+      store_earlier(out, x, at, first + i, index + i, U);
     }
   }
 }
@@ -353,9 +372,8 @@ struct BlockProducts {
 // Levels 16 and 32: a block is later or earlier as a whole. `carry` is the decay between this block and the pair's
 // middle: from the later half's first row to this block's first, or from this block's last row to it.
 template <class Cfg>
-__device__ void build_outer_level(LevelOperands<Cfg>& out, SharedStorage<Cfg>& smem,
-                                  ThreadInputs<Cfg> const& x, ThreadPlace at, bool later, int first_index,
-                                  float2 carry) {
+__device__ void build_outer_level(LevelOperands<Cfg>& out, ThreadInputs<Cfg> const& x, ThreadPlace at,
+                                  bool later, int first_index, float2 carry) {
   float F[2] = {carry.x, carry.y};
   if (later) {
 #pragma unroll
@@ -364,7 +382,7 @@ __device__ void build_outer_level(LevelOperands<Cfg>& out, SharedStorage<Cfg>& s
         F[0] *= x.alpha[i][0];
         F[1] *= x.alpha[i][1];
       }
-      store_later(out, smem, x, at, i, first_index + i, F);
+      store_later(out, x, at, i, first_index + i, F);
     }
   } else {
 #pragma unroll
@@ -373,20 +391,16 @@ __device__ void build_outer_level(LevelOperands<Cfg>& out, SharedStorage<Cfg>& s
         F[0] *= x.alpha[i + 1][0];
         F[1] *= x.alpha[i + 1][1];
       }
-      store_earlier(out, smem, at, i, first_index + i, F);
+      store_earlier(out, x, at, i, first_index + i, F);
     }
   }
-}
-
-__device__ float2 operator*(float2 a, float2 b) {
-  return {a.x * b.x, a.y * b.y};
 }
 
 template <int h, class Cfg>
 __device__ void build_level(LevelOperands<Cfg>& out, SharedStorage<Cfg>& smem, ThreadInputs<Cfg> const& x,
                             ThreadPlace at) {
   if constexpr (2 * h <= kBlock) {
-    build_inner_level<h>(out, smem, x, at);
+    build_inner_level<h>(out, x, at);
   } else {
     BlockProducts<Cfg> const blocks(smem, at.channel());
     float2 const one{1.f, 1.f};
@@ -402,53 +416,95 @@ __device__ void build_level(LevelOperands<Cfg>& out, SharedStorage<Cfg>& smem, T
               : at.block == 1 ? blocks.first[2]
                               : blocks.first[1] * blocks.rest[1] * blocks.first[2];
     }
-    build_outer_level(out, smem, x, at, later, compressed_row(at.block * kBlock, h), carry);
+    build_outer_level(out, x, at, later, compressed_row(at.block * kBlock, h), carry);
   }
 }
 
-// [E*D; q*D] (k*U)^T of one level, by one warpgroup; the entries of matching pairs go to T and P.
+// Two entries of T or P side by side (one, where the level's pairs are single rows), scaled, to shared memory.
 template <int h, class Cfg>
-__device__ void multiply_level(SharedStorage<Cfg>& smem, LevelOperands<Cfg> const& operands, bool normalize) {
-  using Element = typename Cfg::Element;
-  float acc[16];
-  wgmma_fence();
-#pragma unroll
-  for (int step = 0; step < Cfg::kDimK / 16; ++step) {
-    auto const later = shared_descriptor<Major::K>(operands.later[step / 4] + step % 4 * 32);
-    auto const earlier = shared_descriptor<Major::K>(operands.earlier[step / 4] + step % 4 * 32);
-    wgmma_shared<Element>(acc, later, earlier, step > 0);
-  }
-  wgmma_commit();
-  wgmma_wait<0>();
+struct EntryStore {
+  SharedStorage<Cfg>& smem;
+  bool is_P, normalize;
 
-  int const warp = threadIdx.x % kWarpgroupThreads / kWarpThreads, lane = lane_index();
-  bool const is_P = warp >= 2;
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    int const later = 16 * (warp % 2) + lane / 4 + 8 * half;
-    int const r = later_row(later, h);
+  __device__ void operator()(int r, int earlier, float x, float y) const {
+    using Element = typename Cfg::Element;
+    int const s0 = earlier_row(earlier, h), s1 = earlier_row(earlier + 1, h);
     float const row_scale = is_P ? smem.q_scale[r] : normalize ? smem.k_scale[r] : 1.f;
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-#pragma unroll
-      for (int c = 0; c < 2; ++c) {
-        int const earlier = 8 * j + 2 * (lane % 4) + c;
-        if (later / h == earlier / h) {
-          int const s = earlier_row(earlier, h);
-          float value = acc[4 * j + 2 * half + c] * row_scale;
-          if (normalize) {
-            value *= smem.k_scale[s];
-          }
-          if (is_P) {
-            auto* const place = smem.P + swizzled_offset(r, s / 8) + s % 8 * sizeof(Element);
-            *reinterpret_cast<Element*>(place) = round_to<Element>(value);
-          } else {
-            smem.T[r * TriangularMatrix::kStride + s] = value;
-          }
-        }
+    x *= normalize ? row_scale * smem.k_scale[s0] : row_scale;
+    y *= normalize ? row_scale * smem.k_scale[s1] : row_scale;
+    bool const has_x = h > 1 || r == s0 + 1, has_y = h > 1 || r == s1 + 1;
+    if (is_P) {
+      auto* const row = smem.P + swizzled_offset(r, s0 / 8);
+      if constexpr (h > 1) {
+        *reinterpret_cast<std::uint32_t*>(row + s0 % 8 * sizeof(Element)) = pack<Element>(x, y);
+      } else {
+        if (has_x)
+          *reinterpret_cast<Element*>(row + s0 % 8 * sizeof(Element)) = round_to<Element>(x);
+        if (has_y)
+          *reinterpret_cast<Element*>(row + s1 % 8 * sizeof(Element)) = round_to<Element>(y);
+      }
+    } else {
+      float* const row = smem.T + r * TriangularMatrix::kStride;
+      if constexpr (h > 1) {
+        *reinterpret_cast<float2*>(row + s0) = float2{x, y};
+      } else {
+        if (has_x)
+          row[s0] = x;
+        if (has_y)
+          row[s1] = y;
       }
     }
   }
+};
+
+// The entries of matching pairs, from the accumulators of a warpgroup: its warps 0 and 1 hold rows of T, 2 and 3 of P.
+template <int h, class Cfg>
+__device__ void store_level(SharedStorage<Cfg>& smem, float const (&acc)[16], bool normalize) {
+  int const warp = threadIdx.x % kWarpgroupThreads / kWarpThreads, lane = lane_index();
+  bool const upper = warp % 2 == 1;  // later rows 16-31
+  EntryStore<h, Cfg> const store{smem, warp >= 2, normalize};
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    int const r = later_row(16 * (warp % 2) + 8 * half + lane / 4, h);
+    if constexpr (h == 32) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        store(r, 8 * j + 2 * (lane % 4), acc[4 * j + 2 * half], acc[4 * j + 2 * half + 1]);
+      }
+    } else if constexpr (h == 16) {
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        float const x = upper ? acc[8 + 4 * j + 2 * half] : acc[4 * j + 2 * half];
+        float const y = upper ? acc[8 + 4 * j + 2 * half + 1] : acc[4 * j + 2 * half + 1];
+        store(r, 16 * (warp % 2) + 8 * j + 2 * (lane % 4), x, y);
+      }
+    } else {
+      // Eight later rows meet their own eight earlier ones, and among them row groups of h.
+      float const x = upper ? acc[8 + 6 * half] : acc[6 * half];
+      float const y = upper ? acc[8 + 6 * half + 1] : acc[6 * half + 1];
+      if (h == 1 || lane / 4 / h == 2 * (lane % 4) / h) {
+        store(r, 16 * (warp % 2) + 8 * half + 2 * (lane % 4), x, y);
+      }
+    }
+  }
+}
+
+// [E*D; q*D] (k*U)^T of one level, by one warpgroup.
+template <int h, class Cfg>
+__device__ void multiply_level(SharedStorage<Cfg>& smem, LevelOperands<Cfg> const& operands, bool normalize) {
+  float acc[16];
+  auto const later = shared_descriptor<Major::K>(operands.later);
+  auto const earlier = shared_descriptor<Major::K>(operands.earlier);
+  wgmma_fence();
+#pragma unroll
+  for (int step = 0; step < Cfg::kDimK / 16; ++step) {
+    int const piece = step % 4 * 32;
+    wgmma_shared<typename Cfg::Element>(acc, later + ((step / 4 * kBoxBytes + piece) >> 4),
+                                        earlier + ((step / 4 * kBoxBytes / 2 + piece) >> 4), step > 0);
+  }
+  wgmma_commit();
+  wgmma_wait<0>();
+  store_level<h>(smem, acc, normalize);
 }
 
 // One level: every thread builds its operands, then one warpgroup multiplies while the others build the next level.
@@ -467,10 +523,16 @@ __device__ void run_level(SharedStorage<Cfg>& smem, ThreadInputs<Cfg> const& x, 
   }
 }
 
-// gamma*E, scale*gamma*q and Kt from running products over the chunk.
+// scale*gamma*q, Kt and gamma*E from running products over the chunk, straight to their tiles: a warp writes the 128
+// bytes of a row.
 template <class Cfg>
-__device__ void write_factor_tiles(SharedStorage<Cfg>& smem, ThreadInputs<Cfg> const& x, ThreadPlace at) {
+__device__ void store_factor_tiles(SharedStorage<Cfg>& smem, ChunkTiles const& tiles, std::int64_t tile,
+                                   ThreadInputs<Cfg> const& x, ThreadPlace at) {
   using Element = typename Cfg::Element;
+  auto* const gamma_q =
+      static_cast<std::uint8_t*>(tiles.factors) + tile * 3 * Cfg::kTileBytes + at.box * kBoxBytes;
+  auto* const Kt = gamma_q + Cfg::kTileBytes;
+  auto* const gamma_E = gamma_q + 2 * Cfg::kTileBytes;
   BlockProducts<Cfg> const blocks(smem, at.channel());
   float2 gamma = blocks.first[0], tail{1.f, 1.f};
 #pragma unroll
@@ -484,15 +546,14 @@ __device__ void write_factor_tiles(SharedStorage<Cfg>& smem, ThreadInputs<Cfg> c
     if (i > 0) {
       gamma = gamma * float2{x.alpha[i][0], x.alpha[i][1]};
     }
-    float const q_scale = smem.q_scale[row], k_scale = smem.k_scale[row];
-    std::uint32_t& pair = pair_at(smem.q[at.box], row, at.lane);
-    float2 const q = unpack<Element>(pair);
-    pair = pack<Element>(q.x * gamma.x * q_scale, q.y * gamma.y * q_scale);
-    pair_at(smem.out.gamma_E[at.box], row, at.lane) =
-        pack<Element>(x.E[i][0] * gamma.x * k_scale, x.E[i][1] * gamma.y * k_scale);
+    float const q_scale = smem.q_scale[row];
+    float2 const q = unpack<Element>(x.q[i]), E = unpack<Element>(x.E[i]);
+    pair_at(gamma_q, row, at.lane) = pack<Element>(q.x * gamma.x * q_scale, q.y * gamma.y * q_scale);
+    float2 const gamma_k = Cfg::kFused ? gamma * smem.k_scale[row] : gamma;
+    pair_at(gamma_E, row, at.lane) = pack<Element>(E.x * gamma_k.x, E.y * gamma_k.y);
   }
   if (at.block == kNumBlocks - 1) {
-    *reinterpret_cast<float2*>(&smem.gamma_last[at.channel()]) = gamma;
+    *reinterpret_cast<float2*>(tiles.gamma_last + tile * Cfg::kDimK + at.channel()) = gamma;
   }
 #pragma unroll
   for (int i = kBlock - 1; i >= 0; --i) {
@@ -500,16 +561,15 @@ __device__ void write_factor_tiles(SharedStorage<Cfg>& smem, ThreadInputs<Cfg> c
     if (i < kBlock - 1) {
       tail = tail * float2{x.alpha[i + 1][0], x.alpha[i + 1][1]};
     }
-    float const k_scale = smem.k_scale[row];
-    std::uint32_t& pair = pair_at(smem.k[at.box], row, at.lane);
-    float2 const k = unpack<Element>(pair);
-    pair = pack<Element>(k.x * tail.x * k_scale, k.y * tail.y * k_scale);
+    float2 const k = unpack<Element>(x.k[i]);
+    float2 const tail_k = Cfg::kFused ? tail * smem.k_scale[row] : tail;
+    pair_at(Kt, row, at.lane) = pack<Element>(k.x * tail_k.x, k.y * tail_k.y);
   }
 }
 
-// A - I as a tile image; the strict upper triangle and the diagonal are zero. By one warpgroup.
+// A - I as a tile image, zero on and above the diagonal. By one warpgroup.
 template <class Cfg>
-__device__ void write_A_minus_I(SharedStorage<Cfg>& smem) {
+__device__ void store_A_minus_I(SharedStorage<Cfg>& smem, std::uint8_t* tile) {
   using Element = typename Cfg::Element;
   TriangularMatrix const A{smem.T};
   int const thread = threadIdx.x % kWarpgroupThreads;
@@ -522,31 +582,9 @@ __device__ void write_A_minus_I(SharedStorage<Cfg>& smem) {
       int const s = 8 * piece + 2 * j;
       pairs[j] = pack<Element>(s < row ? A.at(row, s) : 0.f, s + 1 < row ? A.at(row, s + 1) : 0.f);
     }
-    *reinterpret_cast<uint4*>(smem.out.A_minus_I + swizzled_offset(row, piece)) =
+    *reinterpret_cast<uint4*>(tile + swizzled_offset(row, piece)) =
         uint4{pairs[0], pairs[1], pairs[2], pairs[3]};
   }
-}
-
-__device__ void bulk_store(void* global, void const* smem, std::uint32_t bytes) {
-  auto const address = static_cast<std::uint32_t>(__cvta_generic_to_shared(smem));
-  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;\n" ::"l"(global), "r"(address),
-               "r"(bytes)
-               : "memory");
-}
-
-template <class Cfg>
-__device__ void store_tiles(SharedStorage<Cfg>& smem, ChunkTiles const& tiles, std::int64_t tile) {
-  auto const place = [tile](void* base, int bytes) {
-    return static_cast<std::uint8_t*>(base) + tile * bytes;
-  };
-  // q, k and gamma_E lie one behind the other: the order of the factors.
-  bulk_store(place(tiles.factors, 3 * Cfg::kTileBytes), smem.q, 3 * Cfg::kTileBytes);
-  bulk_store(place(tiles.A_minus_I, kBoxBytes), smem.out.A_minus_I, kBoxBytes);
-  bulk_store(place(tiles.P, kBoxBytes), smem.P, kBoxBytes);
-  bulk_store(place(tiles.gamma_last, Cfg::kDimK * sizeof(float)), smem.gamma_last,
-             Cfg::kDimK * sizeof(float));
-  cute::tma_store_arrive();
-  cute::tma_store_wait<0>();
 }
 
 template <class Cfg>
@@ -561,10 +599,7 @@ __global__ void __launch_bounds__(Cfg::kThreads, Cfg::kCtasPerSm)
     cutlass::arch::fence_barrier_init();
     load_inputs(smem, maps, work, params.gate_element);
   }
-  // What no level writes must be zero: the upper triangles of T (read by the merge) and P.
-  for (int i = threadIdx.x; i < kChunk * TriangularMatrix::kStride / 4; i += Cfg::kThreads) {
-    reinterpret_cast<float4*>(smem.T)[i] = float4{};
-  }
+  // The upper triangle of P, which no level writes, is zero.
   for (int i = threadIdx.x; i < kBoxBytes / 16; i += Cfg::kThreads) {
     reinterpret_cast<uint4*>(smem.P)[i] = uint4{};
   }
@@ -576,7 +611,11 @@ __global__ void __launch_bounds__(Cfg::kThreads, Cfg::kCtasPerSm)
     row_products(smem, params, work);
   }
   ThreadInputs<Cfg> x;
-  read_inputs(x, smem, params, work, at);
+  if (work.num_rows == kChunk) {
+    read_inputs<false>(x, smem, params, work, at);
+  } else {
+    read_inputs<true>(x, smem, params, work, at);
+  }
   float2 rest{1.f, 1.f};
 #pragma unroll
   for (int i = 1; i < kBlock; ++i) {
@@ -585,29 +624,25 @@ __global__ void __launch_bounds__(Cfg::kThreads, Cfg::kCtasPerSm)
   *reinterpret_cast<float2*>(&smem.block_first[at.block][at.channel()]) =
       float2{x.alpha[0][0], x.alpha[0][1]};
   *reinterpret_cast<float2*>(&smem.block_rest[at.block][at.channel()]) = rest;
-  __syncthreads();  // b and g are in registers: their shared memory becomes operands
-  if (work.num_rows < kChunk) {
-    clear_foreign_rows(smem, work, at);
-  }
+  __syncthreads();  // the inputs are in registers: their shared memory becomes operands
 
+  store_factor_tiles(smem, params.tiles, work.tile, x, at);
   run_level<0>(smem, x, at, normalize);
   run_level<1>(smem, x, at, normalize);
   run_level<2>(smem, x, at, normalize);
   run_level<3>(smem, x, at, normalize);
   run_level<4>(smem, x, at, normalize);
   run_level<5>(smem, x, at, normalize);
-  __syncthreads();  // T is complete, and the operands become the outgoing tiles
+  __syncthreads();  // T and P are complete
 
+  auto* const P = static_cast<std::uint8_t*>(params.tiles.P) + work.tile * kBoxBytes;
+  for (int i = threadIdx.x; i < kBoxBytes / 16; i += Cfg::kThreads) {
+    reinterpret_cast<uint4*>(P)[i] = reinterpret_cast<uint4 const*>(smem.P)[i];
+  }
   if (at.box == 0) {
     constexpr std::uint32_t kInverseBarrier = 1;
     invert_unit_lower(TriangularMatrix{smem.T}, kInverseBarrier);
-    write_A_minus_I(smem);
-  }
-  write_factor_tiles(smem, x, at);
-  cutlass::arch::fence_view_async_shared();  // the tiles' ordinary stores, before the bulk copies read them
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    store_tiles(smem, params.tiles, work.tile);
+    store_A_minus_I(smem, static_cast<std::uint8_t*>(params.tiles.A_minus_I) + work.tile * kBoxBytes);
   }
 }
 

@@ -40,6 +40,14 @@ __device__ float2 unpack(std::uint32_t bits) {
   }
 }
 
+// Both products of two pairs, each rounded once.
+template <class Element>
+__device__ std::uint32_t multiply_pairs(std::uint32_t a, std::uint32_t b) {
+  using Type = typename Pair<Element>::Type;
+  Type const product = __hmul2(*reinterpret_cast<Type*>(&a), *reinterpret_cast<Type*>(&b));
+  return *reinterpret_cast<std::uint32_t const*>(&product);
+}
+
 template <class Element>
 __device__ Element round_to(float x) {
   if constexpr (std::is_same_v<Element, __half>) {

@@ -69,11 +69,9 @@ __device__ void mma_16x8x16(float (&acc)[4], std::uint32_t const (&a)[4], std::u
   }
 }
 
-// float32 rounded to tf32 (to nearest, where the instruction itself would cut).
+// float32 as tf32, to nearest: the instruction itself cuts the last 13 bits, so half of what they hold is added first.
 __device__ inline std::uint32_t to_tf32(float x) {
-  std::uint32_t bits;
-  asm("cvt.rna.tf32.f32 %0, %1;\n" : "=r"(bits) : "f"(x));
-  return bits;
+  return __float_as_uint(x) + 0x1000;
 }
 
 // acc [16, 8] += A [16, 8] B [8, 8] in tf32. a[0]: row l/4, step l%4; a[1]: row + 8; a[2], a[3]: the same, step + 4.

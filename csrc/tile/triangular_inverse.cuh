@@ -74,13 +74,14 @@ __device__ void multiply_A22_T21(float (&W)[kColumns / 8][4], TriangularMatrix M
   }
 }
 
-// A21 [16, kColumns] = -W A11 for columns [column, column + kColumns), over W's kDepth columns.
-template <int kColumns, int kDepth>
-__device__ void multiply_W_A11(float (&A21)[kColumns / 8][4], float const (&W)[kDepth / 8][4],
+// A21 [16, kColumns] = -W A11 for columns [column, column + kColumns), over the columns of W from kFirst on: those
+// before meet zeros of A11.
+template <int kColumns, int kFirst, int kDepthTiles>
+__device__ void multiply_W_A11(float (&A21)[kColumns / 8][4], float const (&W)[kDepthTiles][4],
                                TriangularMatrix M, int first1, int column) {
   int const group = lane_index() / 4, quad = lane_index() % 4;
 #pragma unroll
-  for (int k = 0; k < kDepth / 8; ++k) {
+  for (int k = kFirst / 8; k < kDepthTiles; ++k) {
     std::uint32_t const a[4] = {to_tf32(-W[k][0]), to_tf32(-W[k][2]), to_tf32(-W[k][1]), to_tf32(-W[k][3])};
 #pragma unroll
     for (int n = 0; n < kColumns / 8; ++n) {
@@ -106,7 +107,7 @@ __device__ void store_block(float const (&block)[kColumns / 8][4], TriangularMat
 
 }  // namespace detail
 
-// T becomes A (unit diagonal included, zeros above it inside the 16x16 diagonal blocks only). `barrier` is a named
+// T becomes A, the unit diagonal included; nothing above the 16x16 diagonal blocks is read or written. `barrier` is a named
 // barrier that these kWarpgroupThreads threads own; all of T must be visible to them on entry, A is on exit.
 __device__ inline void invert_unit_lower(TriangularMatrix T, std::uint32_t barrier) {
   using cutlass::arch::NamedBarrier;
@@ -118,7 +119,7 @@ __device__ inline void invert_unit_lower(TriangularMatrix T, std::uint32_t barri
     int const first1 = 32 * warp, first2 = first1 + 16;
     float W[2][4] = {}, A21[2][4] = {};
     detail::multiply_A22_T21<16, 16>(W, T, first2, first2, first1);
-    detail::multiply_W_A11<16, 16>(A21, W, T, first1, first1);
+    detail::multiply_W_A11<16, 0>(A21, W, T, first1, first1);
     __syncwarp();
     detail::store_block<16>(A21, T, first2, first1);
   }
@@ -132,7 +133,11 @@ __device__ inline void invert_unit_lower(TriangularMatrix T, std::uint32_t barri
   } else {
     detail::multiply_A22_T21<32, 32>(W, T, row, 32, 0);
   }
-  detail::multiply_W_A11<16, 32>(A21, W, T, 0, column);
+  if (column == 0) {
+    detail::multiply_W_A11<16, 0>(A21, W, T, 0, column);
+  } else {
+    detail::multiply_W_A11<16, 16>(A21, W, T, 0, column);
+  }
   NamedBarrier::sync(kWarpgroupThreads, barrier);  // every warp has read T21
   detail::store_block<16>(A21, T, row, column);
   NamedBarrier::sync(kWarpgroupThreads, barrier);
