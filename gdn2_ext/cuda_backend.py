@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
+
 import torch
 from torch import Tensor
 
 from .torch_backend import CHUNK, GateOptions, PackedTokens, num_chunk_slots
 
+_C, _WHY_NO_EXTENSION = None, None
 try:
-    from . import _C
-except ImportError as error:  # built with GDN2_CUDA=OFF
-    _C = None
-    _IMPORT_ERROR = str(error)
+    _C = importlib.import_module("gdn2_ext._C")
+except ModuleNotFoundError:
+    _WHY_NO_EXTENSION = "gdn2_ext was built without its kernels (GDN2_CUDA=OFF)"
+except ImportError as error:
+    _WHY_NO_EXTENSION = f"the kernels of gdn2_ext could not be loaded: {error}"
 
 MAX_DIM_K = 128
 MAX_DIM_V = 256
@@ -33,7 +37,7 @@ def _capability(index: int | None) -> str:
 
 def _why_no_kernels(device: torch.device) -> str | None:
     if _C is None:
-        return f"gdn2_ext was built without its kernels (GDN2_CUDA=OFF): {_IMPORT_ERROR}"
+        return _WHY_NO_EXTENSION
     if device.type != "cuda":
         return f"the kernels need an NVIDIA Hopper GPU and the tensors are on {device.type}"
     capability = _capability(device.index)

@@ -11,11 +11,11 @@ start,
 
 where E = b*k, Z = w*v, A = (I+T)^-1, and T, P hold the decayed products of E and q with k inside the chunk.
 
-Chunked tensors are [steps, lanes, C, width]: `steps` is what the state walks along, `lanes` is what runs side
-by side. A dense call has a step for every chunk and a lane for every batch element and head. A packed one has a
-step for every chunk slot of the packed tokens and a lane for every head; the state of the slot's sequence is
-fetched and put back at every step. Value heads that share a key head are side by side in the width: everything
-here is linear in the columns of v.
+Chunked tensors are [steps, lanes, C, width]: `steps` is what the state walks along, `lanes` is what runs
+side by side. A dense call has a step for every chunk and a lane for every batch element and head. A packed
+one has a step for every chunk slot of the packed tokens and a lane for every head; the state of the slot's
+sequence is fetched and put back at every step. Value heads that share a key head are side by side in the
+width: everything here is linear in the columns of v.
 """
 
 from __future__ import annotations
@@ -397,7 +397,7 @@ def _pairs_backward(
         _halves(dq, h)[1].addcmul_(dq_later, D_later)
         dk_earlier = M.transpose(-1, -2) @ torch.cat([E_later, q_later], dim=-2)
         _halves(dk, h)[0].addcmul_(dk_earlier, U_earlier)
-        # alpha[i] is in the pair (r, s) for s < i <= r: in the later half up to r, in the earlier one after s.
+        # alpha[i] is in the pair (r, s) for s < i <= r: in the later half up to r, in the earlier after s.
         # Summed like this no pair has to cancel, and dg is exact relative to its own size for any decay.
         _halves(dg, h)[1].add_(_sum_from(E_later * dE_later + q_later * dq_later))
         if h > 1:
