@@ -131,8 +131,9 @@ def chunk_forward(
     padded_k = 64 if dim_k <= 64 else 128
     factors = q.new_empty(num_slots, num_gate_heads, 3, CHUNK * padded_k)
     gamma_last = q.new_empty((num_slots, num_gate_heads, padded_k), dtype=torch.float32)
-    A_minus_I = q.new_empty(num_slots, num_gate_heads, CHUNK, CHUNK)
-    P = torch.empty_like(A_minus_I)
+    # Without tokens nothing runs that would write them.
+    new = q.new_empty if seqlen else q.new_zeros
+    A_minus_I, P = (new(num_slots, num_gate_heads, CHUNK, CHUNK) for _ in range(2))
     plan_slots = plan_spans = None
     if packed:
         cu_seqlens = cu_seqlens.contiguous()

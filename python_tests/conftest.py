@@ -5,13 +5,15 @@
     pytest --seed=7                 other random numbers
     pytest --record=PATH            also write what passed, failed and skipped, and on what, as JSON
 
-A test that takes the fixture `backend` runs once per backend, with q of that backend's usual dtype; with the marker
-`every_dtype` in every dtype that has an accuracy bar, with `most_exact_dtype` in the one whose bar is the lowest.
-Tests with the marker `recurrent` ask the CUDA backend for fused_recurrent_gdn2, the others for chunk_gdn2.
+A test that takes the fixture `backend` runs once per backend, with q of that backend's usual dtype; with the
+marker `every_dtype` in every dtype that has an accuracy bar, with `most_exact_dtype` in the one whose bar is
+the lowest. Tests with the marker `recurrent` ask the CUDA backend for fused_recurrent_gdn2, the others for
+chunk_gdn2.
 """
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import itertools
 import json
@@ -34,7 +36,7 @@ import compare
 import provenance
 
 import gdn2_ext
-from gdn2_ext import cuda_backend, reference
+from gdn2_ext import ops, reference
 
 USUAL_DTYPE = {"torch": torch.float32, "cuda": torch.bfloat16}
 MOST_EXACT_DTYPE = {"torch": torch.float64, "cuda": torch.float16}
@@ -42,18 +44,17 @@ EVERY_DTYPE = {
     "torch": (torch.float32, torch.float64, torch.bfloat16, torch.float16),
     "cuda": (torch.bfloat16, torch.float16),
 }
-GRADIENTS = ("dq", "dk", "dv", "dg", "db", "dw", "dA_log", "d_dt_bias", "d_initial_state")
 
 # Which column of the table of bars holds for a tensor that the table does not have.
 BAR_OF = {"h": "S", "d_initial_state": "dg", "dA_log": "dg", "d_dt_bias": "dg"}
 
-# Below this an exact value is out of reach of the arithmetic (float32, but float16 for what is stored in it), and all
-# that can be asked is that the result is as small.
+# Below this an exact value is out of reach of the arithmetic (float32, but float16 for what is stored in it),
+# and all that can be asked is that the result is as small.
 UNDERFLOW = {torch.float64: 0.0, torch.float32: 1e-37, torch.bfloat16: 1e-37, torch.float16: 6e-5}
 
 REFERENCE_OPTIONS = frozenset(inspect.signature(reference.chunk_gdn2).parameters)
 
-# Derandomised, so that a run depends on the code alone; a failing example is printed with the blob that reproduces it.
+# Derandomised, so that a run depends on the code alone; a failing example is printed with what reproduces it.
 hypothesis.settings.register_profile(
     "gdn2_ext",
     derandomize=True,
@@ -99,16 +100,22 @@ class Backend:
     def states(self, inputs: cases.Inputs, *, seed: int, number: int | None = None, v_first: bool = False):
         """An initial state for `inputs` and a gradient for the final state."""
         matrix = (inputs.q.shape[3], inputs.v.shape[3])
-        shape = (inputs.q.shape[0] if number is None else number, inputs.v.shape[2], *(matrix[::-1] if v_first else matrix))
+        shape = (
+            inputs.q.shape[0] if number is None else number,
+            inputs.v.shape[2],
+            *(matrix[::-1] if v_first else matrix),
+        )
         return self.normal(*shape, seed=seed + 1), self.normal(*shape, seed=seed + 2)
 
     def bar(self, tensor: str, regime: str | None = None) -> float:
-        """The bar of a tensor in a regime. Without a regime the table's largest, which is for all other calls."""
+        """The bar of a tensor in a regime. Without one the largest of all, which is for all other calls."""
         if regime is None:
-            return max(cases.bar(*entry, self.dtype) for entry in itertools.product(cases.REGIMES, cases.TENSORS))
+            return max(
+                cases.bar(*entry, self.dtype) for entry in itertools.product(cases.REGIMES, cases.TENSORS)
+            )
         return cases.bar(regime, BAR_OF.get(tensor, tensor), self.dtype)
 
-    # -- the op and the oracle --------------------------------------------------------------------------------------
+    # -- the op and the oracle -------------------------------------------------------------------------------
 
     def forward(self, inputs: cases.Inputs, **options):
         """chunk_gdn2 on this backend, without gradients, with whatever it returns."""
@@ -121,9 +128,13 @@ class Backend:
         *,
         d_final_state: torch.Tensor | None = None,
         do: torch.Tensor | None = None,
+        poisoned: bool = True,
         **options,
     ) -> dict[str, torch.Tensor]:
-        """o, S and every gradient, by name. The memory that tensors are made in is NaN beforehand."""
+        """o, S and every gradient, by name. The memory that tensors are made in is NaN beforehand.
+
+        Not so without `poisoned`, but then PyTorch's own operations are not made deterministic along with it.
+        """
         options = _parameters(inputs, options)
         leaves = {
             "dq": inputs.q, "dk": inputs.k, "dv": inputs.v, "dg": inputs.g, "db": inputs.b, "dw": inputs.w,
@@ -132,9 +143,14 @@ class Backend:
         }  # fmt: skip
         leaves = {name: x.detach().requires_grad_() for name, x in leaves.items() if x is not None}
         tokens = [leaves[name] for name in ("dq", "dk", "dv", "dg", "db", "dw")]
-        parameters = {name: leaves.get(f"d{name}", leaves.get(f"d_{name}")) for name in ("A_log", "dt_bias", "initial_state")}
-        with _poisoned_memory():
-            o, S = gdn2_ext.chunk_gdn2(*tokens, output_final_state=True, **parameters, **options, backend=self.name)
+        parameters = {
+            name: leaves.get(f"d{name}", leaves.get(f"d_{name}"))
+            for name in ("A_log", "dt_bias", "initial_state")
+        }
+        with _poisoned_memory() if poisoned else contextlib.nullcontext():
+            o, S = gdn2_ext.chunk_gdn2(
+                *tokens, output_final_state=True, **parameters, **options, backend=self.name
+            )
             outputs, gradients = [o], [inputs.do if do is None else do]
             if d_final_state is not None:
                 outputs, gradients = [o, S], [*gradients, d_final_state]
@@ -144,7 +160,7 @@ class Backend:
     def expected(
         self, inputs: cases.Inputs, *, d_final_state: torch.Tensor | None = None, **options
     ) -> dict[str, np.ndarray]:
-        """What `run` should give: o, h, S and every gradient from the reference, on the same rounded inputs."""
+        """What `run` should give: o, h, S and every gradient, from the reference on the same inputs."""
         options = {name: x for name, x in _parameters(inputs, options).items() if name in REFERENCE_OPTIONS}
         options = {name: oracle_array(x) for name, x in options.items()}
         tokens = [oracle_array(x) for x in inputs.tensors]
@@ -190,8 +206,8 @@ def _parameters(inputs: cases.Inputs, options: dict) -> dict:
 def _norms_of_summands(inputs: cases.Inputs, dg: np.ndarray, options: dict) -> dict[str, float]:
     """How large what is summed up to dA_log and d_dt_bias is, given the gradient of the raw gate.
 
-    The summands mostly cancel, their errors do not. Where an error is more than the rounding of float64, the bar of
-    a sum is for the sum and its summands together.
+    The summands mostly cancel, their errors do not. Where an error is more than the rounding of float64, the
+    bar of a sum is for the sum and its summands together.
     """
     norms = {"d_dt_bias": _norm_over_chunks(dg)}
     if inputs.A_log is not None:
@@ -199,7 +215,7 @@ def _norms_of_summands(inputs: cases.Inputs, dg: np.ndarray, options: dict) -> d
         if inputs.dt_bias is not None:
             bias = compare.to_float64(inputs.dt_bias).reshape(inputs.A_log.shape[0], -1)
             u = u + np.repeat(bias, u.shape[2] // bias.shape[0], axis=0)
-        # The gradient of log a beside that of u: u for L sigmoid(a u), softplus(u) / sigmoid(u) for -a softplus(u).
+        # The gradient of log a over that of u: u for L sigmoid(a u), softplus(u) / sigmoid(u) otherwise.
         ratio = u
         if options.get("lower_bound") is None:
             ratio = np.logaddexp(0.0, u) * (1.0 + np.exp(-np.maximum(u, -30.0)))
@@ -208,7 +224,7 @@ def _norms_of_summands(inputs: cases.Inputs, dg: np.ndarray, options: dict) -> d
 
 
 def _norm_over_chunks(x: np.ndarray) -> float:
-    """The L2 norm of x [B, T, H, K] as if signs were equal within 64 tokens, over which dg shares its errors."""
+    """The L2 norm of x [B, T, H, K] as if signs were equal within 64 tokens, which share errors of dg."""
     chunks = [np.abs(x[:, t : t + 64]).sum(1) for t in range(0, x.shape[1], 64)]
     return float(np.sqrt(sum((chunk**2).sum() for chunk in chunks)))
 
@@ -247,9 +263,9 @@ class _poisoned_memory:
         torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Fixtures
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -285,7 +301,7 @@ def device(backend) -> torch.device:
 
 @pytest.fixture
 def seed(request) -> int:
-    """A number of this test's own, the same in every run unless --seed is given; printed when the test fails."""
+    """A number of this test's own, the same in every run unless --seed is given; printed on failure."""
     given = request.config.getoption("--seed")
     value = zlib.crc32(request.node.nodeid.encode()) % 100_000 if given is None else given
     print(f"seed = {value}")
@@ -294,36 +310,44 @@ def seed(request) -> int:
 
 @pytest.fixture
 def offsets_on_device_only(monkeypatch) -> None:
-    """chunk_gdn2 and fused_recurrent_gdn2 as with offsets on a GPU: on the host, nothing is known of their values.
+    """Both functions as with offsets on a GPU: on the host, nothing is known of their values.
 
-    Offsets on the CPU are checked on the host, so that without this nothing would reach the code for the other case.
+    Offsets on the CPU are checked on the host: without this nothing would reach the code for the other case.
     """
-    from gdn2_ext import ops
-
     monkeypatch.setattr(ops, "_check_host_offsets", lambda *_: None)
     check_offsets = ops._check_offsets
     monkeypatch.setattr(ops, "_check_offsets", lambda *args: (check_offsets(*args)[0], None))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Hooks
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def pytest_addoption(parser) -> None:
     group = parser.getgroup("gdn2_ext")
-    group.addoption("--torch-device", default="cpu", help="where the torch backend runs: cpu (default) or cuda")
-    group.addoption("--seed", type=int, default=None, help="seed of the random inputs; by default one per test")
-    group.addoption("--record", metavar="PATH", default=None, help="write the outcome and its provenance as JSON")
+    group.addoption(
+        "--torch-device", default="cpu", help="where the torch backend runs: cpu (default) or cuda"
+    )
+    group.addoption(
+        "--seed", type=int, default=None, help="seed of the random inputs; by default one per test"
+    )
+    group.addoption(
+        "--record", metavar="PATH", default=None, help="write the outcome and its provenance as JSON"
+    )
 
 
 def pytest_configure(config) -> None:
-    config.addinivalue_line("markers", "every_dtype: runs in every dtype of the backend, not in its usual one only")
-    config.addinivalue_line("markers", "most_exact_dtype: runs in the dtype of the backend that has the lowest bars")
+    config.addinivalue_line(
+        "markers", "every_dtype: runs in every dtype of the backend, not in its usual one only"
+    )
+    config.addinivalue_line(
+        "markers", "most_exact_dtype: runs in the dtype of the backend that has the lowest bars"
+    )
     config.addinivalue_line("markers", "recurrent: of fused_recurrent_gdn2; skips where that has no kernel")
     config.addinivalue_line("markers", "slow: takes more than a few seconds")
     if "PYTEST_XDIST_WORKER" in os.environ:  # one thread per worker: they share the cores
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
+        torch.set_num_threads(max(1, os.cpu_count() // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
 
 
 def pytest_generate_tests(metafunc) -> None:

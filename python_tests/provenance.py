@@ -22,7 +22,9 @@ def source_files(root: Path = REPOSITORY) -> list[Path]:
     """The files that decide what the op computes, sorted by their path inside the repository."""
     found = [root / name for name in SOURCE_FILES if (root / name).is_file()]
     for folder in SOURCE_FOLDERS:
-        found += [path for path in (root / folder).rglob("*") if path.suffix in SOURCE_SUFFIXES and path.is_file()]
+        found += [
+            path for path in (root / folder).rglob("*") if path.suffix in SOURCE_SUFFIXES and path.is_file()
+        ]
     return sorted(found, key=lambda path: path.relative_to(root).as_posix())
 
 

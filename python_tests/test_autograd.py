@@ -1,4 +1,4 @@
-"""The op as a node of autograd: what is saved, what is computed, what raises, and what repeats bit for bit."""
+"""The op as a node of autograd: what is saved, what is computed, what raises, what repeats bit for bit."""
 
 import cases
 import compare
@@ -15,7 +15,7 @@ EVERYTHING = {"use_qk_l2norm_in_kernel": True, "use_gate_in_kernel": True, "use_
 
 
 class Leaves:
-    """Raw inputs as leaves that require gradients, a call with everything in the kernel, and the gradients."""
+    """Raw inputs as leaves that require gradients, and a call with everything in the kernel."""
 
     def __init__(self, backend, seed: int, requires_grad=DIFFERENTIABLE):
         inputs = backend.raw_inputs(**SHAPE, seed=seed)
@@ -46,7 +46,11 @@ class Leaves:
 
     def expected(self) -> dict:
         """The reference's gradients, by the name of the input."""
-        options = {"initial_state": self.named["initial_state"], "d_final_state": self.d_final_state, **EVERYTHING}
+        options = {
+            "initial_state": self.named["initial_state"],
+            "d_final_state": self.d_final_state,
+            **EVERYTHING,
+        }
         gradients = self.backend.expected(self.inputs, **options)
         prefixes = {"A_log": "dA_log", "dt_bias": "d_dt_bias", "initial_state": "d_initial_state"}
         return {name: gradients[prefixes.get(name, f"d{name}")] for name in DIFFERENTIABLE}
@@ -67,7 +71,7 @@ def assert_same(actual: dict, expected: dict) -> None:
         compare.assert_bitwise_equal(actual[name], x, f"gradient of {name}")
 
 
-# -- which gradients --------------------------------------------------------------------------------------------------
+# -- which gradients -----------------------------------------------------------------------------------------
 
 
 def test_backward_accumulates_in_the_leaves(leaves):
@@ -88,12 +92,16 @@ class NeededSpy(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         if function is torch.ops.gdn2_ext.chunk_backward.default:
-            needed = next(x for x in args if isinstance(x, (list, tuple)) and all(isinstance(y, bool) for y in x))
+            needed = next(
+                x for x in args if isinstance(x, (list, tuple)) and all(isinstance(y, bool) for y in x)
+            )
             self.calls.append((list(needed), [x.numel() for x in result]))
         return result
 
 
-@pytest.mark.parametrize("wanted", [*((name,) for name in DIFFERENTIABLE), ("q", "initial_state"), DIFFERENTIABLE])
+@pytest.mark.parametrize(
+    "wanted", [*((name,) for name in DIFFERENTIABLE), ("q", "initial_state"), DIFFERENTIABLE]
+)
 def test_gradients_that_nobody_asked_for_are_not_computed(backend, wanted, seed):
     leaves = Leaves(backend, seed, requires_grad=wanted)
     with NeededSpy() as spy:
@@ -159,7 +167,7 @@ def test_a_loss_that_needs_no_gradient_of_the_op_runs_no_backward(leaves):
     assert all(x is None for x in leaves.gradients().values())
 
 
-# -- what is kept -----------------------------------------------------------------------------------------------------
+# -- what is kept --------------------------------------------------------------------------------------------
 
 
 def test_between_forward_and_backward_the_inputs_and_two_matrices_are_kept(leaves):
@@ -192,15 +200,14 @@ def test_inference_mode_gives_the_same_output(leaves):
     compare.assert_bitwise_equal(inferred_state, final_state, "S")
 
 
-# -- again and again --------------------------------------------------------------------------------------------------
+# -- again and again -----------------------------------------------------------------------------------------
 
 
 def test_two_runs_agree_bit_for_bit(backend, seed):
     inputs = backend.raw_inputs(batch=2, seqlen=200, heads=2, value_heads=4, dim_k=64, dim_v=64, seed=seed)
     initial_state, d_final_state = backend.states(inputs, seed=seed)
-    runs = [
-        backend.run(inputs, initial_state=initial_state, d_final_state=d_final_state, **EVERYTHING) for _ in range(3)
-    ]
+    options = {"initial_state": initial_state, "d_final_state": d_final_state, **EVERYTHING}
+    runs = [backend.run(inputs, **options, poisoned=False) for _ in range(3)]
     for again in runs[1:]:
         for name, x in runs[0].items():
             compare.assert_bitwise_equal(again[name], x, name)
@@ -254,6 +261,22 @@ def test_an_operator_called_without_saving_has_no_backward(backend, seed):
         o.backward(inputs.do)
 
 
+def test_a_final_state_that_was_not_asked_for_has_no_gradient(backend, seed):
+    """The operator returns an empty tensor then, and a loss may include its sum."""
+    inputs = backend.inputs("slow", **SHAPE, seed=seed)
+    expected = backend.run(inputs, scale=0.25)
+    inputs.q.requires_grad_()
+    options = (0.25, False, False, None, False, 1.0, False)
+    o, final_state, *_ = torch.ops.gdn2_ext.chunk_forward(
+        *inputs.tensors, None, None, None, None, *options, False, None, True, 0, backend.name
+    )
+    assert final_state.numel() == 0
+    (dq,) = torch.autograd.grad(
+        [o, final_state.sum()], inputs.q, [inputs.do, torch.ones_like(final_state.sum())]
+    )
+    compare.assert_bitwise_equal(dq, expected["dq"], "dq")
+
+
 def test_calls_in_a_chain_share_a_graph(backend, seed):
     """Two layers, the second fed with the output of the first, against each other's references."""
     inputs = backend.inputs("slow", **{**SHAPE, "value_heads": 2}, seed=seed)
@@ -268,7 +291,7 @@ def test_calls_in_a_chain_share_a_graph(backend, seed):
     compare.assert_close(dv, expected, 2 * backend.bar("dv"), "dv through two layers")
 
 
-# -- autocast ---------------------------------------------------------------------------------------------------------
+# -- autocast ------------------------------------------------------------------------------------------------
 
 
 class InputSpy(TorchDispatchMode):
@@ -287,7 +310,9 @@ class InputSpy(TorchDispatchMode):
 def autocast_inputs(backend, dtype: torch.dtype, seed: int) -> tuple[cases.Inputs, cases.Inputs]:
     """float32 inputs, and what autocast to dtype should make of them."""
     inputs = backend.raw_inputs(**SHAPE, seed=seed)
-    inputs = cases.Inputs(*(x.float() for x in inputs.tensors), inputs.do.to(dtype), inputs.A_log, inputs.dt_bias)
+    inputs = cases.Inputs(
+        *(x.float() for x in inputs.tensors), inputs.do.to(dtype), inputs.A_log, inputs.dt_bias
+    )
     q, k, v, b, w = (x.to(dtype) for x in (inputs.q, inputs.k, inputs.v, inputs.b, inputs.w))
     return inputs, cases.Inputs(q, k, v, inputs.g, b, w, inputs.do, inputs.A_log, inputs.dt_bias)
 
@@ -304,7 +329,7 @@ def test_autocast_casts_q_k_v_b_w_together_and_nothing_else(backend, seed):
 @pytest.mark.parametrize("backward", ["inside autocast", "outside autocast"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_equals_the_call_on_rounded_tensors(backend, dtype, backward, seed):
-    """Bit for bit: what the op computes in float32 stays in float32, and leaves get gradients in their own dtype."""
+    """Bit for bit: what the op computes in float32 stays there, and leaves get gradients of their dtype."""
     inputs, rounded = autocast_inputs(backend, dtype, seed)
     initial_state, d_final_state = backend.states(inputs, seed=seed)
     expected = backend.run(rounded, initial_state=initial_state, d_final_state=d_final_state, **EVERYTHING)
@@ -347,16 +372,19 @@ def test_autocast_leaves_float64_alone(backend, seed):
 
 
 def test_autocast_names_a_bad_input_all_the_same(backend):
-    with torch.autocast(backend.device.type, torch.bfloat16), pytest.raises(TypeError, match="^q: expected a torch.Tensor"):
+    with (
+        torch.autocast(backend.device.type, torch.bfloat16),
+        pytest.raises(TypeError, match="^q: expected a torch.Tensor"),
+    ):
         chunk_gdn2([1.0], None, None, None, None, None)
 
 
-# -- against autograd -------------------------------------------------------------------------------------------------
+# -- against autograd ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.most_exact_dtype
 def test_gradients_agree_with_finite_differences(backend, seed):
-    """Independent of every analytic backward: torch's own check, in float64, on the smallest call with everything in."""
+    """Independent of every analytic backward: torch's own check, on a small call with everything in it."""
     if backend.dtype != torch.float64:
         pytest.skip(f"finite differences need float64, the {backend.name} backend has {backend.dtype}")
     shape = {"batch": 1, "seqlen": 67, "heads": 1, "value_heads": 2, "dim_k": 2, "dim_v": 2}
@@ -367,7 +395,13 @@ def test_gradients_agree_with_finite_differences(backend, seed):
 
     def call(*x):
         return chunk_gdn2(
-            *x[:6], A_log=x[6], dt_bias=x[7], initial_state=x[8], output_final_state=True, **EVERYTHING, backend="torch"
+            *x[:6],
+            A_log=x[6],
+            dt_bias=x[7],
+            initial_state=x[8],
+            output_final_state=True,
+            **EVERYTHING,
+            backend="torch",
         )
 
     assert torch.autograd.gradcheck(call, leaves, fast_mode=True)

@@ -1,6 +1,7 @@
 """Which backend takes a call, what `supports` says, and what a user hears when the kernels cannot be used."""
 
 import doctest
+import importlib.util
 import warnings
 
 import pytest
@@ -11,6 +12,7 @@ from gdn2_ext import chunk_gdn2, cuda_backend, fused_recurrent_gdn2, ops, suppor
 
 SHAPE = {"batch": 1, "seqlen": 3, "heads": 1, "dim_k": 64, "dim_v": 64}
 HOPPER = torch.device("cuda", 0)
+NO_KERNELS = "gdn2_ext was built without its kernels (GDN2_CUDA=OFF)"
 
 
 @pytest.fixture
@@ -29,7 +31,7 @@ def extension(monkeypatch):
 def no_extension(monkeypatch):
     """As if the package had been built without its kernels."""
     monkeypatch.setattr(cuda_backend, "_C", None)
-    monkeypatch.setattr(cuda_backend, "_IMPORT_ERROR", "no module _C", raising=False)
+    monkeypatch.setattr(cuda_backend, "_WHY_NO_EXTENSION", NO_KERNELS)
 
 
 class OnDevice:
@@ -53,7 +55,7 @@ def test_supports_says_when_there_is_no_extension(no_extension, backend, seed):
     inputs = backend.inputs(**SHAPE, seed=seed)
     taken, reason = supports(*inputs.tensors)
     assert not taken
-    assert reason == "gdn2_ext was built without its kernels (GDN2_CUDA=OFF): no module _C"
+    assert reason == NO_KERNELS
 
 
 def test_supports_takes_the_options_of_a_call(backend, seed):
@@ -63,6 +65,31 @@ def test_supports_takes_the_options_of_a_call(backend, seed):
     assert supports(*inputs.tensors, initial_state=initial_state, output_final_state=True) == plain
     assert plain[0] == (backend.name == "cuda")
     assert bool(plain[1]) != plain[0]
+
+
+@pytest.mark.parametrize(
+    "error, reason",
+    [
+        (None, None),
+        (ModuleNotFoundError("No module named 'gdn2_ext._C'"), NO_KERNELS),
+        (ImportError("libc is too old"), "the kernels of gdn2_ext could not be loaded: libc is too old"),
+    ],
+)
+def test_importing_the_package_needs_no_extension(monkeypatch, error, reason):
+    """The module's code in a module of another name: the package that the other tests use stays as it is."""
+
+    def import_module(name):
+        assert name == "gdn2_ext._C"
+        if error is not None:
+            raise error
+        return "the extension"
+
+    spec = importlib.util.spec_from_file_location("gdn2_ext.another_cuda_backend", cuda_backend.__file__)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setattr(importlib, "import_module", import_module)
+    spec.loader.exec_module(module)
+    assert module._C == ("the extension" if error is None else None)
+    assert module._WHY_NO_EXTENSION == reason
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (10, 0), (12, 1)])
@@ -95,10 +122,10 @@ def test_on_hopper_dtype_and_head_sizes_decide(extension, monkeypatch, q, v, rea
 
 def test_the_backend_that_cannot_take_a_call_says_why(no_extension, backend, seed):
     inputs = backend.inputs(**SHAPE, seed=seed)
-    message = "^backend: 'cuda' cannot take this call: gdn2_ext was built without its kernels"
     for function in (chunk_gdn2, fused_recurrent_gdn2):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError) as caught:
             function(*inputs.tensors, backend="cuda")
+        assert str(caught.value) == f"backend: 'cuda' cannot take this call: {NO_KERNELS}"
 
 
 def test_auto_takes_the_torch_backend_on_the_cpu_without_a_word(fresh_warnings, backend, seed):
@@ -123,11 +150,77 @@ def test_auto_falls_back_on_a_gpu_with_one_warning_for_every_reason(fresh_warnin
     ]
 
 
-@pytest.mark.parametrize("asked, reason, chosen", [("auto", None, "cuda"), ("cuda", None, "cuda"), ("torch", None, "torch")])
+@pytest.mark.parametrize(
+    "asked, reason, chosen", [("auto", None, "cuda"), ("cuda", None, "cuda"), ("torch", None, "torch")]
+)
 def test_where_the_kernels_take_a_call_auto_takes_them(fresh_warnings, asked, reason, chosen):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert ops._choose_backend(asked, HOPPER, reason) == chosen
+
+
+# -- what the kernels are handed -----------------------------------------------------------------------------
+
+
+def strided(shape: tuple, strides: tuple, offset: int = 0, dtype=torch.bfloat16) -> torch.Tensor:
+    """A view of numbered memory that starts at a multiple of 16 bytes, offset elements in."""
+    length = offset + 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+    return torch.arange(length, dtype=torch.float32).to(dtype).as_strided(shape, strides, offset)
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        strided((2, 3, 4, 64), (768, 256, 64, 1)),
+        strided((2, 3, 4, 64), (768, 64, 192, 1)),
+        strided((2, 3, 4, 64), (2304, 768, 192, 1), offset=64),
+        strided((2, 3, 4, 64), (64, 512, 128, 1)),
+        strided((2, 3, 4, 60), (768, 256, 64, 1)),
+        strided((1, 3, 1, 64), (5, 64, 7, 1)),
+        strided((2, 3, 4, 4), (48, 16, 4, 1), dtype=torch.float32),
+    ],
+    ids=lambda x: f"{list(x.shape)} {list(x.stride())}",
+)
+def test_views_with_aligned_rows_are_read_where_they_are(x):
+    y, (address, *strides) = cuda_backend._token_tensor(x)
+    assert y is x and address == x.data_ptr()
+    width = 16 // x.element_size()
+    for size, given, own in zip(x.shape, strides, x.stride(), strict=False):
+        assert given % width == 0
+        assert given == own or size == 1
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        strided((2, 3, 4, 64), (1536, 512, 128, 2)),
+        strided((2, 3, 4, 64), (768, 256, 64, 1), offset=1),
+        strided((2, 3, 4, 60), (720, 240, 60, 1)),
+        strided((2, 3, 4, 64), (0, 256, 64, 1)),
+        strided((2, 3, 4, 5), (60, 20, 5, 1), dtype=torch.float32),
+    ],
+    ids=lambda x: f"{list(x.shape)} {list(x.stride())} {x.storage_offset()}",
+)
+def test_other_views_are_copied_to_aligned_rows(x):
+    y, (address, *strides) = cuda_backend._token_tensor(x)
+    assert torch.equal(y, x) and y.data_ptr() == address != x.data_ptr()
+    assert y.stride(3) == 1 and address % 16 == 0
+    assert all(stride * y.element_size() % 16 == 0 and stride > 0 for stride in strides)
+    assert tuple(strides) == y.stride()[:3]
+
+
+def test_a_matrix_comes_back_from_its_image_in_shared_memory():
+    """Rows are stored in 8 pieces of 16 bytes, piece p of row r in place p ^ (r % 8)."""
+    matrices = torch.randn(3, 2, 64, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
+    image = torch.empty_like(matrices)
+    for row in range(64):
+        for piece in range(8):
+            place = piece ^ (row % 8)
+            image[..., row, 8 * place : 8 * place + 8] = matrices[..., row, 8 * piece : 8 * piece + 8]
+    assert torch.equal(cuda_backend.from_tile_image(image), matrices)
+
+
+# -- the package ---------------------------------------------------------------------------------------------
 
 
 def test_the_package_says_what_it_has():

@@ -28,7 +28,7 @@ every_call = pytest.mark.parametrize("kind, options", CALLS.values(), ids=CALLS)
 
 
 def operator_inputs(backend, kind: dict, options: tuple, seed: int, requires_grad: bool = False) -> tuple:
-    """q, k, v, g, b, w, A_log, dt_bias, initial_state, cu_seqlens of a call, and the gradients of its outputs."""
+    """q, k, v, g, b, w, A_log, dt_bias, initial_state, cu_seqlens; the gradients of both outputs."""
     kind = dict(kind)
     state, raw, packed = (kind.pop(name, False) for name in ("state", "raw", "packed"))
     shape = {**SHAPE, **kind, "batch": 1 if packed else 2}
@@ -49,7 +49,7 @@ def fresh_compiler():
     torch._dynamo.reset()
 
 
-# -- opcheck: schema, autograd registration, fake kernel, dynamic shapes ------------------------------------------------
+# -- opcheck: schema, autograd registration, fake kernel, dynamic shapes -------------------------------------
 
 
 @every_call
@@ -104,7 +104,7 @@ def test_recurrent_forward_on_a_pool_passes_opcheck(backend, functional, columns
     opcheck(getattr(torch.ops.gdn2_ext, name).default, arguments)
 
 
-# -- torch.compile ----------------------------------------------------------------------------------------------------
+# -- torch.compile -------------------------------------------------------------------------------------------
 
 
 def loss(o: torch.Tensor, final_state: torch.Tensor) -> torch.Tensor:
@@ -123,7 +123,9 @@ def training_step(backend, leaves: list, **options) -> torch.Tensor:
 def leaves_of(backend, seed: int, number: int | None = None, **shape) -> list[torch.Tensor]:
     inputs = backend.raw_inputs(**{**SHAPE, **shape}, seed=seed)
     initial_state, _ = backend.states(inputs, number=number, seed=seed)
-    return [x.detach().requires_grad_() for x in (*inputs.tensors, inputs.A_log, inputs.dt_bias, initial_state)]
+    return [
+        x.detach().requires_grad_() for x in (*inputs.tensors, inputs.A_log, inputs.dt_bias, initial_state)
+    ]
 
 
 def assert_compiled_equals_eager(step, leaves: list, compiled, exact: bool = True, bar: float = 0.0) -> None:
@@ -158,7 +160,9 @@ def test_a_compiled_packed_training_step_equals_the_eager_one(backend, seed):
     def compiled_step(leaves):
         return training_step(backend, leaves, cu_seqlens=cu_seqlens)
 
-    assert_compiled_equals_eager(step, leaves, torch.compile(compiled_step, fullgraph=True, backend="aot_eager"))
+    assert_compiled_equals_eager(
+        step, leaves, torch.compile(compiled_step, fullgraph=True, backend="aot_eager")
+    )
 
 
 @pytest.mark.slow
@@ -196,7 +200,9 @@ def test_compiled_inference_returns_the_states_of_the_chunks(backend, seed):
     inputs = backend.inputs("slow", **SHAPE, seed=seed)
 
     def infer(*tensors):
-        return chunk_gdn2(*tensors, output_final_state=True, return_intermediate_states=True, backend=backend.name)
+        return chunk_gdn2(
+            *tensors, output_final_state=True, return_intermediate_states=True, backend=backend.name
+        )
 
     actual = torch.compile(infer, fullgraph=True, backend="aot_eager")(*inputs.tensors)
     for name, x, y in zip(("o", "S", "h"), actual, infer(*inputs.tensors), strict=True):

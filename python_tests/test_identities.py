@@ -1,6 +1,6 @@
 """What Gated Delta Rule-2 becomes in special cases, and what must not change when something else does.
 
-Each simpler rule is written here on its own, in float64, as its paper states it: matrix by matrix, one head at a time.
+Each simpler rule is written here on its own, in float64, as its paper states it: matrices, head by head.
 """
 
 import cases
@@ -13,7 +13,7 @@ SHAPE = {"batch": 2, "seqlen": 100, "heads": 2, "dim_k": 32, "dim_v": 48}
 
 
 def run_rule(inputs: cases.Inputs, initial_state: torch.Tensor, step) -> dict[str, np.ndarray]:
-    """o and the final state of S_t = step(S_{t-1}, q, k, v, alpha, beta), o_t = scale S_t^T q_t, head by head.
+    """o and the final state of S_t = step(S_{t-1}, k, v, alpha, beta), o_t = scale S_t^T q_t, head by head.
 
     beta is the first channel of the write gate: the rules have one gate, a number per token.
     """
@@ -102,7 +102,7 @@ def test_a_full_overwrite_returns_the_value_at_its_key(backend, seed):
     compare.assert_close(o, inputs.v, tolerance, "o")
 
 
-# -- one run or several -----------------------------------------------------------------------------------------------
+# -- one run or several --------------------------------------------------------------------------------------
 
 
 def slices(inputs: cases.Inputs, begin: int | None, end: int | None) -> cases.Inputs:
@@ -114,8 +114,12 @@ def test_a_run_equals_two_runs_that_hand_over_the_state_at_any_token(backend, se
     initial_state, _ = backend.states(inputs, seed=seed)
     expected = backend.expected(inputs, initial_state=initial_state)
     for t in range(inputs.q.shape[1] + 1):
-        first, state = backend.forward(slices(inputs, None, t), initial_state=initial_state, output_final_state=True)
-        second, final_state = backend.forward(slices(inputs, t, None), initial_state=state, output_final_state=True)
+        first, state = backend.forward(
+            slices(inputs, None, t), initial_state=initial_state, output_final_state=True
+        )
+        second, final_state = backend.forward(
+            slices(inputs, t, None), initial_state=state, output_final_state=True
+        )
         results = {"o": torch.cat([first, second], dim=1), "S": final_state}
         backend.check(results, expected, where=f" handed over at {t}")
 
@@ -131,7 +135,10 @@ def test_gradients_pass_through_a_state_that_is_handed_over(backend, t, seed):
     first = backend.run(
         slices(inputs, None, t), initial_state=initial_state, d_final_state=second["d_initial_state"]
     )
-    results = {name: torch.cat([first[name], second[name]], dim=1) for name in ("o", "dq", "dk", "dv", "dg", "db", "dw")}
+    results = {
+        name: torch.cat([first[name], second[name]], dim=1)
+        for name in ("o", "dq", "dk", "dv", "dg", "db", "dw")
+    }
     results |= {"S": second["S"], "d_initial_state": first["d_initial_state"]}
     backend.check(results, expected)
 
@@ -151,20 +158,23 @@ def test_the_chunk_form_equals_the_token_form(backend, regime, seed):
     compare.assert_close(S, token_S, 2 * backend.bar("S", regime), "S")
 
 
-# -- causality --------------------------------------------------------------------------------------------------------
+# -- causality -----------------------------------------------------------------------------------------------
 
 CUTS = (1, 2, 15, 16, 17, 31, 32, 33, 48, 63, 64, 65, 96, 100, 127, 128, 129)
 
 
 def with_another_future(backend, inputs: cases.Inputs, t: int, seed: int) -> cases.Inputs:
-    """Tokens from t on replaced: values a million times larger, decays from none to a reset, erase gates up to 2."""
+    """Tokens from t on replaced: values far larger, decays up to a reset, erase gates up to 2."""
     seqlen, heads, dim_k = inputs.q.shape[1:]
-    other = backend.inputs("erase2", seqlen=seqlen, heads=heads, dim_k=dim_k, dim_v=inputs.v.shape[3], seed=seed)
-    other.v *= 1e6 if backend.dtype != torch.float16 else 1e3
-    other.q *= 100
+    other = backend.inputs(
+        "erase2", seqlen=seqlen, heads=heads, dim_k=dim_k, dim_v=inputs.v.shape[3], seed=seed
+    )
+    other.v *= 1e6 if backend.dtype != torch.float16 else 1e2
     other.g[:, ::3] = -50.0
     other.g[:, 1::7, :, ::2] = -float("inf")
-    changed = (torch.cat([x[:, :t], y[:, t:]], dim=1) for x, y in zip(inputs.tensors, other.tensors, strict=True))
+    changed = (
+        torch.cat([x[:, :t], y[:, t:]], dim=1) for x, y in zip(inputs.tensors, other.tensors, strict=True)
+    )
     return cases.Inputs(*changed, do=inputs.do)
 
 
@@ -213,7 +223,7 @@ def test_an_output_gradient_reaches_only_tokens_up_to_it(backend, seed):
         backend.check(backend.run(inputs_t), backend.expected(inputs_t), where=f" from token {t}")
 
 
-# -- linearity --------------------------------------------------------------------------------------------------------
+# -- linearity -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.most_exact_dtype
@@ -225,7 +235,9 @@ def test_the_output_is_linear_in_the_values_and_the_state_together(backend, seed
     o_x, S_x = backend.forward(x, initial_state=state_x, output_final_state=True)
     o_y, S_y = backend.forward(y_values, initial_state=state_y, output_final_state=True)
     o, S = backend.forward(total, initial_state=2 * state_x - 3 * state_y, output_final_state=True)
-    bars = {name: 10 * backend.bar(name) for name in ("o", "S")}  # three roundings, the terms larger than the sum
+    bars = {
+        name: 10 * backend.bar(name) for name in ("o", "S")
+    }  # three roundings, the terms larger than the sum
     compare.assert_close(o, 2 * o_x.double() - 3 * o_y.double(), bars["o"], "o")
     compare.assert_close(S, 2 * S_x.double() - 3 * S_y.double(), bars["S"], "S")
 

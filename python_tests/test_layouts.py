@@ -1,4 +1,4 @@
-"""Never a wrong result for a layout: views of every kind, of every input and of the gradients that come in."""
+"""Never a wrong result for a layout: views of every kind, of every input and of the incoming gradients."""
 
 import cases
 import compare
@@ -38,7 +38,9 @@ def every_other_channel(x):
 
 
 def every_other_token(x):
-    longer = torch.full((x.shape[0], 2 * x.shape[1], *x.shape[2:]), float("nan"), dtype=x.dtype, device=x.device)
+    longer = torch.full(
+        (x.shape[0], 2 * x.shape[1], *x.shape[2:]), float("nan"), dtype=x.dtype, device=x.device
+    )
     longer[:, 1::2] = x
     return longer[:, 1::2]
 
@@ -113,7 +115,13 @@ def test_a_gradient_that_is_one_number_is_read_as_it_is(backend, seed):
 @pytest.mark.parametrize("of", ["initial_state", "d_final_state"])
 def test_states_may_be_views(backend, of, v_first, seed):
     inputs = backend.inputs("slow", **SHAPE, seed=seed)
-    options = dict(zip(("initial_state", "d_final_state"), backend.states(inputs, seed=seed, v_first=v_first), strict=True))
+    options = dict(
+        zip(
+            ("initial_state", "d_final_state"),
+            backend.states(inputs, seed=seed, v_first=v_first),
+            strict=True,
+        )
+    )
     expected = backend.run(inputs, state_v_first=v_first, **options)
     contiguous = options[of]
     views = {
@@ -139,7 +147,9 @@ def test_gate_parameters_may_be_views(backend, seed):
     expected = backend.run(inputs, use_gate_in_kernel=True)
     inputs.A_log = inputs.A_log.repeat_interleave(2)[::2]
     inputs.dt_bias = inputs.dt_bias.view(2, 32).t().contiguous().t().as_strided((64,), (1,)).clone()
-    inputs.dt_bias = torch.stack([expected["d_dt_bias"], backend.raw_inputs(**SHAPE, seed=seed).dt_bias], dim=1)[:, 1]
+    inputs.dt_bias = torch.stack(
+        [expected["d_dt_bias"], backend.raw_inputs(**SHAPE, seed=seed).dt_bias], dim=1
+    )[:, 1]
     assert not inputs.A_log.is_contiguous() and not inputs.dt_bias.is_contiguous()
     assert_same(backend.run(inputs, use_gate_in_kernel=True), expected)
 
@@ -156,7 +166,9 @@ def test_packed_tokens_may_be_views(backend, view, seed):
     inputs = backend.inputs("slow", **{**SHAPE, "batch": 1}, seed=seed)
     options = {"cu_seqlens": torch.tensor([0, 13, 13, 70], device=backend.device)}
     expected = backend.run(inputs, **options)
-    assert_same(backend.run(cases.Inputs(*map(view, inputs.tensors), do=view(inputs.do)), **options), expected)
+    assert_same(
+        backend.run(cases.Inputs(*map(view, inputs.tensors), do=view(inputs.do)), **options), expected
+    )
 
 
 def test_no_input_is_written_to(backend, seed):
@@ -164,7 +176,11 @@ def test_no_input_is_written_to(backend, seed):
     initial_state, d_final_state = backend.states(inputs, seed=seed)
     tensors = [*inputs.tensors, inputs.do, inputs.A_log, inputs.dt_bias, initial_state, d_final_state]
     copies = [x.clone() for x in tensors]
-    everything = {"use_qk_l2norm_in_kernel": True, "use_gate_in_kernel": True, "use_gate_sigmoid_in_kernel": True}
+    everything = {
+        "use_qk_l2norm_in_kernel": True,
+        "use_gate_in_kernel": True,
+        "use_gate_sigmoid_in_kernel": True,
+    }
     backend.run(inputs, initial_state=initial_state, d_final_state=d_final_state, **everything)
     for x, copy in zip(tensors, copies, strict=True):
         compare.assert_bitwise_equal(x, copy, "an input")

@@ -1,9 +1,9 @@
 """The torch backend against what one would write without it: autograd through the token recurrence.
 
-Promised on two CPU cores at T 4096, H 4, K = V = 128, forward and backward together: a tenth of the time and a quarter
-of the memory. The recurrence takes tens of seconds there, so it is measured at T 1024 and scaled by four. That favours
-it: its time grows faster than linearly, since the gradient of every x[:, t] is as long as x. Both run on one thread and
-are measured in processor time, so that whatever else the machine does hardly matters.
+Promised on two CPU cores at T 4096, H 4, K = V = 128, forward and backward together: a tenth of the time and
+a quarter of the memory. The recurrence takes tens of seconds there, so it is measured at T 1024 and scaled by
+four. That favours it: its time grows faster than linearly, since the gradient of every x[:, t] is as long as
+x. Both run on one thread and are measured in processor time, so that other processes hardly matter.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Every option of chunk_gdn2, forward and backward, against the reference; and what the options must leave alone."""
+"""Every option of chunk_gdn2, forward and backward, against the reference; and what it must leave alone."""
 
 import itertools
 import math
@@ -23,7 +23,7 @@ def check(backend, inputs, seed, *, v_first=False, **options):
     return backend.check_against_reference(inputs, **states, **options)
 
 
-# -- L2 norm ----------------------------------------------------------------------------------------------------------
+# -- L2 norm -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.every_dtype
@@ -46,14 +46,18 @@ def test_zero_rows_have_a_norm_and_finite_gradients(backend, of, rows, seed):
         assert torch.isfinite(x).all(), name
 
 
-# -- decay gate -------------------------------------------------------------------------------------------------------
+# -- decay gate ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.every_dtype
 @pytest.mark.parametrize("with_bias", [True, False])
 def test_the_softplus_gate_and_its_parameters(backend, with_bias, seed):
     inputs = backend.raw_inputs(**SHAPE, seed=seed)
-    options = {"use_gate_in_kernel": True, "use_qk_l2norm_in_kernel": True, "use_gate_sigmoid_in_kernel": True}
+    options = {
+        "use_gate_in_kernel": True,
+        "use_qk_l2norm_in_kernel": True,
+        "use_gate_sigmoid_in_kernel": True,
+    }
     inputs.dt_bias = inputs.dt_bias if with_bias else None
     results = check(backend, inputs, seed, **options)
     assert results["dA_log"].dtype == inputs.A_log.dtype
@@ -67,7 +71,11 @@ def test_the_bounded_gate_and_its_parameters(backend, with_A_log, with_bias, see
     inputs = backend.raw_inputs(**SHAPE, seed=seed)
     inputs.A_log = inputs.A_log if with_A_log else None
     inputs.dt_bias = inputs.dt_bias if with_bias else None
-    options = {"use_gate_in_kernel": True, "use_qk_l2norm_in_kernel": True, "use_gate_sigmoid_in_kernel": True}
+    options = {
+        "use_gate_in_kernel": True,
+        "use_qk_l2norm_in_kernel": True,
+        "use_gate_sigmoid_in_kernel": True,
+    }
     results = check(backend, inputs, seed, lower_bound=-5.0, **options)
     assert ("dA_log" in results) == with_A_log
     assert ("d_dt_bias" in results) == with_bias
@@ -98,11 +106,16 @@ def test_a_very_fast_gate_has_finite_gradients(backend, lower_bound, seed):
 @pytest.mark.parametrize("raw", [float("inf"), -float("inf")])
 @pytest.mark.parametrize("lower_bound", [None, -5.0])
 def test_an_infinite_raw_gate_has_finite_gradients(backend, lower_bound, raw, seed):
-    """softplus(inf) resets the state and sigmoid(inf) is its bound: constants, whose gradients are zero, not 0 * inf."""
+    """softplus(inf) resets the state, sigmoid(inf) is the bound: constants, with gradients of 0."""
     inputs = backend.raw_inputs(**SHAPE, seed=seed)
     inputs.g[:, ::5, :, ::2] = raw
     initial_state, d_final_state = backend.states(inputs, seed=seed)
-    options = {"lower_bound": lower_bound, "initial_state": initial_state, "d_final_state": d_final_state, **EVERYTHING}
+    options = {
+        "lower_bound": lower_bound,
+        "initial_state": initial_state,
+        "d_final_state": d_final_state,
+        **EVERYTHING,
+    }
     results = backend.run(inputs, **options)
     inputs.g.clamp_(-1e4, 1e4)  # the same decays, from raw gates that the reference can multiply by zero
     backend.check(results, backend.expected(inputs, **options))
@@ -116,7 +129,7 @@ def test_a_saturated_gate_equals_the_activated_one(backend, seed):
     compare.assert_close(actual, expected["o"], backend.bar("o"), "o")
 
 
-# -- gate sigmoids ----------------------------------------------------------------------------------------------------
+# -- gate sigmoids -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.every_dtype
@@ -136,7 +149,7 @@ def test_saturated_sigmoids_are_finite(backend, seed):
     assert not results["db"][:, ::3].any(), "the gate is flat there"
 
 
-# -- all of them ------------------------------------------------------------------------------------------------------
+# -- all of them ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.every_dtype
@@ -157,7 +170,11 @@ def test_every_combination_of_activations(backend, norm, gate, sigmoid, seed):
         inputs.g, inputs.A_log, inputs.dt_bias = raw.g, raw.A_log, raw.dt_bias
     if sigmoid:
         inputs.b, inputs.w = raw.b, raw.w
-    options = {"use_qk_l2norm_in_kernel": norm, "use_gate_in_kernel": gate, "use_gate_sigmoid_in_kernel": sigmoid}
+    options = {
+        "use_qk_l2norm_in_kernel": norm,
+        "use_gate_in_kernel": gate,
+        "use_gate_sigmoid_in_kernel": sigmoid,
+    }
     check(backend, inputs, seed, **options)
 
 
@@ -178,7 +195,7 @@ def test_a_raw_gate_in_the_dtype_of_q(backend, seed):
     assert check(backend, inputs, seed, **EVERYTHING)["dg"].dtype == backend.dtype
 
 
-# -- scale, states, and options that change nothing -------------------------------------------------------------------
+# -- scale, states, and options that change nothing ----------------------------------------------------------
 
 
 @pytest.mark.parametrize("scale", [None, 1.0, 0.03, -2.0, 0.0])
@@ -245,7 +262,7 @@ def test_any_sequence_split_is_exact(backend, sequence_split, seed):
     check(backend, inputs, seed, sequence_split=sequence_split)
 
 
-# -- states at the chunks' starts -------------------------------------------------------------------------------------
+# -- states at the chunks' starts ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seqlen", [0, 1, 64, 65, 200])
@@ -255,7 +272,9 @@ def test_the_states_at_every_chunks_start(backend, v_first, seqlen, seed):
     inputs = backend.inputs("slow", batch=2, **shape, seed=seed)
     initial_state, _ = backend.states(inputs, seed=seed, v_first=v_first)
     options = {"initial_state": initial_state, "state_v_first": v_first}
-    o, final_state, h = backend.forward(inputs, return_intermediate_states=True, output_final_state=True, **options)
+    o, final_state, h = backend.forward(
+        inputs, return_intermediate_states=True, output_final_state=True, **options
+    )
     assert h.dtype == backend.state_dtype
     backend.check({"o": o, "S": final_state, "h": h}, backend.expected(inputs, **options))
     if seqlen > 0:
@@ -264,7 +283,9 @@ def test_the_states_at_every_chunks_start(backend, v_first, seqlen, seed):
 
 def test_intermediate_states_are_for_inference_only(backend, seed):
     inputs = backend.inputs(**SHAPE, seed=seed)
-    with pytest.raises(ValueError, match="return_intermediate_states: for inference only, but an input requires grad"):
+    with pytest.raises(
+        ValueError, match="return_intermediate_states: for inference only, but an input requires grad"
+    ):
         backend.run(inputs, return_intermediate_states=True)
     inputs.q.requires_grad_()
     o, final_state, h = backend.forward(inputs, return_intermediate_states=True)  # under no_grad

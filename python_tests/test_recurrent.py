@@ -1,4 +1,4 @@
-"""fused_recurrent_gdn2: the recurrence token by token, from a state, from a pool of states, and back into it."""
+"""fused_recurrent_gdn2: the recurrence token by token, from a state or a pool of states, and back into it."""
 
 import cases
 import compare
@@ -33,7 +33,7 @@ def tokens(inputs: cases.Inputs, which) -> cases.Inputs:
     return cases.Inputs(*(x[:, which] for x in inputs.tensors), do=inputs.do[:, which])
 
 
-# -- the recurrence ---------------------------------------------------------------------------------------------------
+# -- the recurrence ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.every_dtype
@@ -60,7 +60,12 @@ def test_any_length_and_either_kind_of_gate_heads(backend, gate_heads, seqlen, s
 def test_everything_in_the_kernel_at_once(backend, lower_bound, v_first, seed):
     inputs = backend.raw_inputs(batch=2, seqlen=20, **SHAPE, seed=seed)
     initial_state, _ = backend.states(inputs, seed=seed, v_first=v_first)
-    options = {"initial_state": initial_state, "state_v_first": v_first, "lower_bound": lower_bound, "scale": 0.7}
+    options = {
+        "initial_state": initial_state,
+        "state_v_first": v_first,
+        "lower_bound": lower_bound,
+        "scale": 0.7,
+    }
     options |= {"A_log": inputs.A_log, "dt_bias": inputs.dt_bias, **EVERYTHING}
     o, S = decode(backend, inputs, **options)
     backend.check({"o": o, "S": S}, backend.expected(inputs, **options))
@@ -91,7 +96,9 @@ def test_packed_sequences(backend, lengths, seed):
         compare.assert_bitwise_equal(S[n : n + 1], S_alone, f"S of sequence {n}")
 
 
-@pytest.mark.parametrize("offsets, good", [([0, 5, 3, 9], 1), ([1, 5, 9], 0), ([0, 4, 90], 1), ([0, 4, 6], 2)])
+@pytest.mark.parametrize(
+    "offsets, good", [([0, 5, 3, 9], 1), ([1, 5, 9], 0), ([0, 4, 90], 1), ([0, 4, 6], 2)]
+)
 def test_malformed_offsets_give_nan_from_the_first_bad_sequence_on(
     backend, offsets_on_device_only, offsets, good, seed
 ):
@@ -159,7 +166,7 @@ def test_a_pool_may_be_a_view(backend, inplace, seed):
     compare.assert_bitwise_equal(cache[:, ::2], before[:, ::2], "the other layers")
 
 
-# -- results ----------------------------------------------------------------------------------------------------------
+# -- results -------------------------------------------------------------------------------------------------
 
 
 def test_the_final_state_comes_only_when_asked_for(backend, seed):
@@ -197,7 +204,9 @@ def test_a_backward_through_it_says_what_to_use_instead(backend, through, seed):
     inputs = backend.inputs(batch=2, seqlen=3, **SHAPE, seed=seed)
     inputs.k.requires_grad_()
     o, S = decode(backend, inputs)
-    with pytest.raises(RuntimeError, match="fused_recurrent_gdn2 is for inference and has no backward; train with chunk_gdn2"):
+    with pytest.raises(
+        RuntimeError, match="fused_recurrent_gdn2 is for inference and has no backward; train with chunk_gdn2"
+    ):
         (o if through == "o" else S).float().sum().backward()
 
 
@@ -208,13 +217,17 @@ def test_a_backward_through_a_result_written_in_place_raises(backend, where, see
     options = {"out": torch.empty_like(inputs.v)}
     if where == "inplace":
         indices = torch.tensor([0, 1], device=backend.device)
-        options = {"initial_state": new_pool(backend, seed), "state_indices": indices, "inplace_final_state": True}
+        options = {
+            "initial_state": new_pool(backend, seed),
+            "state_indices": indices,
+            "inplace_final_state": True,
+        }
     o, _ = decode(backend, inputs, **options)
     with pytest.raises(RuntimeError, match="does not require grad|has no backward"):
         o.float().sum().backward()
 
 
-# -- a pool of states -------------------------------------------------------------------------------------------------
+# -- a pool of states ----------------------------------------------------------------------------------------
 
 SLOTS = 11
 
@@ -324,7 +337,12 @@ def test_malformed_packed_sequences_leave_the_pool_alone(backend, offsets_on_dev
     cu_seqlens = torch.tensor([0, 4, 2, 9], device=backend.device)
     indices = torch.tensor([5, 6, 7], device=backend.device)
     o, _ = decode(
-        backend, inputs, initial_state=pool, state_indices=indices, inplace_final_state=True, cu_seqlens=cu_seqlens
+        backend,
+        inputs,
+        initial_state=pool,
+        state_indices=indices,
+        inplace_final_state=True,
+        cu_seqlens=cu_seqlens,
     )
     expected = backend.expected(tokens(inputs, slice(0, 4)), initial_state=before[5:6])
     backend.check({"o": o[:, :4], "S": pool[5:6]}, expected)
@@ -332,7 +350,7 @@ def test_malformed_packed_sequences_leave_the_pool_alone(backend, offsets_on_dev
     assert_other_slots_untouched(pool, before, written=[5])
 
 
-# -- a slot for every position: speculative decoding ------------------------------------------------------------------
+# -- a slot for every position: speculative decoding ---------------------------------------------------------
 
 COLUMNS = [[3, 8, 0], [10, 5, 1]]  # of two sequences with three positions each
 
@@ -379,7 +397,10 @@ def test_two_rounds_of_speculation_equal_one_run_of_what_was_accepted(backend, s
     accepted = [1, 3]
     o, _ = decode(backend, more, num_accepted_tokens=torch.tensor(accepted, device=backend.device), **options)
     for n, count in enumerate(accepted):
-        kept = (torch.cat([x[n : n + 1, :count], y[n : n + 1]], dim=1) for x, y in zip(drafts.tensors, more.tensors))
+        kept = (
+            torch.cat([x[n : n + 1, :count], y[n : n + 1]], dim=1)
+            for x, y in zip(drafts.tensors, more.tensors)
+        )
         whole = cases.Inputs(*kept, do=drafts.do)
         expected, _ = decode(backend, whole, initial_state=start[n : n + 1])
         # Bit for bit: the same tokens from the same state, once through the pool.
@@ -402,7 +423,10 @@ def test_more_columns_than_positions_are_allowed(backend, seed):
     inputs = backend.inputs("slow", batch=2, seqlen=1, **SHAPE, seed=seed)
     pool = new_pool(backend, seed)
     before = pool.clone()
-    indices, accepted = torch.tensor(COLUMNS, device=backend.device), torch.tensor([3, 2], device=backend.device)
+    indices, accepted = (
+        torch.tensor(COLUMNS, device=backend.device),
+        torch.tensor([3, 2], device=backend.device),
+    )
     o, _ = decode(
         backend, inputs, initial_state=pool, state_indices=indices, num_accepted_tokens=accepted,
         inplace_final_state=True,
@@ -449,7 +473,10 @@ def test_an_accepted_count_out_of_range_reads_no_slot_out_of_range(backend, acce
     inputs = backend.inputs("slow", batch=2, seqlen=3, **SHAPE, seed=seed)
     start = [row[0] if count < 1 else row[2] for row, count in zip(COLUMNS, accepted, strict=True)]
     pool = poisoned(new_pool(backend, seed), start)
-    counts, indices = torch.tensor(accepted, device=backend.device), torch.tensor(COLUMNS, device=backend.device)
+    counts, indices = (
+        torch.tensor(accepted, device=backend.device),
+        torch.tensor(COLUMNS, device=backend.device),
+    )
     o, S = decode(backend, inputs, initial_state=pool, state_indices=indices, num_accepted_tokens=counts)
     backend.check({"o": o, "S": S}, backend.expected(inputs, initial_state=pool[start]))
 
@@ -477,7 +504,7 @@ def test_packed_sequences_with_a_slot_for_every_position(backend, lengths, seed)
     assert_other_slots_untouched(pool, before, written=written)
 
 
-# -- checked indices --------------------------------------------------------------------------------------------------
+# -- checked indices -----------------------------------------------------------------------------------------
 
 
 def test_checked_indices_that_are_fine_pass(backend, seed):

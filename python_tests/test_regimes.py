@@ -1,4 +1,4 @@
-"""Accuracy: o, the final state and every gradient against the float64 reference, at the bar of each regime."""
+"""Accuracy: o, the final state and every gradient against the float64 reference, at each regime's bar."""
 
 import cases
 import compare
@@ -11,7 +11,7 @@ CONSTANT_DECAYS = (0.0, -1.0, -5.0, -8.0, -20.0, -100.0, -float("inf"))
 @pytest.mark.every_dtype
 @pytest.mark.parametrize("regime", cases.REGIMES)
 def test_every_tensor_meets_the_bar_of_its_regime(backend, regime):
-    """The shape of the accuracy table, but one head and one seed on the CPU. Gradients arrive through o, as there."""
+    """The shape of the accuracy table, with gradients through o; on the CPU with one head and one seed."""
     seeds, heads = ((1, 2, 3), 4) if backend.device.type == "cuda" else ((1,), 1)
     for seed in seeds:
         print(f"seed = {seed}")
@@ -37,7 +37,7 @@ def test_any_constant_decay_is_accurate(backend, g, seed):
 
 @pytest.mark.parametrize("g", CONSTANT_DECAYS)
 def test_any_decay_beside_a_slow_channel_is_accurate(backend, g, seed):
-    """Half of the channels decay by g, the others hardly: what the fast ones lose must not cost the slow ones."""
+    """Half of the channels decay by g: what the fast ones lose must not cost the slow ones."""
     inputs = backend.inputs("slow", seqlen=130, heads=2, dim_k=32, dim_v=48, seed=seed)
     inputs.g[..., ::2] = g
     initial_state, d_final_state = backend.states(inputs, seed=seed)
@@ -56,7 +56,7 @@ def test_every_decay_at_once_is_accurate(backend, seed):
 
 @pytest.mark.parametrize("reset_at", [0, 1, 31, 32, 63, 64, 100, 129])
 def test_a_reset_of_every_channel_forgets_exactly(backend, reset_at, seed):
-    """g = -inf in one token: later outputs are those of a run that starts there, earlier ones of one that ends there."""
+    """g = -inf in one token: what lies before it leaves no trace in the final state."""
     inputs = backend.inputs("slow", seqlen=130, heads=2, dim_k=32, dim_v=32, seed=seed)
     inputs.g[:, reset_at] = -float("inf")
     initial_state, d_final_state = backend.states(inputs, seed=seed)
@@ -93,7 +93,9 @@ def test_near_parallel_keys_with_full_erase_stay_close(backend):
         inputs = cases.near_parallel_keys(seqlen=256, heads=2, dim_k=64, dim_v=64, seed=seed, **dtypes)
         results, expected = backend.run(inputs), backend.expected(inputs)
         for name, x in results.items():
-            assert torch.isfinite(x).all(), f"{name}: not finite at {torch.nonzero(~torch.isfinite(x))[0].tolist()}"
+            assert torch.isfinite(x).all(), (
+                f"{name}: not finite at {torch.nonzero(~torch.isfinite(x))[0].tolist()}"
+            )
         compare.assert_close(results["o"], expected["o"], cases.NEAR_PARALLEL_O_BAR, "o")
         if backend.dtype == torch.float64:
             backend.check(results, expected)

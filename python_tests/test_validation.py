@@ -1,4 +1,4 @@
-"""Every bad input of the contract raises, before anything runs, with the argument's name, what was expected and what came.
+"""Every bad input raises before anything runs, naming the argument, what was expected and what came.
 
 All of it happens on the host, so that one device is enough; what is on another device is on `meta` here.
 """
@@ -95,7 +95,8 @@ BAD_TOKENS = [
     case(
         replace("q", dtype=torch.int64),
         TypeError,
-        "q: expected dtype torch.bfloat16 or torch.float16 or torch.float32 or torch.float64, got torch.int64",
+        "q: expected dtype torch.bfloat16 or torch.float16 or torch.float32 or torch.float64, "
+        "got torch.int64",
     ),
     *(
         case(
@@ -130,7 +131,9 @@ BAD_TOKENS = [
     ),
     *(
         case(
-            replace("k", shape=shape), ValueError, f"k: expected shape (2, 3, 2, 8) [B, T, H, K] as q, got {shape}"
+            replace("k", shape=shape),
+            ValueError,
+            f"k: expected shape (2, 3, 2, 8) [B, T, H, K] as q, got {shape}",
         )
         for shape in ((B + 1, T, H, K), (B, T + 1, H, K), (B, T, H + 1, K), (B, T, H, K + 1))
     ),
@@ -186,9 +189,7 @@ BAD_OPTIONS = [
         ValueError,
         "A_log: expected a tensor [H] with use_gate_in_kernel, got None (optional with lower_bound)",
     ),
-    case(
-        give(A_log=float32(H)), ValueError, "A_log: expected None without use_gate_in_kernel, got a tensor"
-    ),
+    case(give(A_log=float32(H)), ValueError, "A_log: expected None without use_gate_in_kernel, got a tensor"),
     case(
         give(dt_bias=float32(H * K)),
         ValueError,
@@ -200,9 +201,7 @@ BAD_OPTIONS = [
         TypeError,
         "dt_bias: expected a torch.Tensor or None, got int",
     ),
-    case(
-        give(A_log=float32(H).to("meta"), **GATE), ValueError, "A_log: expected device cpu as q, got meta"
-    ),
+    case(give(A_log=float32(H).to("meta"), **GATE), ValueError, "A_log: expected device cpu as q, got meta"),
     case(
         give(A_log=float32(H).half(), **GATE),
         TypeError,
@@ -214,9 +213,7 @@ BAD_OPTIONS = [
         "A_log: expected dtype torch.float32, got torch.float64",
     ),
     case(give(A_log=float32(HV), **GATE), ValueError, "A_log: expected shape (2,) [H], got (4,)"),
-    case(
-        give(A_log=float32(1, H), **GATE), ValueError, "A_log: expected 1 dimensions [H], got shape (1, 2)"
-    ),
+    case(give(A_log=float32(1, H), **GATE), ValueError, "A_log: expected 1 dimensions [H], got shape (1, 2)"),
     case(
         give(A_log=float32(H), dt_bias=float32(H, K), **GATE),
         ValueError,
@@ -477,7 +474,9 @@ BAD_POOL_OPTIONS = [
         call=pool_call,
     ),
     case(
-        give(state_indices=torch.zeros(B, T, dtype=torch.int64), num_accepted_tokens=torch.tensor([1.0, 1.0])),
+        give(
+            state_indices=torch.zeros(B, T, dtype=torch.int64), num_accepted_tokens=torch.tensor([1.0, 1.0])
+        ),
         TypeError,
         "num_accepted_tokens: expected dtype torch.int32 or torch.int64, got torch.float32",
         call=pool_call,
@@ -507,9 +506,7 @@ BAD_POOL_OPTIONS = [
         call=pool_call,
     ),
     case(give(out=0.0), TypeError, "out: expected a torch.Tensor or None, got float"),
-    case(
-        give(out=float32(B, T, HV, V).to("meta")), ValueError, "out: expected device cpu as q, got meta"
-    ),
+    case(give(out=float32(B, T, HV, V).to("meta")), ValueError, "out: expected device cpu as q, got meta"),
     case(
         give(out=float32(B, T, HV, V).half()),
         TypeError,

@@ -1,4 +1,4 @@
-"""Packed sequences: each is a run of its own, to the bit, whatever lies beside it and whatever the offsets say."""
+"""Packed sequences: each is a run of its own, to the bit, whatever lies beside it."""
 
 import cases
 import compare
@@ -49,7 +49,7 @@ def assert_sequence_equals(packed: dict, alone: dict, cu_seqlens: torch.Tensor, 
         compare.assert_bitwise_equal(packed[name][n : n + 1], alone[name], f"{name} of sequence {n}")
 
 
-# -- right, and independent -------------------------------------------------------------------------------------------
+# -- right, and independent ----------------------------------------------------------------------------------
 
 
 @pytest.mark.every_dtype
@@ -94,13 +94,16 @@ def test_packing_with_groups_and_everything_in_the_kernel_changes_no_bit(backend
 
 
 def test_a_sequence_does_not_depend_on_what_it_is_packed_with(backend, seed):
-    """The same sequence between short neighbours, between long ones, and at another offset in its chunk slots."""
+    """The same sequence between short neighbours, between long ones, and at other offsets."""
     inputs, options = packed_inputs(backend, (100,), seed)
     others = backend.inputs("resets", seqlen=400, **SHAPE, seed=seed + 10)
     states = backend.normal(3, 2, 32, 48, seed=seed), backend.normal(3, 2, 32, 48, seed=seed + 1)
     alone = backend.run(inputs, **options, sequence_split=1)
     for before, after in ((1, 5), (63, 0), (64, 64), (200, 199)):
-        parts = [(others.tensors[i][:, :before], x, others.tensors[i][:, :after]) for i, x in enumerate(inputs.tensors)]
+        parts = [
+            (others.tensors[i][:, :before], x, others.tensors[i][:, :after])
+            for i, x in enumerate(inputs.tensors)
+        ]
         do = torch.cat([others.do[:, :before], inputs.do, others.do[:, :after]], dim=1)
         packed_options = {
             "cu_seqlens": cases.packed_offsets((before, 100, after), device=backend.device),
@@ -134,7 +137,7 @@ def test_offsets_on_the_cpu_serve_tensors_on_any_device(backend, seed):
         compare.assert_bitwise_equal(x, expected[name], name)
 
 
-# -- neighbours -------------------------------------------------------------------------------------------------------
+# -- neighbours ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bad", [0, 1, 2])
@@ -182,7 +185,7 @@ def test_nan_in_one_head_stays_there(backend, bad, seed):
         compare.assert_bitwise_equal(*other, f"{name} of the other head")
 
 
-# -- malformed offsets, which nobody read on the host -----------------------------------------------------------------
+# -- malformed offsets, which nobody read on the host --------------------------------------------------------
 
 # offsets, and how many of the sequences in front are well-formed, of 200 tokens
 MALFORMED = {
@@ -226,13 +229,17 @@ def test_malformed_offsets_give_nan_from_the_first_bad_sequence_on(
 def test_malformed_offsets_known_on_the_host_raise(backend, offsets, good, seed):
     inputs = backend.inputs(seqlen=200, **SHAPE, seed=seed)
     cu_seqlens = torch.tensor(offsets, device=backend.device)
-    with pytest.raises(ValueError, match=r"cu_seqlens_cpu: expected (to start at 0|ascending offsets|to end at T = 200)"):
+    with pytest.raises(
+        ValueError, match=r"cu_seqlens_cpu: expected (to start at 0|ascending offsets|to end at T = 200)"
+    ):
         backend.forward(inputs, cu_seqlens=cu_seqlens, cu_seqlens_cpu=cu_seqlens.cpu())
-    with pytest.raises(ValueError, match=r"cu_seqlens: expected (to start at 0|ascending offsets|to end at T = 200)"):
+    with pytest.raises(
+        ValueError, match=r"cu_seqlens: expected (to start at 0|ascending offsets|to end at T = 200)"
+    ):
         backend.forward(inputs, cu_seqlens=cu_seqlens.cpu())
 
 
-# -- states at the chunks' starts -------------------------------------------------------------------------------------
+# -- states at the chunks' starts ----------------------------------------------------------------------------
 
 
 @every_packing
@@ -243,13 +250,19 @@ def test_the_states_at_the_chunks_starts_follow_each_other(backend, v_first, len
     initial_state, _ = backend.states(inputs, number=len(lengths), seed=seed, v_first=v_first)
     options = {"cu_seqlens": cu_seqlens, "initial_state": initial_state, "state_v_first": v_first}
     o, S, h = backend.forward(
-        inputs, return_intermediate_states=True, output_final_state=True, cu_seqlens_cpu=cu_seqlens.cpu(), **options
+        inputs,
+        return_intermediate_states=True,
+        output_final_state=True,
+        cu_seqlens_cpu=cu_seqlens.cpu(),
+        **options,
     )
     backend.check({"o": o, "S": S, "h": h}, backend.expected(inputs, **options))
 
 
 @every_packing
-def test_without_offsets_on_the_host_there_is_room_for_more_states(backend, offsets_on_device_only, lengths, seed):
+def test_without_offsets_on_the_host_there_is_room_for_more_states(
+    backend, offsets_on_device_only, lengths, seed
+):
     inputs, options = packed_inputs(backend, lengths, seed)
     options = {name: options[name] for name in ("cu_seqlens", "initial_state")}
     _, _, h = backend.forward(inputs, return_intermediate_states=True, **options)

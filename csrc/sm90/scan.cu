@@ -10,12 +10,14 @@
 // through shared memory.
 //
 // Grid: one CTA for a sequence, value head and kWarpgroups * 64 value columns, heads fastest.
-// Roles: kWarpgroups warpgroups of 64 value columns each (S 64, X 32, O 32 accumulators; 32 rounded S, 16 rounded X or
-// R, 16 rounded O a thread); one warp that loads.
-// Shared memory (K 128): four rings of stages, each let go as soon as its product is done: v and w (16 KB a
-// warpgroup), gamma*E (16 KB), scale*gamma*q and A-I (24 KB), Kt and P (24 KB); O 8 KB a warpgroup. 226 KB.
+// Roles: kWarpgroups math warpgroups of 64 value columns each (S 64, X 32, O 32 accumulators; 32 rounded S, 16 rounded
+// X or R or O a thread); one warpgroup that makes Z; one whose first warp loads and whose next ones store O, one a math
+// warpgroup. A math warp has its scheduler nearly to itself, so that every instruction it is spared shortens the chain.
+// Shared memory (K 128): rings of stages, each let go as soon as its product is done: v and w (16 KB a warpgroup), Z
+// (16 KB a warpgroup, float32, in the order of the accumulators), gamma*E (16 KB), scale*gamma*q and A-I (24 KB), Kt
+// and P (24 KB); O 8 KB a warpgroup.
 //
-// Tensor cores, one chunk (cycles at full rate) and what hides behind them:
+// Tensor cores, one chunk (cycles at full rate) and what the math warps do behind them:
 //     X 256        | O = S q 256        | R 128        |         | S' 256    | O += R P 128
 //     last O out   | round X            |              | round R | Z of c+1  | round and decay S
 #include <cutlass/arch/barrier.h>
@@ -45,13 +47,17 @@ struct Config {
   static constexpr int kBoxes = kDimK / kBoxColumns;
   static constexpr int kTileBytes = kBoxes * kBoxBytes;
   // As many stages as shared memory holds.
-  static constexpr int kStagesValues = kWarpgroups == 1 ? 3 : 2, kStagesE = 3;
+  static constexpr int kStagesValues = kWarpgroups == 1 ? 2 : 1, kStagesZ = kStagesValues, kStagesE = 2;
   static constexpr int kStagesQ = kWarpgroups == 1 ? 3 : 2, kStagesK = 2;
   static constexpr int kMathThreads = kWarpgroups * kWarpgroupThreads;
-  // The loader is a whole warpgroup where registers must move from it to the math: setmaxnreg counts in warpgroups.
-  static constexpr bool kMoveRegisters = kWarpgroups > 1;
-  static constexpr int kThreads = kMathThreads + (kMoveRegisters ? kWarpgroupThreads : kWarpThreads);
+  static constexpr int kThreads = kMathThreads + 2 * kWarpgroupThreads;
+  // Registers move from the other roles to the math.
+  static constexpr int kMathRegisters = kWarpgroups == 1 ? 240 : 216;
+  static constexpr int kValuesRegisters = 40, kCopyRegisters = 40;
 };
+
+// Z of a chunk and warpgroup: four accumulators of every thread at a time.
+using FragmentsZ = float4[kColumns * kChunk / 4 / kWarpgroupThreads][kWarpgroupThreads];
 
 template <class Cfg>
 struct SharedStorage {
@@ -69,30 +75,29 @@ struct SharedStorage {
   FactorsQ factors_q[Cfg::kStagesQ];
   FactorsK factors_k[Cfg::kStagesK];
   std::uint8_t O[Cfg::kWarpgroups][kBoxBytes];
+  FragmentsZ Z[Cfg::kStagesZ][Cfg::kWarpgroups];
   float gamma_last[Cfg::kStagesE][Cfg::kDimK];  // in the ring of gamma_E
   RingBarriers<Cfg::kStagesValues> ring_values;
+  RingBarriers<Cfg::kStagesZ> ring_Z;
   RingBarriers<Cfg::kStagesE> ring_E;
   RingBarriers<Cfg::kStagesQ> ring_q;
   RingBarriers<Cfg::kStagesK> ring_k;
+  RingBarriers<1> ring_O[Cfg::kWarpgroups];
 
   // By one thread.
   __device__ void init_barriers() {
-    constexpr int kConsumers = Cfg::kMathThreads / kWarpThreads;
-    ring_values.init(kConsumers);
-    ring_E.init(kConsumers);
-    ring_q.init(kConsumers);
-    ring_k.init(kConsumers);
+    constexpr int kCopyEngine = 1, kWarpgroupWarps = kWarpgroupThreads / kWarpThreads;
+    constexpr int kMathWarps = Cfg::kWarpgroups * kWarpgroupWarps;
+    ring_values.init(kCopyEngine, kWarpgroupWarps);
+    ring_Z.init(kWarpgroupWarps, kMathWarps);
+    ring_E.init(kCopyEngine, kMathWarps);
+    ring_q.init(kCopyEngine, kMathWarps);
+    ring_k.init(kCopyEngine, kMathWarps);
+    for (auto& ring : ring_O) {
+      ring.init(kWarpgroupWarps, 1);
+    }
     cutlass::arch::fence_barrier_init();  // orders the inits before the copy engine's use of them
   }
-};
-
-// Where producer or consumers are in the four rings.
-template <class Cfg>
-struct Positions {
-  RingPosition<Cfg::kStagesValues> values;
-  RingPosition<Cfg::kStagesE> E;
-  RingPosition<Cfg::kStagesQ> q;
-  RingPosition<Cfg::kStagesK> k;
 };
 
 struct TensorMaps {
@@ -149,38 +154,98 @@ __device__ void load(SharedStorage<Cfg>& smem, ScanParams const& params, TensorM
   constexpr int kTile = Cfg::kTileBytes;
   constexpr int kGammaBytes = Cfg::kDimK * sizeof(float);
   ChunkTiles const& tiles = params.tiles;
-  Positions<Cfg> at;
+  RingPosition<Cfg::kStagesValues> at_values;
+  RingPosition<Cfg::kStagesE> at_E;
+  RingPosition<Cfg::kStagesQ> at_q;
+  RingPosition<Cfg::kStagesK> at_k;
   for (int chunk = 0; chunk < work.num_chunks; ++chunk) {
     std::int64_t const tile = work.first_tile + static_cast<std::int64_t>(chunk) * work.tile_stride;
     auto const* const factors = static_cast<std::uint8_t const*>(tiles.factors) + tile * 3 * kTile;
     int const token = work.first_token + chunk * kChunk;
 
-    auto& values = smem.values[at.values.stage];
-    FullBarrier& full_values = smem.ring_values.begin_fill(at.values, sizeof(values));
+    auto& values = smem.values[at_values.stage];
+    FullBarrier& full_values = smem.ring_values.begin_fill(at_values, sizeof(values));
     for (int wg = 0; wg < Cfg::kWarpgroups; ++wg) {
       int const column = work.first_column + wg * kColumns;
       tma_load(maps.v, full_values, values.v[wg], column, work.value_head, token, work.batch);
       tma_load(maps.w, full_values, values.w[wg], column, work.value_head, token, work.batch);
     }
-    at.values.advance();
+    at_values.advance();
 
-    FullBarrier& full_E = smem.ring_E.begin_fill(at.E, kTile + kGammaBytes);
-    bulk_load(smem.gamma_E[at.E.stage], factors + 2 * kTile, kTile, full_E);
-    bulk_load(smem.gamma_last[at.E.stage], tiles.gamma_last + tile * Cfg::kDimK, kGammaBytes, full_E);
-    at.E.advance();
+    FullBarrier& full_E = smem.ring_E.begin_fill(at_E, kTile + kGammaBytes);
+    bulk_load(smem.gamma_E[at_E.stage], factors + 2 * kTile, kTile, full_E);
+    bulk_load(smem.gamma_last[at_E.stage], tiles.gamma_last + tile * Cfg::kDimK, kGammaBytes, full_E);
+    at_E.advance();
 
-    auto& factors_q = smem.factors_q[at.q.stage];
-    FullBarrier& full_q = smem.ring_q.begin_fill(at.q, sizeof(factors_q));
+    auto& factors_q = smem.factors_q[at_q.stage];
+    FullBarrier& full_q = smem.ring_q.begin_fill(at_q, sizeof(factors_q));
     bulk_load(factors_q.gamma_q, factors, kTile, full_q);
     bulk_load(factors_q.A_minus_I, static_cast<std::uint8_t const*>(tiles.A_minus_I) + tile * kBoxBytes,
               kBoxBytes, full_q);
-    at.q.advance();
+    at_q.advance();
 
-    auto& factors_k = smem.factors_k[at.k.stage];
-    FullBarrier& full_k = smem.ring_k.begin_fill(at.k, sizeof(factors_k));
+    auto& factors_k = smem.factors_k[at_k.stage];
+    FullBarrier& full_k = smem.ring_k.begin_fill(at_k, sizeof(factors_k));
     bulk_load(factors_k.Kt, factors + kTile, kTile, full_k);
     bulk_load(factors_k.P, static_cast<std::uint8_t const*>(tiles.P) + tile * kBoxBytes, kBoxBytes, full_k);
-    at.k.advance();
+    at_k.advance();
+  }
+}
+
+// ---- Z role: one warpgroup ----------------------------------------------------------------------------------
+
+__device__ float sigmoid(float x) {
+  return __fdividef(1.f, 1.f + __expf(-x));
+}
+
+// Z^T = (w*v)^T of 64 value columns, to where the math thread of the same index reads its accumulators; tokens beyond
+// num_rows are zero, whatever lies there.
+template <class Element>
+__device__ void make_Z(FragmentsZ& Z, std::uint8_t const* v, std::uint8_t const* w, int num_rows,
+                       bool use_gate_sigmoid) {
+  int const thread = threadIdx.x % kWarpgroupThreads, warp = thread / kWarpThreads;
+  int const token = 2 * (lane_index() % 4);
+#pragma unroll
+  for (int t = 0; t < 4; ++t) {
+    std::uint32_t v4[4], w4[4];
+    load_matrices_transposed(v4, v, 16 * t, 2 * warp);
+    load_matrices_transposed(w4, w, 16 * t, 2 * warp);
+    float2 z[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      float2 const v2 = unpack<Element>(v4[i]);
+      float2 w2 = unpack<Element>(w4[i]);
+      if (use_gate_sigmoid) {
+        w2 = {sigmoid(w2.x), sigmoid(w2.y)};
+      }
+      // v4[i]: tokens 16*t + 8*(i%2) + token and the next, value columns 8*(i/2) of the warp's 16
+      int const row = 16 * t + 8 * (i % 2) + token;
+      z[i].x = row < num_rows ? v2.x * w2.x : 0.f;
+      z[i].y = row + 1 < num_rows ? v2.y * w2.y : 0.f;
+    }
+    Z[2 * t][thread] = float4{z[0].x, z[0].y, z[2].x, z[2].y};
+    Z[2 * t + 1][thread] = float4{z[1].x, z[1].y, z[3].x, z[3].y};
+  }
+}
+
+template <class Cfg>
+__device__ void make_values(SharedStorage<Cfg>& smem, ScanParams const& params, Work const& work) {
+  RingPosition<Cfg::kStagesValues> at_values;
+  RingPosition<Cfg::kStagesZ> at_Z;
+  for (int chunk = 0; chunk < work.num_chunks; ++chunk) {
+    smem.ring_values.wait_full(at_values);
+    smem.ring_Z.wait_empty(at_Z);
+    auto const& values = smem.values[at_values.stage];
+    int const num_rows = work.num_tokens - chunk * kChunk;
+#pragma unroll
+    for (int wg = 0; wg < Cfg::kWarpgroups; ++wg) {
+      make_Z<typename Cfg::Element>(smem.Z[at_Z.stage][wg], values.v[wg], values.w[wg], num_rows,
+                                    params.gates.use_gate_sigmoid);
+    }
+    smem.ring_values.release(at_values);
+    smem.ring_Z.publish(at_Z);
+    at_values.advance();
+    at_Z.advance();
   }
 }
 
@@ -194,43 +259,6 @@ __device__ void round_fragments(FragmentA (&a)[kRegisters / 8], float const (&ac
 #pragma unroll
     for (int p = 0; p < 4; ++p) {
       a[i].pairs[p] = pack<Element>(acc[8 * i + 2 * p], acc[8 * i + 2 * p + 1]);
-    }
-  }
-}
-
-__device__ float sigmoid(float x) {
-  return __fdividef(1.f, 1.f + __expf(-x));
-}
-
-// Z^T = (w*v)^T, [64 value columns, C]; tokens beyond num_rows are zero, whatever lies there.
-template <class Element>
-__device__ void load_Z(float (&Z)[32], std::uint8_t const* v, std::uint8_t const* w, int num_rows,
-                       bool use_gate_sigmoid) {
-  int const warp = threadIdx.x % kWarpgroupThreads / kWarpThreads;
-#pragma unroll
-  for (int t = 0; t < 4; ++t) {
-    std::uint32_t v4[4], w4[4];
-    load_matrices_transposed(v4, v, 16 * t, 2 * warp);
-    load_matrices_transposed(w4, w, 16 * t, 2 * warp);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      float2 const v2 = unpack<Element>(v4[i]);
-      float2 w2 = unpack<Element>(w4[i]);
-      if (use_gate_sigmoid) {
-        w2 = {sigmoid(w2.x), sigmoid(w2.y)};
-      }
-      // v4[i]: tokens 16*t + 8*(i%2) and value columns 8*(i/2) of the warp's 16
-      int const acc = 4 * (2 * t + i % 2) + 2 * (i / 2);
-      Z[acc] = v2.x * w2.x;
-      Z[acc + 1] = v2.y * w2.y;
-    }
-  }
-  if (num_rows < kChunk) {
-    int const first = 2 * (lane_index() % 4);
-#pragma unroll
-    for (int acc = 0; acc < 32; ++acc) {
-      int const token = acc / 4 * 8 + first + acc % 2;
-      Z[acc] = token < num_rows ? Z[acc] : 0.f;
     }
   }
 }
@@ -295,52 +323,47 @@ __device__ std::int64_t state_offset(ScanParams const& params, std::int64_t row,
   return (row * shape.num_value_heads + value_head) * shape.dim_k * shape.dim_v;
 }
 
-// ---- output ------------------------------------------------------------------------------------------------
+// ---- store role: one warp a math warpgroup -------------------------------------------------------------------
 
-// O^T to the warpgroup's tile, then to the rows of o that the chunk owns.
+// The rows of o that the chunk owns, from the warpgroup's tile.
 template <class Cfg>
-__device__ void store_O(SharedStorage<Cfg>& smem, ScanParams const& params, TensorMaps const& maps,
-                        Work const& work, FragmentA const (&O)[4], int wg, int chunk) {
+__device__ void store_rows(std::uint8_t const* tile, ScanParams const& params, TensorMaps const& maps,
+                           Work const& work, int column, int chunk) {
   using Element = typename Cfg::Element;
+  CallShape const& shape = params.shape;
   int const num_rows = min(kChunk, work.num_tokens - chunk * kChunk),
             token = work.first_token + chunk * kChunk;
-  using cutlass::arch::NamedBarrier;
-  int const thread = threadIdx.x % kWarpgroupThreads, warp = thread / kWarpThreads;
-  std::uint32_t const barrier = 1 + wg;
-  std::uint8_t* const tile = smem.O[wg];
-  if (thread == 0) {
-    cute::tma_store_wait<0>();  // the last chunk's copy has read the tile
-  }
-  NamedBarrier::sync(kWarpgroupThreads, barrier);
-#pragma unroll
-  for (int t = 0; t < 4; ++t) {
-    // tokens 16*t and 16*t + 8 of the warp's first eight value columns, then of its last eight
-    std::uint32_t const r[4] = {O[t].pairs[0], O[t].pairs[2], O[t].pairs[1], O[t].pairs[3]};
-    store_matrices_transposed(r, tile, 16 * t, 2 * warp);
-  }
-  cutlass::arch::fence_view_async_shared();  // the tile's ordinary stores, before the copy engine reads them
-  NamedBarrier::sync(kWarpgroupThreads, barrier);
-  int const column = work.first_column + wg * kColumns;
-  CallShape const& shape = params.shape;
   if (num_rows == kChunk && shape.dim_v % 8 == 0) {
-    if (thread == 0) {
+    if (elect_one()) {
       cute::SM90_TMA_STORE::copy(&maps.o, tile, column, work.value_head, token, work.batch);
       cute::tma_store_arrive();
+      cute::tma_store_wait<0>();  // the tile has been read
     }
     return;
   }
   // A tail must not touch the next sequence's rows, and a copy needs rows of whole 16 bytes.
   auto* const o = static_cast<Element*>(params.o);
-  for (int i = thread; i < num_rows * kColumns; i += kWarpgroupThreads) {
+  for (int i = lane_index(); i < num_rows * kColumns; i += kWarpThreads) {
     int const row = i / kColumns, v = i % kColumns;
     if (column + v < shape.dim_v) {
-      std::int64_t const at =
-          ((static_cast<std::int64_t>(work.batch) * shape.seqlen + token + row) * shape.num_value_heads +
-           work.value_head) *
-              shape.dim_v +
-          column + v;
-      o[at] = *reinterpret_cast<Element const*>(tile + swizzled_offset(row, v / 8) + v % 8 * sizeof(Element));
+      std::int64_t const token_head =
+          (static_cast<std::int64_t>(work.batch) * shape.seqlen + token + row) * shape.num_value_heads +
+          work.value_head;
+      o[token_head * shape.dim_v + column + v] =
+          *reinterpret_cast<Element const*>(tile + swizzled_offset(row, v / 8) + v % 8 * sizeof(Element));
     }
+  }
+}
+
+template <class Cfg>
+__device__ void store_outputs(SharedStorage<Cfg>& smem, ScanParams const& params, TensorMaps const& maps,
+                              Work const& work, int wg) {
+  RingPosition<1> at;
+  int const column = work.first_column + wg * kColumns;
+  for (int chunk = 0; chunk < work.num_chunks; ++chunk, at.advance()) {
+    smem.ring_O[wg].wait_full(at);
+    store_rows<Cfg>(smem.O[wg], params, maps, work, column, chunk);
+    smem.ring_O[wg].release(at);
   }
 }
 
@@ -372,41 +395,68 @@ struct Walk {
 
   SharedStorage<Cfg>& smem;
   ScanParams const& params;
-  TensorMaps const& maps;
   Work const& work;
   int wg;
-  Positions<Cfg> at;
+  RingPosition<Cfg::kStagesZ> at_Z;
+  RingPosition<Cfg::kStagesE> at_E;
+  RingPosition<Cfg::kStagesQ> at_q;
+  RingPosition<Cfg::kStagesK> at_k;
+  RingPosition<1> at_O;
   float S[Cfg::kDimK / 2], X[32], O[32];
 
-  // Z^T of a chunk into X.
-  __device__ void begin_Z(int chunk) {
-    smem.ring_values.wait_full(at.values);
-    auto const& values = smem.values[at.values.stage];
-    load_Z<Element>(X, values.v[wg], values.w[wg], work.num_tokens - chunk * kChunk,
-                    params.gates.use_gate_sigmoid);
-    smem.ring_values.release(at.values);
-    at.values.advance();
+  // Z^T of the next chunk into X.
+  __device__ void begin_Z() {
+    smem.ring_Z.wait_full(at_Z);
+    auto const& Z = smem.Z[at_Z.stage][wg];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      float4 const z = Z[i][threadIdx.x % kWarpgroupThreads];
+      X[4 * i] = z.x;
+      X[4 * i + 1] = z.y;
+      X[4 * i + 2] = z.z;
+      X[4 * i + 3] = z.w;
+    }
+    smem.ring_Z.release(at_Z);
+    at_Z.advance();
+  }
+
+  // O^T, rounded, to the tile that the store role empties.
+  __device__ void finish_O() {
+    FragmentA O_rounded[4];
+    round_fragments<Element>(O_rounded, O);
+    smem.ring_O[wg].wait_empty(at_O);
+#pragma unroll
+    for (int t = 0; t < 4; ++t) {
+      // tokens 16*t and 16*t + 8 of the warp's first eight value columns, then of its last eight
+      std::uint32_t const(&p)[4] = O_rounded[t].pairs;
+      std::uint32_t const r[4] = {p[0], p[2], p[1], p[3]};
+      store_matrices_transposed(r, smem.O[wg], 16 * t, 2 * (threadIdx.x % kWarpgroupThreads / kWarpThreads));
+    }
+    cutlass::arch::
+        fence_view_async_shared();  // the tile's ordinary stores, before the copy engine reads them
+    smem.ring_O[wg].publish(at_O);
+    at_O.advance();
   }
 
   // X^T = Z^T - S^T (gamma*E)^T: issued. S goes on as S Diag(gamma[C-1]): the compiler lets nobody touch accumulators,
   // not even idle ones, between a product's issue and its wait.
   __device__ void issue_X(FragmentA (&S_rounded)[kSteps]) {
-    smem.ring_E.wait_full(at.E);
+    smem.ring_E.wait_full(at_E);
     round_fragments<Element>(S_rounded, S);
-    decay_state<Cfg>(S, smem.gamma_last[at.E.stage]);
+    decay_state<Cfg>(S, smem.gamma_last[at_E.stage]);
     wgmma_fence();
-    multiply_transposed<Element, ScaleIn::Neg>(X, S_rounded, smem.gamma_E[at.E.stage], true);
+    multiply_transposed<Element, ScaleIn::Neg>(X, S_rounded, smem.gamma_E[at_E.stage], true);
   }
 
   // O^T = S^T (scale*gamma*q)^T while X is finished and rounded, then R^T = X^T + X^T (A-I)^T. All are done on return.
   __device__ void finish_X_and_R(FragmentA const (&S_rounded)[kSteps]) {
-    smem.ring_q.wait_full(at.q);
-    auto const& factors = smem.factors_q[at.q.stage];
+    smem.ring_q.wait_full(at_q);
+    auto const& factors = smem.factors_q[at_q.stage];
     wgmma_fence();
     multiply_transposed<Element, ScaleIn::One>(O, S_rounded, factors.gamma_q, false);
     wgmma_wait<1>();  // X
-    smem.ring_E.release(at.E);
-    at.E.advance();
+    smem.ring_E.release(at_E);
+    at_E.advance();
     FragmentA X_rounded[4];
     round_fragments<Element>(X_rounded, X);
     wgmma_fence();
@@ -415,22 +465,22 @@ struct Walk {
 
   __device__ void wait_R() {
     wgmma_wait<0>();
-    smem.ring_q.release(at.q);
-    at.q.advance();
+    smem.ring_q.release(at_q);
+    at_q.advance();
   }
 
   // S'^T = S^T Diag(gamma[C-1]) + R^T Kt, then O^T += R^T P^T: issued.
   __device__ void issue_S_and_O(FragmentA const (&R_rounded)[4]) {
-    smem.ring_k.wait_full(at.k);
-    auto const& factors = smem.factors_k[at.k.stage];
+    smem.ring_k.wait_full(at_k);
+    auto const& factors = smem.factors_k[at_k.stage];
     wgmma_fence();
     update_state<Cfg>(S, R_rounded, factors.Kt);
     multiply_transposed<Element, ScaleIn::One>(O, R_rounded, factors.P, true);
   }
 
   __device__ void release_factors_k() {
-    smem.ring_k.release(at.k);
-    at.k.advance();
+    smem.ring_k.release(at_k);
+    at_k.advance();
   }
 
   __device__ void store_chunk_state(int chunk) {
@@ -444,7 +494,7 @@ struct Walk {
     if (work.num_chunks == 0) {
       return;
     }
-    begin_Z(0);
+    begin_Z();
     {
       if constexpr (Cfg::kStoreStates) {
         store_chunk_state(0);
@@ -458,7 +508,7 @@ struct Walk {
       FragmentA R_rounded[4];
       round_fragments<Element>(R_rounded, X);
       issue_S_and_O(R_rounded);
-      begin_Z(chunk);
+      begin_Z();
       if constexpr (Cfg::kStoreStates) {
         wgmma_wait<0>();
         store_chunk_state(chunk);
@@ -468,26 +518,22 @@ struct Walk {
       issue_X(S_rounded);
       wgmma_wait<1>();  // O of the last chunk
       release_factors_k();
-      FragmentA O_rounded[4];
-      round_fragments<Element>(O_rounded, O);
-      store_O(smem, params, maps, work, O_rounded, wg, chunk - 1);
+      finish_O();
       finish_X_and_R(S_rounded);
       wait_R();
     }
-    FragmentA R_rounded[4], O_rounded[4];
+    FragmentA R_rounded[4];
     round_fragments<Element>(R_rounded, X);
     issue_S_and_O(R_rounded);
     wgmma_wait<0>();
-    round_fragments<Element>(O_rounded, O);
-    store_O(smem, params, maps, work, O_rounded, wg, work.num_chunks - 1);
+    finish_O();
   }
 };
 
 template <class Cfg>
-__device__ void compute(SharedStorage<Cfg>& smem, ScanParams const& params, TensorMaps const& maps,
-                        Work const& work, int wg) {
+__device__ void compute(SharedStorage<Cfg>& smem, ScanParams const& params, Work const& work, int wg) {
   int const first_column = work.first_column + wg * kColumns;
-  Walk<Cfg> walk{smem, params, maps, work, wg};
+  Walk<Cfg> walk{smem, params, work, wg};
 #pragma unroll
   for (float& s : walk.S) {
     s = 0.f;
@@ -506,9 +552,6 @@ __device__ void compute(SharedStorage<Cfg>& smem, ScanParams const& params, Tens
   if (params.plan.spans != nullptr && work.sequence == params.shape.num_sequences - 1) {
     poison_unowned_rows<Cfg>(params, work, wg);
   }
-  if (threadIdx.x % kWarpgroupThreads == 0) {
-    cute::tma_store_wait<0>();  // shared memory must outlive the copies that read it
-  }
 }
 
 template <class Cfg>
@@ -522,18 +565,22 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
   }
   __syncthreads();
   int const wg = warpgroup_index();
-  if (wg == Cfg::kWarpgroups) {
-    if constexpr (Cfg::kMoveRegisters) {
-      give_up_registers<24>();
-    }
-    if (threadIdx.x < Cfg::kMathThreads + kWarpThreads && elect_one()) {
-      load(smem, params, maps, work);
-    }
+  if (wg < Cfg::kWarpgroups) {
+    claim_registers<Cfg::kMathRegisters>();
+    compute(smem, params, work, wg);
+  } else if (wg == Cfg::kWarpgroups) {
+    give_up_registers<Cfg::kValuesRegisters>();
+    make_values(smem, params, work);
   } else {
-    if constexpr (Cfg::kMoveRegisters) {
-      claim_registers<240>();
+    give_up_registers<Cfg::kCopyRegisters>();
+    int const warp = __shfl_sync(0xffffffff, threadIdx.x % kWarpgroupThreads / kWarpThreads, 0);
+    if (warp == 0) {
+      if (elect_one()) {
+        load(smem, params, maps, work);
+      }
+    } else if (warp <= Cfg::kWarpgroups) {
+      store_outputs(smem, params, maps, work, warp - 1);
     }
-    compute(smem, params, maps, work, wg);
   }
 }
 

@@ -31,10 +31,11 @@ struct RingBarriers {
   FullBarrier full[kStages];
   EmptyBarrier empty[kStages];
 
-  // By one thread, before the block's first barrier; fence_barrier_init must follow.
-  __device__ void init(int num_consumer_arrivals) {
+  // By one thread, before the block's first barrier; fence_barrier_init must follow. A stage that the copy engine
+  // fills has one producer arrival, begin_fill; one that warps fill has one for each of them, publish.
+  __device__ void init(int num_producer_arrivals, int num_consumer_arrivals) {
     for (int stage = 0; stage < kStages; ++stage) {
-      full[stage].init(1);
+      full[stage].init(num_producer_arrivals);
       empty[stage].init(num_consumer_arrivals);
     }
   }
@@ -47,13 +48,23 @@ struct RingBarriers {
     return full[at.stage];
   }
 
-  // Consumers: waits until the stage's bytes have arrived.
+  // Producing warps: waits until the stage may be written.
+  __device__ void wait_empty(RingPosition<kStages> at) { empty[at.stage].wait(at.parity ^ 1); }
+
+  // Producing warps: the warp's ordinary stores to the stage are done.
+  __device__ void publish(RingPosition<kStages> at) { arrive_once_a_warp(full[at.stage]); }
+
+  // Consumers: waits until the stage is full.
   __device__ void wait_full(RingPosition<kStages> at) { full[at.stage].wait(at.parity); }
 
-  // Consumers, one lane a warp: the warp reads the stage no more.
-  __device__ void release(RingPosition<kStages> at) {
+  // Consuming warps: the warp reads the stage no more.
+  __device__ void release(RingPosition<kStages> at) { arrive_once_a_warp(empty[at.stage]); }
+
+ private:
+  __device__ static void arrive_once_a_warp(EmptyBarrier& barrier) {
+    __syncwarp();  // orders the accesses of all lanes before the arrival of one
     if (threadIdx.x % kWarpThreads == 0) {
-      empty[at.stage].arrive();
+      barrier.arrive();
     }
   }
 };
