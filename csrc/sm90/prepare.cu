@@ -88,13 +88,13 @@ struct Work {
   std::int64_t tile;  // index of the slot and gate head among the output tiles
 };
 
-__device__ Work find_work(PrepareParams const& params, int tile) {
+__device__ Work find_work(PrepareParams const& params) {
   CallShape const& shape = params.shape;
-  int const slot = tile / shape.num_gate_heads;
+  int const slot = blockIdx.x / shape.num_gate_heads;
   Work work;
-  work.gate_head = tile % shape.num_gate_heads;
+  work.gate_head = blockIdx.x % shape.num_gate_heads;
   work.head = work.gate_head / (shape.num_gate_heads / shape.num_heads);
-  work.tile = tile;
+  work.tile = blockIdx.x;
   if (params.plan.slots != nullptr) {
     ChunkSlot const at = params.plan.slots[slot];
     work.batch = 0;
@@ -109,41 +109,21 @@ __device__ Work find_work(PrepareParams const& params, int tile) {
   return work;
 }
 
-// Calls body(map, place in shared memory, coordinates...) for every box of the chunk's inputs.
-template <class Cfg, class Body>
-__device__ void for_each_input_box(SharedStorage<Cfg>& smem, TensorMaps const& maps, Work const& work,
-                                   ElementType gate_element, Body body) {
-  for (int box = 0; box < Cfg::kBoxes; ++box) {
-    int const channel = box * kBoxColumns;
-    body(maps.q, smem.in.q[box], channel, work.head, work.first_token, work.batch);
-    body(maps.k, smem.in.k[box], channel, work.head, work.first_token, work.batch);
-    body(maps.b, smem.in.b[box], channel, work.gate_head, work.first_token, work.batch);
-  }
-  bool const wide = gate_element == ElementType::kFloat32;
-  for (int box = 0; box < (wide ? 2 : 1) * Cfg::kBoxes; ++box) {
-    int const channel = box * (wide ? Cfg::kGateColumns : kBoxColumns);
-    body(maps.g, smem.in.g[box], channel, work.gate_head, work.first_token, work.batch);
-  }
-}
-
 template <class Cfg>
 __device__ void load_inputs(SharedStorage<Cfg>& smem, TensorMaps const& maps, Work const& work,
                             ElementType gate_element) {
   bool const wide = gate_element == ElementType::kFloat32;
   smem.inputs_full.arrive_and_expect_tx((wide ? 5 : 4) * Cfg::kTileBytes);
-  for_each_input_box(smem, maps, work, gate_element,
-                     [&](CUtensorMap const& map, void* place, auto... coordinates) {
-                       tma_load(map, smem.inputs_full, place, coordinates...);
-                     });
-}
-
-// Fetches the inputs of a chunk that a CTA still to come will load from DRAM to L2.
-template <class Cfg>
-__device__ void prefetch_inputs(SharedStorage<Cfg>& smem, TensorMaps const& maps, Work const& work,
-                                ElementType gate_element) {
-  for_each_input_box(smem, maps, work, gate_element, [&](CUtensorMap const& map, void*, auto... coordinates) {
-    cute::SM90_TMA_LOAD::PREFETCH::copy(&map, coordinates...);
-  });
+  for (int box = 0; box < Cfg::kBoxes; ++box) {
+    int const channel = box * kBoxColumns;
+    tma_load(maps.q, smem.inputs_full, smem.in.q[box], channel, work.head, work.first_token, work.batch);
+    tma_load(maps.k, smem.inputs_full, smem.in.k[box], channel, work.head, work.first_token, work.batch);
+    tma_load(maps.b, smem.inputs_full, smem.in.b[box], channel, work.gate_head, work.first_token, work.batch);
+  }
+  for (int box = 0; box < (wide ? 2 : 1) * Cfg::kBoxes; ++box) {
+    int const channel = box * (wide ? Cfg::kGateColumns : kBoxColumns);
+    tma_load(maps.g, smem.inputs_full, smem.in.g[box], channel, work.gate_head, work.first_token, work.batch);
+  }
 }
 
 // Two channels of 16 tokens: what a thread works on. E, q and k are pairs of Element.
@@ -608,19 +588,15 @@ __device__ void store_A_minus_I(SharedStorage<Cfg>& smem, std::uint8_t* tile) {
 
 template <class Cfg>
 __global__ void __launch_bounds__(Cfg::kThreads, Cfg::kCtasPerSm)
-    prepare_kernel(__grid_constant__ PrepareParams const params, __grid_constant__ TensorMaps const maps,
-                   int ctas_at_once) {
+    prepare_kernel(__grid_constant__ PrepareParams const params, __grid_constant__ TensorMaps const maps) {
   extern __shared__ std::uint8_t smem_bytes[];
   auto& smem = *reinterpret_cast<SharedStorage<Cfg>*>(smem_bytes);
-  Work const work = find_work(params, blockIdx.x);
+  Work const work = find_work(params);
   ThreadPlace const at;
   if (threadIdx.x == 0) {
     smem.inputs_full.init(1);
     cutlass::arch::fence_barrier_init();
     load_inputs(smem, maps, work, params.gate_element);
-    if (blockIdx.x + ctas_at_once < gridDim.x) {
-      prefetch_inputs(smem, maps, find_work(params, blockIdx.x + ctas_at_once), params.gate_element);
-    }
   }
   // The upper triangle of P, which no level writes, is zero.
   for (int i = threadIdx.x; i < kBoxBytes / 16; i += Cfg::kThreads) {
@@ -696,11 +672,8 @@ void launch(PrepareParams const& params, cudaStream_t stream) {
   static_assert(Cfg::kCtasPerSm * (kSmemBytes + 1024) <= 228 * 1024);
   throw_on_error(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSmemBytes),
                  "prepare: shared memory");
-  int device = 0, num_sms = 0;
-  throw_on_error(cudaGetDevice(&device), "prepare");
-  throw_on_error(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device), "prepare");
   auto const num_ctas = static_cast<unsigned>(shape.num_slots) * shape.num_gate_heads;
-  kernel<<<num_ctas, Cfg::kThreads, kSmemBytes, stream>>>(params, maps, Cfg::kCtasPerSm * num_sms);
+  kernel<<<num_ctas, Cfg::kThreads, kSmemBytes, stream>>>(params, maps);
   throw_on_error(cudaGetLastError(), "prepare: launch");
 }
 
