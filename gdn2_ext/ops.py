@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import numbers
 import warnings
 from typing import NamedTuple
 
@@ -131,6 +133,8 @@ def _check_decay_gate(
         raise ValueError(
             "A_log: expected a tensor [H] with use_gate_in_kernel, got None (optional with lower_bound)"
         )
+    if lower_bound is not None and not isinstance(lower_bound, numbers.Real):
+        raise TypeError(f"lower_bound: expected a number below 0 or None, got {type(lower_bound).__name__}")
     if lower_bound is not None and not lower_bound < 0:
         raise ValueError(f"lower_bound: expected a number below 0, got {lower_bound}")
 
@@ -224,6 +228,8 @@ def _check_scalars(
         raise ValueError(f"erase_scale: expected 1 or 2, got {erase_scale}")
     if erase_scale != 1 and not use_gate_sigmoid:
         raise ValueError(f"erase_scale: expected 1 without use_gate_sigmoid_in_kernel, got {erase_scale}")
+    if scale is not None and not isinstance(scale, numbers.Real):
+        raise TypeError(f"scale: expected a number or None, got {type(scale).__name__}")
     return q.shape[-1] ** -0.5 if scale is None else float(scale)
 
 
@@ -543,6 +549,7 @@ def supports(
         (True, "") or (False, reason). Nothing is launched; tensors that `chunk_gdn2` itself would refuse
         raise the same errors as there.
     """
+    inspect.signature(chunk_gdn2).bind(q, k, v, g, b, w, **options)
     _check_tokens(q, k, v, g, b, w)
     reason = cuda_backend.why_not_chunk(q, v)
     return reason is None, reason or ""
