@@ -273,8 +273,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     results = forward_backward(x, backend=backend)
     progress("the same in float64, by the reference")
     expected = reference_results(x)
-    times = measure_times(x, [*dict.fromkeys([backend, "torch"])], progress)
-
     bound = BOUNDS[dtype]
     errors = {name: relative_error(results[name], expected[name]) for name in expected}
     print(f"\nGated DeltaNet-2, {shape}, {dtype}, {device}, seed {options.seed}")
@@ -284,6 +282,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ("tensor", "relative error", "bound", ""),
         [(name, f"{error:.1e}", f"{bound:.0e}", verdicts[name]) for name, error in errors.items()],
     ))  # fmt: skip
+    times = measure_times(x, [*dict.fromkeys([backend, "torch"])], progress)
     slowest = times[0]
     print("\n" + table(
         ("milliseconds", "forward", "times faster", "forward+backward", "times faster"),
