@@ -23,6 +23,7 @@
 
 #include "api/chunk_forward.h"
 #include "api/cuda_error.h"
+#include "tile/activation.cuh"
 #include "tile/convert.cuh"
 #include "tile/mma.cuh"
 #include "tile/pipeline.cuh"
@@ -149,31 +150,11 @@ __device__ std::uint32_t& pair_at(std::uint8_t* box, int row, int lane) {
   return *reinterpret_cast<std::uint32_t*>(box + swizzled_offset(row, lane / 4) + lane % 4 * 4);
 }
 
-__device__ float exp2_approx(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;\n" : "=f"(y) : "f"(x));
-  return y;
-}
-
 __device__ float2 operator*(float2 a, float2 b) {
   return {a.x * b.x, a.y * b.y};
 }
 __device__ float2 operator*(float2 a, float b) {
   return {a.x * b, a.y * b};
-}
-
-constexpr float kLog2E = 1.4426950408889634f;
-constexpr float kLn2 = 0.6931471805599453f;
-
-__device__ float sigmoid(float x) {
-  return __fdividef(1.f, 1.f + exp2_approx(-kLog2E * x));
-}
-
-// ln(1 + exp(x)), finite-difference free: for small exp(-|x|) by two terms of its series.
-__device__ float softplus(float x) {
-  float const t = exp2_approx(-kLog2E * fabsf(x));
-  float const log1p = t < 1e-3f ? t * (1.f - 0.5f * t) : __log2f(1.f + t) * kLn2;
-  return fmaxf(x, 0.f) + log1p;
 }
 
 template <class Cfg>

@@ -24,6 +24,7 @@
 
 #include "api/chunk_forward.h"
 #include "api/cuda_error.h"
+#include "tile/activation.cuh"
 #include "tile/convert.cuh"
 #include "tile/mma.cuh"
 #include "tile/pipeline.cuh"
@@ -193,10 +194,6 @@ __device__ void load(SharedStorage<Cfg>& smem, ScanParams const& params, TensorM
 }
 
 // ---- Z role: one warpgroup ----------------------------------------------------------------------------------
-
-__device__ float sigmoid(float x) {
-  return __fdividef(1.f, 1.f + __expf(-x));
-}
 
 // Z^T = (w*v)^T of 64 value columns, to where the math thread of the same index reads its accumulators; tokens beyond
 // num_rows are zero, whatever lies there.

@@ -10,6 +10,7 @@
 //     compute          | full 0: C += A0 B0, empty 0      | full 1: ...
 #include "api/cuda_error.h"
 #include "api/tile_product.h"
+#include "tile/mma.cuh"
 #include "tile/pipeline.cuh"
 #include "tile/tensor_map.h"
 #include "tile/tma.cuh"
@@ -63,7 +64,7 @@ __device__ void multiply(float (&C)[Config::kColumns / 2], Element const* sA, El
   FragmentA a[kSteps];
 #pragma unroll
   for (int k = 0; k < kSteps; ++k) {
-    a[k] = load_fragment_a(sA, k);
+    load_matrices(a[k].pairs, sA, 16 * (threadIdx.x / kWarpThreads), 2 * k);
   }
   wgmma_fence();
 #pragma unroll

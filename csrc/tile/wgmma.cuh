@@ -111,21 +111,4 @@ __device__ void wgmma_wait() {
   cute::warpgroup_wait<kPending>();
 }
 
-// Reads the A fragment of rows [0, 64) and columns [16*step, 16*step + 16) from a swizzled box [64, 64].
-__device__ inline FragmentA load_fragment_a(void const* smem_box, int step) {
-  int const lane = threadIdx.x % kWarpThreads;
-  int const warp = threadIdx.x % kWarpgroupThreads / kWarpThreads;
-  // ldmatrix takes the address of row lane%8 of 8x8 matrix lane/8; matrices go down the rows, then to the next columns.
-  int const row = 16 * warp + lane % 16;
-  int const piece = 2 * step + lane / 16;
-  auto const address =
-      static_cast<std::uint32_t>(__cvta_generic_to_shared(smem_box)) + swizzled_offset(row, piece);
-  FragmentA a;
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];\n"
-               : "=r"(a.pairs[0]), "=r"(a.pairs[1]), "=r"(a.pairs[2]), "=r"(a.pairs[3])
-               : "r"(address)
-               : "memory");
-  return a;
-}
-
 }  // namespace gdn2
