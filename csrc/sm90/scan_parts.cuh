@@ -1,0 +1,166 @@
+// What the walks along a sequence's chunks share: where a CTA works, the order of accumulators, and the products of the
+// register chain. Everything is transposed, value columns on the rows of the accumulators (see scan.cu).
+#pragma once
+
+#include "params.h"
+#include "tile/activation.cuh"
+#include "tile/convert.cuh"
+#include "tile/mma.cuh"
+#include "tile/pipeline.cuh"
+#include "tile/tma.cuh"
+#include "tile/wgmma.cuh"
+
+namespace gdn2 {
+
+constexpr int kChunk = 64;
+constexpr int kColumns = 64;  // value columns of a warpgroup
+constexpr int kBoxBytes = kChunk * kBoxRowBytes;
+
+// What one CTA works on.
+struct Work {
+  int batch, first_token, num_tokens, num_chunks;
+  int sequence, value_head, first_column;
+  std::int64_t first_tile;  // among the chunk tiles; the next chunk's is tile_stride further
+  int tile_stride, first_slot;
+  bool malformed;
+};
+
+// columns_per_cta: how many value columns the CTA owns, by blockIdx.y.
+__device__ inline Work find_work(CallShape const& shape, PackedPlan const& plan, int columns_per_cta) {
+  Work work;
+  work.value_head = blockIdx.x % shape.num_value_heads;
+  work.sequence = blockIdx.x / shape.num_value_heads;
+  work.first_column = blockIdx.y * columns_per_cta;
+  work.malformed = false;
+  if (plan.spans != nullptr) {
+    SequenceSpan const span = plan.spans[work.sequence];
+    work.batch = 0;
+    work.first_token = span.first_token;
+    work.num_tokens = max(span.num_tokens, 0);
+    work.first_slot = span.first_slot;
+    work.malformed = span.num_tokens < 0;
+  } else {
+    work.batch = work.sequence;
+    work.first_token = 0;
+    work.num_tokens = shape.seqlen;
+    work.first_slot = work.sequence * (shape.num_slots / shape.batch);
+  }
+  work.num_chunks = (work.num_tokens + kChunk - 1) / kChunk;
+  int const gate_head = work.value_head / (shape.num_value_heads / shape.num_gate_heads);
+  work.first_tile = static_cast<std::int64_t>(work.first_slot) * shape.num_gate_heads + gate_head;
+  work.tile_stride = shape.num_gate_heads;
+  return work;
+}
+
+// Copies contiguous bytes from global to shared memory and counts them on the barrier.
+__device__ inline void bulk_load(void* smem, void const* global, std::uint32_t bytes, FullBarrier& full) {
+  cute::SM90_BULK_COPY_G2S::copy(global, reinterpret_cast<std::uint64_t*>(&full), smem, bytes);
+}
+
+// Z of a chunk and warpgroup: four accumulators of every thread at a time.
+using FragmentsZ = float4[kColumns * kChunk / 4 / kWarpgroupThreads][kWarpgroupThreads];
+
+// Z^T = (w*v)^T of 64 value columns, to where the math thread of the same index reads its accumulators; tokens beyond
+// num_rows are zero, whatever lies there.
+template <class Element>
+__device__ void make_Z(FragmentsZ& Z, std::uint8_t const* v, std::uint8_t const* w, int num_rows,
+                       bool use_gate_sigmoid) {
+  int const thread = threadIdx.x % kWarpgroupThreads, warp = thread / kWarpThreads;
+  int const token = 2 * (lane_index() % 4);
+#pragma unroll
+  for (int t = 0; t < 4; ++t) {
+    std::uint32_t v4[4], w4[4];
+    load_matrices_transposed(v4, v, 16 * t, 2 * warp);
+    load_matrices_transposed(w4, w, 16 * t, 2 * warp);
+    float2 z[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      float2 const v2 = unpack<Element>(v4[i]);
+      float2 w2 = unpack<Element>(w4[i]);
+      if (use_gate_sigmoid) {
+        w2 = {sigmoid(w2.x), sigmoid(w2.y)};
+      }
+      // v4[i]: tokens 16*t + 8*(i%2) + token and the next, value columns 8*(i/2) of the warp's 16
+      int const row = 16 * t + 8 * (i % 2) + token;
+      z[i].x = row < num_rows ? v2.x * w2.x : 0.f;
+      z[i].y = row + 1 < num_rows ? v2.y * w2.y : 0.f;
+    }
+    Z[2 * t][thread] = float4{z[0].x, z[0].y, z[2].x, z[2].y};
+    Z[2 * t + 1][thread] = float4{z[1].x, z[1].y, z[3].x, z[3].y};
+  }
+}
+
+// ---- math steps: one warpgroup, 64 value columns ------------------------------------------------------------
+
+// Rounded accumulators as A fragments: 16 columns a fragment.
+template <class Element, int kRegisters>
+__device__ void round_fragments(FragmentA (&a)[kRegisters / 8], float const (&acc)[kRegisters]) {
+#pragma unroll
+  for (int i = 0; i < kRegisters / 8; ++i) {
+#pragma unroll
+    for (int p = 0; p < 4; ++p) {
+      a[i].pairs[p] = pack<Element>(acc[8 * i + 2 * p], acc[8 * i + 2 * p + 1]);
+    }
+  }
+}
+
+// S^T Diag(gamma[C-1])
+template <int kRegisters>
+__device__ void decay_state(float (&S)[kRegisters], float const* gamma_last) {
+#pragma unroll
+  for (int j = 0; j < kRegisters / 4; ++j) {
+    float2 const gamma = *reinterpret_cast<float2 const*>(gamma_last + 8 * j + 2 * (lane_index() % 4));
+    S[4 * j + 0] *= gamma.x;
+    S[4 * j + 1] *= gamma.y;
+    S[4 * j + 2] *= gamma.x;
+    S[4 * j + 3] *= gamma.y;
+  }
+}
+
+// acc (+)= +-A B^T for a B [64, 16 * kSteps] that lies in K-major boxes. Issued and committed, not waited for.
+template <class Element, ScaleIn kSign, int kSteps>
+__device__ void multiply_transposed(float (&acc)[32], FragmentA const (&a)[kSteps], std::uint8_t const* B,
+                                    bool accumulate) {
+  auto const descriptor = shared_descriptor<Major::K>(B);
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step) {
+    int const offset = step / 4 * kBoxBytes + step % 4 * 32;
+    wgmma<Element, Major::K, kSign>(acc, a[step], descriptor + (offset >> 4), accumulate || step > 0);
+  }
+  wgmma_commit();
+}
+
+// acc += +-A B for a B [64, columns] whose columns lie in boxes side by side. Issued and committed, not waited for.
+template <class Element, ScaleIn kSign, int kRegisters>
+__device__ void multiply(float (&acc)[kRegisters], FragmentA const (&a)[4], std::uint8_t const* B) {
+  auto const descriptor = shared_descriptor<Major::MN>(B, kBoxBytes);
+#pragma unroll
+  for (int step = 0; step < 4; ++step) {
+    wgmma<Element, Major::MN, kSign>(acc, a[step], descriptor + (step * 16 * kBoxRowBytes >> 4), true);
+  }
+  wgmma_commit();
+}
+
+// ---- states ------------------------------------------------------------------------------------------------
+
+// Calls body(element of S, index among [K, V] or [V, K]) for what of this thread's state lies inside.
+template <int kDimK, class Body>
+__device__ void for_each_state(CallShape const& shape, bool state_v_first, int first_column, Body body) {
+  int const lane = lane_index(), warp = threadIdx.x % kWarpgroupThreads / kWarpThreads;
+  int const dim_k = shape.dim_k, dim_v = shape.dim_v;
+  int const stride_k = state_v_first ? 1 : dim_v, stride_v = state_v_first ? dim_k : 1;
+#pragma unroll
+  for (int acc = 0; acc < kDimK / 2; ++acc) {
+    int const k = acc / 4 * 8 + 2 * (lane % 4) + acc % 2;
+    int const v = first_column + 16 * warp + lane / 4 + acc / 2 % 2 * 8;
+    if (k < dim_k && v < dim_v) {
+      body(acc, k * stride_k + v * stride_v);
+    }
+  }
+}
+
+__device__ inline std::int64_t state_offset(CallShape const& shape, std::int64_t row, int value_head) {
+  return (row * shape.num_value_heads + value_head) * shape.dim_k * shape.dim_v;
+}
+
+}  // namespace gdn2
