@@ -90,8 +90,10 @@ struct PrepareParams {
   ElementType gate_element;  // of g: float32, or as q
   GateParams gates;
   float scale;
-  PackedPlan plan;  // null pointers: dense
-  ChunkTiles tiles;
+  PackedPlan plan;    // null pointers: dense
+  ChunkTiles tiles;   // for the backward A_minus_I and P are inputs of the later stages, and not written
+  float* row_norms;   // [num_slots, num_gate_heads, 2, 64]: 1 / norm of the rows of q and of k; or null
+  bool factors_only;  // for the backward: neither T, A nor P
 };
 
 struct ScanParams {
@@ -106,6 +108,48 @@ struct ScanParams {
   float* final_state;          // or null
   float* chunk_states;         // [num_slots, num_value_heads, dim_k, dim_v] (or V, K), or null
   bool state_v_first;
+};
+
+// Between the kernels of the backward: images of shared memory as in ChunkTiles, for 64 value columns each. The last
+// slice's columns beyond dim_v are zero. Slots without rows are not written.
+struct BackwardTiles {
+  void*
+      S;  // [num_slots, num_value_heads, slices, kDimK / 64, 64, 64]: S^T at the chunk's start, value columns on rows
+  void* dS;  // the same of the gradient of the state after the chunk
+  void* R;   // [num_slots, num_value_heads, slices, 64, 64]: tokens on rows
+  void* dX;  // the same
+};
+
+struct ScanBackwardParams {
+  CallShape shape;
+  TokenTensor v, w, dO;  // [batch, seqlen, num_value_heads, dim_v]
+  GateParams gates;
+  PackedPlan plan;
+  ChunkTiles tiles;  // read
+  BackwardTiles out;
+  // States as in ScanParams; each may be null: zero, or not wanted.
+  float const* initial_state;
+  float const* d_final_state;
+  float* d_initial_state;
+  bool state_v_first;
+};
+
+struct GradientsParams {
+  CallShape shape;
+  TokenTensor q, k;      // [batch, seqlen, num_heads, dim_k]
+  TokenTensor g, b;      // [batch, seqlen, num_gate_heads, dim_k]
+  TokenTensor v, w, dO;  // [batch, seqlen, num_value_heads, dim_v]
+  ElementType gate_element;
+  GateParams gates;
+  float scale;
+  PackedPlan plan;
+  BackwardTiles tiles;     // read
+  float const* row_norms;  // as in PrepareParams; read where norms are asked for
+  // Gradients, contiguous in the shapes of their inputs; null where nobody asked. dq and dk are float32 and
+  // [batch, seqlen, num_gate_heads, dim_k], for somebody to sum, where num_gate_heads is not num_heads.
+  void *dq, *dk, *dg, *db, *dv, *dw;
+  // Sums over the tokens of a slot, for somebody to sum on: [num_slots, num_gate_heads, dim_k]; or null.
+  float *dA_log, *d_dt_bias;
 };
 
 }  // namespace gdn2

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .torch_backend import CHUNK, GateOptions, PackedTokens, num_chunk_slots
+from .torch_backend import CHUNK, GateOptions, Gradients, PackedTokens, num_chunk_slots
 
 _C, _WHY_NO_EXTENSION = None, None
 try:
@@ -95,6 +97,92 @@ def _pointer(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 
 
+class _Sizes(NamedTuple):
+    """The dimensions of a call, in the order of csrc/bindings.cpp."""
+
+    batch: int
+    seqlen: int
+    num_sequences: int
+    num_heads: int
+    num_gate_heads: int
+    num_value_heads: int
+    dim_k: int
+    dim_v: int
+    num_slots: int
+
+    @classmethod
+    def of(cls, q: Tensor, v: Tensor, g: Tensor, cu_seqlens: Tensor | None) -> _Sizes:
+        batch, seqlen, num_heads, dim_k = q.shape
+        num_value_heads, dim_v = v.shape[2:]
+        packed = cu_seqlens is not None
+        num_sequences = cu_seqlens.shape[0] - 1 if packed else batch
+        num_slots = num_chunk_slots(batch, seqlen, num_sequences, packed)
+        heads = (num_heads, g.shape[2], num_value_heads)
+        return cls(batch, seqlen, num_sequences, *heads, dim_k, dim_v, num_slots)
+
+    @property
+    def padded_k(self) -> int:
+        return 64 if self.dim_k <= 64 else 128
+
+    def state(self, state_v_first: bool) -> tuple[int, int, int]:
+        """Of one sequence or chunk."""
+        matrix = (self.dim_v, self.dim_k) if state_v_first else (self.dim_k, self.dim_v)
+        return (self.num_value_heads, *matrix)
+
+
+def _token_tensors(sizes: _Sizes, *tensors: Tensor) -> tuple[tuple, tuple]:
+    """`_token_tensor` of each; without tokens nothing reads them."""
+    if sizes.seqlen == 0:
+        return (), ((0, 0, 0, 0),) * len(tensors)
+    copies, addresses = zip(*map(_token_tensor, tensors))
+    return copies, addresses
+
+
+def _chunk_call(
+    sizes: _Sizes,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    b: Tensor,
+    w: Tensor,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    A_minus_I: Tensor,
+    P: Tensor,
+    scale: float,
+    options: GateOptions,
+    state_v_first: bool,
+) -> tuple[object, list]:
+    """A ChunkCall of csrc/api with room for what prepare makes, and what has to live until it is enqueued."""
+    factors = q.new_empty(sizes.num_slots, sizes.num_gate_heads, 3, CHUNK * sizes.padded_k)
+    gamma_last = q.new_empty((sizes.num_slots, sizes.num_gate_heads, sizes.padded_k), dtype=torch.float32)
+    plan_slots = plan_spans = None
+    if cu_seqlens is not None:
+        plan_slots = q.new_empty((sizes.num_slots, 2), dtype=torch.int32)
+        plan_spans = q.new_empty((sizes.num_sequences, 3), dtype=torch.int32)
+    A_log, dt_bias, initial_state, cu_seqlens = (
+        None if x is None else x.contiguous() for x in (A_log, dt_bias, initial_state, cu_seqlens)
+    )
+    copies, tokens = _token_tensors(sizes, q, k, v, g, b, w)
+    decay_gate = _DECAY_NONE
+    if options.use_gate:
+        decay_gate = _DECAY_SOFTPLUS if options.lower_bound is None else _DECAY_LOWER_BOUND
+    call = _C.ChunkCall(
+        _ELEMENTS[q.dtype], _ELEMENTS[g.dtype], *sizes, *tokens,
+        _pointer(A_log), _pointer(dt_bias), _pointer(initial_state),
+        _pointer(cu_seqlens), cu_seqlens is not None and cu_seqlens.dtype == torch.int64,
+        _pointer(plan_slots), _pointer(plan_spans),
+        factors.data_ptr(), gamma_last.data_ptr(), A_minus_I.data_ptr(), P.data_ptr(),
+        scale, options.use_qk_l2norm, decay_gate, options.lower_bound or 0.0,
+        options.use_gate_sigmoid, options.erase_scale, state_v_first,
+    )  # fmt: skip
+    kept = [*copies, A_log, dt_bias, initial_state, cu_seqlens, plan_slots, plan_spans, factors, gamma_last]
+    return call, kept
+
+
 def chunk_forward(
     q: Tensor,
     k: Tensor,
@@ -113,72 +201,107 @@ def chunk_forward(
     output_final_state: bool,
     num_state_chunks: int | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor]:
-    """o, final_state (or None), chunk states (or None), A - I and P (see `from_tile_image`)."""
-    batch, seqlen, num_heads, dim_k = q.shape
-    num_gate_heads = g.shape[2]
-    num_value_heads, dim_v = v.shape[2:]
-    packed = cu_seqlens is not None
-    num_sequences = cu_seqlens.shape[0] - 1 if packed else batch
-    num_slots = num_chunk_slots(batch, seqlen, num_sequences, packed)
-    matrix = (dim_v, dim_k) if state_v_first else (dim_k, dim_v)
-
-    o = torch.empty(batch, seqlen, num_value_heads, dim_v, dtype=v.dtype, device=v.device)
+    """o, final_state (or None), chunk states (or None); A - I and P as `chunk_backward` reads them: images of
+    shared memory (ChunkTiles in csrc/params.h).
+    """
+    sizes = _Sizes.of(q, v, g, cu_seqlens)
+    state = sizes.state(state_v_first)
+    o = torch.empty_like(v, memory_format=torch.contiguous_format)
     final_state = chunk_states = None
     if output_final_state:
-        final_state = q.new_empty((num_sequences, num_value_heads, *matrix), dtype=torch.float32)
+        final_state = q.new_empty((sizes.num_sequences, *state), dtype=torch.float32)
     if num_state_chunks is not None:
-        chunk_states = q.new_empty((num_slots, num_value_heads, *matrix), dtype=torch.float32)
-    padded_k = 64 if dim_k <= 64 else 128
-    factors = q.new_empty(num_slots, num_gate_heads, 3, CHUNK * padded_k)
-    gamma_last = q.new_empty((num_slots, num_gate_heads, padded_k), dtype=torch.float32)
+        chunk_states = q.new_empty((sizes.num_slots, *state), dtype=torch.float32)
     # Without tokens nothing runs that would write them.
-    new = q.new_empty if seqlen else q.new_zeros
-    A_minus_I, P = (new(num_slots, num_gate_heads, CHUNK, CHUNK) for _ in range(2))
-    plan_slots = plan_spans = None
-    if packed:
-        cu_seqlens = cu_seqlens.contiguous()
-        plan_slots = q.new_empty((num_slots, 2), dtype=torch.int32)
-        plan_spans = q.new_empty((num_sequences, 3), dtype=torch.int32)
-    if initial_state is not None:
-        initial_state = initial_state.contiguous()
-    if A_log is not None:
-        A_log = A_log.contiguous()
-    if dt_bias is not None:
-        dt_bias = dt_bias.contiguous()
+    new = q.new_empty if sizes.seqlen else q.new_zeros
+    A_minus_I, P = (new(sizes.num_slots, sizes.num_gate_heads, CHUNK, CHUNK) for _ in range(2))
 
-    # Copies that had to be made stay alive until the kernels are enqueued.
-    kept, tensors = (
-        zip(*(_token_tensor(x) for x in (q, k, v, g, b, w))) if seqlen else ((), [(0, 0, 0, 0)] * 6)
-    )
-    decay_gate = _DECAY_NONE
-    if options.use_gate:
-        decay_gate = _DECAY_SOFTPLUS if options.lower_bound is None else _DECAY_LOWER_BOUND
+    call, kept = _chunk_call(
+        sizes, q, k, v, g, b, w, A_log, dt_bias, initial_state, cu_seqlens, A_minus_I, P, scale, options,
+        state_v_first,
+    )  # fmt: skip
     with torch.cuda.device(q.device):
         _C.chunk_forward(
-            _ELEMENTS[q.dtype], _ELEMENTS[g.dtype],
-            batch, seqlen, num_sequences, num_heads, num_gate_heads, num_value_heads, dim_k, dim_v, num_slots,
-            *tensors,
-            _pointer(A_log), _pointer(dt_bias), _pointer(initial_state),
-            _pointer(cu_seqlens), packed and cu_seqlens.dtype == torch.int64,
-            _pointer(plan_slots), _pointer(plan_spans),
-            factors.data_ptr(), gamma_last.data_ptr(), A_minus_I.data_ptr(), P.data_ptr(),
-            o.data_ptr(), _pointer(final_state), _pointer(chunk_states),
-            scale, options.use_qk_l2norm, decay_gate, options.lower_bound or 0.0,
-            options.use_gate_sigmoid, options.erase_scale, state_v_first,
+            call, o.data_ptr(), _pointer(final_state), _pointer(chunk_states),
             torch.cuda.current_stream(q.device).cuda_stream,
         )  # fmt: skip
     del kept
     if chunk_states is not None:
-        if packed:
-            tokens = PackedTokens(cu_seqlens, seqlen)
+        if cu_seqlens is not None:
+            tokens = PackedTokens(cu_seqlens, sizes.seqlen)
             chunk_states = tokens.in_sequence_order(chunk_states, num_state_chunks)
-        chunk_states = chunk_states.unflatten(0, (batch, num_state_chunks))
+        chunk_states = chunk_states.unflatten(0, (sizes.batch, num_state_chunks))
     return o, final_state, chunk_states, A_minus_I, P
 
 
-def from_tile_image(x: Tensor) -> Tensor:
-    """[..., 64, 64] from an image of shared memory: row r has its 16-byte pieces at piece ^ (r % 8)."""
-    pieces = x.unflatten(-1, (8, 8))
-    row = torch.arange(CHUNK, device=x.device).unsqueeze(1)
-    order = (torch.arange(8, device=x.device) ^ (row % 8)).unsqueeze(-1)
-    return pieces.gather(-2, order.expand_as(pieces)).flatten(-2)
+def chunk_backward(
+    do: Tensor,
+    d_final_state: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    b: Tensor,
+    w: Tensor,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    A_minus_I: Tensor,
+    P: Tensor,
+    scale: float,
+    options: GateOptions,
+    *,
+    state_v_first: bool,
+    needed: Sequence[bool],
+) -> Gradients:
+    """The gradients that are needed, and None for the others; A - I and P come from `chunk_forward`."""
+    sizes = _Sizes.of(q, v, g, cu_seqlens)
+    # What the kernels leave to be summed, in float32: dA_log and d_dt_bias of every slot, and with gates per
+    # value head dq and dk of every one of them.
+    per_slot = (sizes.num_slots, sizes.num_gate_heads, sizes.dim_k)
+    parts = {"dA_log": per_slot, "d_dt_bias": per_slot}
+    if sizes.num_gate_heads != sizes.num_heads:
+        per_gate_head = (sizes.batch, sizes.seqlen, sizes.num_gate_heads, sizes.dim_k)
+        parts |= {"dq": per_gate_head, "dk": per_gate_head}
+    new = q.new_empty if sizes.seqlen else q.new_zeros  # without tokens nothing writes the parts
+    inputs = (q, k, v, g, b, w, A_log, dt_bias, initial_state)
+    out: dict[str, Tensor | None] = dict.fromkeys(Gradients._fields)
+    for name, x, asked in zip(Gradients._fields, inputs, needed):
+        if asked and name in parts:
+            out[name] = new(parts[name], dtype=torch.float32)
+        elif asked:
+            out[name] = torch.empty_like(x, memory_format=torch.contiguous_format)
+
+    slices = (sizes.num_slots, sizes.num_value_heads, (sizes.dim_v + CHUNK - 1) // CHUNK)
+    S, dS = (q.new_empty(*slices, CHUNK * sizes.padded_k) for _ in range(2))
+    R, dX = (q.new_empty(*slices, CHUNK * CHUNK) for _ in range(2))
+    row_norms = None
+    if options.use_qk_l2norm:
+        rows = (sizes.num_slots, sizes.num_gate_heads, 2, CHUNK)
+        row_norms = q.new_empty(rows, dtype=torch.float32)
+    d_final_state = None if d_final_state is None else d_final_state.contiguous()
+    copy_of_do, [dO] = _token_tensors(sizes, do)
+
+    call, kept = _chunk_call(
+        sizes, q, k, v, g, b, w, A_log, dt_bias, initial_state, cu_seqlens, A_minus_I, P, scale, options,
+        state_v_first,
+    )  # fmt: skip
+    with torch.cuda.device(q.device):
+        _C.chunk_backward(
+            call, dO, _pointer(d_final_state), *map(_pointer, (S, dS, R, dX, row_norms)),
+            *map(_pointer, out.values()), torch.cuda.current_stream(q.device).cuda_stream,
+        )  # fmt: skip
+    del kept, copy_of_do, S, dS, R, dX, row_norms
+
+    groups = (sizes.num_heads, -1)
+    for name, part in out.items():
+        if part is None or name not in parts:
+            continue
+        if name == "dA_log":
+            out[name] = part.unflatten(1, groups).sum((0, 2, 3))
+        elif name == "d_dt_bias":
+            out[name] = part.unflatten(1, groups).sum((0, 2)).flatten()
+        else:
+            out[name] = part.unflatten(2, groups).sum(3).to(q.dtype)
+    return Gradients(**out)

@@ -131,13 +131,15 @@ def _chunk_backward(
         inputs = (q, k, v, g, b, w, A_log, dt_bias, initial_state)
         return tuple(torch.zeros_like(x) if wanted else _empty(q) for x, wanted in zip(inputs, needed))
     options = GateOptions(use_qk_l2norm, use_gate, lower_bound, use_gate_sigmoid, erase_scale)
-    if backend == "cuda":
-        A_minus_I, P = cuda_backend.from_tile_image(A_minus_I), cuda_backend.from_tile_image(P)
-    gradients = torch_backend.chunk_backward(
+    arguments = (
         do, d_final_state, q, k, v, g, b, w, A_log, dt_bias, initial_state, cu_seqlens, A_minus_I, P, scale,
-        options, state_v_first=state_v_first,
+        options,
     )  # fmt: skip
-    return tuple(x.contiguous() if wanted else q.new_empty(0) for x, wanted in zip(gradients, needed))
+    if backend == "cuda":
+        gradients = cuda_backend.chunk_backward(*arguments, state_v_first=state_v_first, needed=needed)
+    else:
+        gradients = torch_backend.chunk_backward(*arguments, state_v_first=state_v_first)
+    return tuple(x.contiguous() if wanted else _empty(q) for x, wanted in zip(gradients, needed))
 
 
 def _chunk_backward_fake(

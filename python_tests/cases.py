@@ -34,6 +34,11 @@ REGIMES = tuple(BARS)
 NEAR_PARALLEL_O_BAR = 3e-2
 
 
+def parallel_keys_bar(dtype: torch.dtype) -> float:
+    """The bar where keys are parallel: NEAR_PARALLEL_O_BAR in bfloat16, a quarter of it in float16."""
+    return {torch.bfloat16: NEAR_PARALLEL_O_BAR, torch.float16: NEAR_PARALLEL_O_BAR / 4}.get(dtype, 0.0)
+
+
 def bar(regime: str, tensor: str, dtype: torch.dtype) -> float:
     """The largest relative L2 error that `tensor`, a name in TENSORS, may have for inputs of `dtype`.
 

@@ -174,8 +174,17 @@ class Backend:
             results["norms"] = _norms_of_summands(inputs, results["dg"], options)
         return results
 
-    def check(self, actual: dict, expected: dict, regime: str | None = None, where: str = "") -> None:
-        """Every tensor of `actual` within this dtype's bar of `expected`."""
+    def check(
+        self,
+        actual: dict,
+        expected: dict,
+        regime: str | None = None,
+        where: str = "",
+        parallel_keys: bool = False,
+    ) -> None:
+        """Every tensor of `actual` within this dtype's bar of `expected`: that of the regime, or the one for
+        parallel keys.
+        """
         for name, x in actual.items():
             exact, label = compare.to_float64(expected[name]), f"{name}{where} ({self.name}, {self.dtype})"
             finite = np.abs(exact[np.isfinite(exact)])
@@ -185,6 +194,8 @@ class Backend:
                 assert largest <= UNDERFLOW[self.dtype], f"{label}: {largest:.1e} instead of next to nothing"
                 continue
             bar = self.bar(name, regime)
+            if parallel_keys:
+                bar = max(bar, cases.parallel_keys_bar(self.dtype))
             if self.dtype != torch.float64 and name in expected.get("norms", {}):
                 bar *= 1.0 + expected["norms"][name] / np.linalg.norm(exact)
             compare.assert_close(x, exact, bar, label)
@@ -271,17 +282,32 @@ class _poisoned_memory:
 @pytest.fixture
 def backend(request) -> Backend:
     name, dtype = request.param
-    where = request.config.getoption("--torch-device") if name == "torch" else "cuda"
-    if where == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no GPU: torch.cuda.is_available() is False")
-    device = torch.device(where, torch.cuda.current_device()) if where == "cuda" else torch.device(where)
-    backend = Backend(name, device, dtype)
     if name == "cuda":
-        tokens = backend.inputs(seqlen=1, heads=1, dim_k=64, dim_v=64).tensors
-        recurrent = request.node.get_closest_marker("recurrent") is not None
-        reason = _why_no_recurrent_kernel(tokens) if recurrent else gdn2_ext.supports(*tokens)[1]
-        if reason:
-            pytest.skip(reason)
+        return _cuda_backend(dtype, recurrent=request.node.get_closest_marker("recurrent") is not None)
+    where = request.config.getoption("--torch-device")
+    return Backend(name, _current_gpu() if where == "cuda" else torch.device(where), dtype)
+
+
+@pytest.fixture
+def hopper() -> Backend:
+    """The CUDA backend in its usual dtype, for tests that have nothing to ask of another."""
+    return _cuda_backend(USUAL_DTYPE["cuda"])
+
+
+def _current_gpu() -> torch.device:
+    """Skips, with the reason, where there is none."""
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU: torch.cuda.is_available() is False")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def _cuda_backend(dtype: torch.dtype, recurrent: bool = False) -> Backend:
+    """Skips, with the reason, where the kernels do not run."""
+    backend = Backend("cuda", _current_gpu(), dtype)
+    tokens = backend.inputs(seqlen=1, heads=1, dim_k=64, dim_v=64).tensors
+    reason = _why_no_recurrent_kernel(tokens) if recurrent else gdn2_ext.supports(*tokens)[1]
+    if reason:
+        pytest.skip(reason)
     return backend
 
 

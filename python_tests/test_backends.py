@@ -209,17 +209,6 @@ def test_other_views_are_copied_to_aligned_rows(x):
     assert tuple(strides) == y.stride()[:3]
 
 
-def test_a_matrix_comes_back_from_its_image_in_shared_memory():
-    """Rows are stored in 8 pieces of 16 bytes, piece p of row r in place p ^ (r % 8)."""
-    matrices = torch.randn(3, 2, 64, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
-    image = torch.empty_like(matrices)
-    for row in range(64):
-        for piece in range(8):
-            place = piece ^ (row % 8)
-            image[..., row, 8 * place : 8 * place + 8] = matrices[..., row, 8 * piece : 8 * piece + 8]
-    assert torch.equal(cuda_backend.from_tile_image(image), matrices)
-
-
 # -- the package ---------------------------------------------------------------------------------------------
 
 

@@ -15,6 +15,11 @@ EVERYTHING = {
     "erase_scale": 2.0,
 }
 
+# Kernels have other forms for K up to 64 and beyond, where two parts of 64 channels share a norm; and sizes
+# that are no whole 16 bytes are written another way.
+HEAD_SIZES = ((32, 48), (128, 128), (100, 60))
+every_head_size = pytest.mark.parametrize("dim_k, dim_v", HEAD_SIZES)
+
 
 def check(backend, inputs, seed, *, v_first=False, **options):
     """Raw inputs, so bars are those of layer_init, with a state and its gradient."""
@@ -27,17 +32,19 @@ def check(backend, inputs, seed, *, v_first=False, **options):
 
 
 @pytest.mark.every_dtype
-def test_the_l2_norm_and_its_gradient(backend, seed):
-    inputs = backend.inputs("layer_init", **SHAPE, seed=seed)
+@every_head_size
+def test_the_l2_norm_and_its_gradient(backend, dim_k, dim_v, seed):
+    inputs = backend.inputs("layer_init", **{**SHAPE, "dim_k": dim_k, "dim_v": dim_v}, seed=seed)
     inputs.q.mul_(7.0)
     inputs.k.mul_(0.01)  # a thousandth of its squared norm is epsilon
     check(backend, inputs, seed, use_qk_l2norm_in_kernel=True)
 
 
+@every_head_size
 @pytest.mark.parametrize("rows", ["one", "every"])
 @pytest.mark.parametrize("of", ["q", "k", "q and k"])
-def test_zero_rows_have_a_norm_and_finite_gradients(backend, of, rows, seed):
-    inputs = backend.inputs("layer_init", **SHAPE, seed=seed)
+def test_zero_rows_have_a_norm_and_finite_gradients(backend, of, rows, dim_k, dim_v, seed):
+    inputs = backend.inputs("layer_init", **{**SHAPE, "dim_k": dim_k, "dim_v": dim_v}, seed=seed)
     for x, name in ((inputs.q, "q"), (inputs.k, "k")):
         if name in of:
             x[:, 17 if rows == "one" else slice(None)] = 0
@@ -81,20 +88,24 @@ def test_the_bounded_gate_and_its_parameters(backend, with_A_log, with_bias, see
     assert ("d_dt_bias" in results) == with_bias
 
 
+@every_head_size
 @pytest.mark.parametrize("lower_bound", [None, -5.0])
 @pytest.mark.parametrize("gate_heads", ["key", "value"])
-def test_a_group_of_value_heads_shares_the_gates_parameters(backend, gate_heads, lower_bound, seed):
-    shape = {**SHAPE, "value_heads": 6, "gate_heads": gate_heads}
+def test_a_group_of_value_heads_shares_the_gates_parameters(
+    backend, gate_heads, lower_bound, dim_k, dim_v, seed
+):
+    shape = {**SHAPE, "value_heads": 6, "gate_heads": gate_heads, "dim_k": dim_k, "dim_v": dim_v}
     inputs = backend.raw_inputs(**shape, seed=seed)
     results = check(backend, inputs, seed, **EVERYTHING, lower_bound=lower_bound)
     assert results["dA_log"].shape == (2,)
-    assert results["d_dt_bias"].shape == (2 * 32,)
+    assert results["d_dt_bias"].shape == (2 * dim_k,)
 
 
+@every_head_size
 @pytest.mark.parametrize("lower_bound", [None, -5.0])
-def test_a_very_fast_gate_has_finite_gradients(backend, lower_bound, seed):
+def test_a_very_fast_gate_has_finite_gradients(backend, lower_bound, dim_k, dim_v, seed):
     """A_log up to log 64, and raw gates far out on both sides of where softplus bends."""
-    inputs = backend.raw_inputs(**SHAPE, seed=seed)
+    inputs = backend.raw_inputs(**{**SHAPE, "dim_k": dim_k, "dim_v": dim_v}, seed=seed)
     inputs.A_log = torch.tensor([math.log(64.0), math.log(1e-3)], device=backend.device)
     inputs.g[:, ::3] = 60.0
     inputs.g[:, 1::3] = -60.0
@@ -153,10 +164,12 @@ def test_saturated_sigmoids_are_finite(backend, seed):
 
 
 @pytest.mark.every_dtype
+@every_head_size
 @pytest.mark.parametrize("lower_bound", [None, -5.0])
 @pytest.mark.parametrize("v_first", [False, True])
-def test_everything_in_the_kernel_at_once(backend, v_first, lower_bound, seed):
-    inputs = backend.raw_inputs(**SHAPE, value_heads=4, seed=seed)
+def test_everything_in_the_kernel_at_once(backend, v_first, lower_bound, dim_k, dim_v, seed):
+    shape = {**SHAPE, "value_heads": 4, "dim_k": dim_k, "dim_v": dim_v}
+    inputs = backend.raw_inputs(**shape, seed=seed)
     check(backend, inputs, seed, v_first=v_first, lower_bound=lower_bound, **EVERYTHING, scale=0.5)
 
 

@@ -93,6 +93,18 @@ def test_packing_with_groups_and_everything_in_the_kernel_changes_no_bit(backend
         assert_sequence_equals(packed, backend.run(alone, **alone_options), options["cu_seqlens"], n)
 
 
+@pytest.mark.slow
+def test_a_sequence_does_not_depend_on_how_many_there_are(backend, seed):
+    """With many heads and sequences the kernels share work that they would do side by side otherwise."""
+    lengths = (70, 1, 65, 0, 40)
+    inputs, options = packed_inputs(backend, lengths, seed, heads=16, dim_k=128, dim_v=128)
+    packed = backend.run(inputs, **options)
+    for n in range(len(lengths)):
+        alone, alone_options = sequence(inputs, options, n)
+        results = backend.run(alone, **alone_options)
+        assert_sequence_equals(packed, results, options["cu_seqlens"], n)
+
+
 def test_a_sequence_does_not_depend_on_what_it_is_packed_with(backend, seed):
     """The same sequence between short neighbours, between long ones, and at other offsets."""
     inputs, options = packed_inputs(backend, (100,), seed)
@@ -140,10 +152,17 @@ def test_offsets_on_the_cpu_serve_tensors_on_any_device(backend, seed):
 # -- neighbours ----------------------------------------------------------------------------------------------
 
 
+EVERYTHING = {"use_qk_l2norm_in_kernel": True, "use_gate_in_kernel": True, "use_gate_sigmoid_in_kernel": True}
+
+
+@pytest.mark.parametrize("raw", [False, True])
 @pytest.mark.parametrize("bad", [0, 1, 2])
-def test_nan_in_one_sequence_stays_there(backend, bad, seed):
+def test_nan_in_one_sequence_stays_there(backend, bad, raw, seed):
+    """Also of rows that a short last chunk has in front of it or in its tiles."""
     lengths = (70, 33, 100)
     inputs, options = packed_inputs(backend, lengths, seed)
+    if raw:
+        inputs, options = backend.raw_inputs(seqlen=203, **SHAPE, seed=seed), {**options, **EVERYTHING}
     clean = backend.run(inputs, **options)
     begin, end = options["cu_seqlens"][bad : bad + 2].tolist()
     for x in (*inputs.tensors, inputs.do):

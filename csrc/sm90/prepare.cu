@@ -23,11 +23,11 @@
 
 #include "api/chunk_forward.h"
 #include "api/cuda_error.h"
+#include "sm90/token_map.h"
 #include "tile/activation.cuh"
 #include "tile/convert.cuh"
 #include "tile/mma.cuh"
 #include "tile/pipeline.cuh"
-#include "tile/tensor_map.h"
 #include "tile/tma.cuh"
 #include "tile/triangular_inverse.cuh"
 #include "tile/wgmma.cuh"
@@ -40,11 +40,12 @@ constexpr int kBlock = 16;  // tokens that a thread owns
 constexpr int kNumBlocks = kChunk / kBlock;
 constexpr int kBoxBytes = kChunk * kBoxRowBytes;
 
-template <class Element_, int kDimK_, bool kFused_>
+template <class Element_, int kDimK_, bool kFused_, bool kFactorsOnly_>
 struct Config {
   using Element = Element_;
   static constexpr int kDimK = kDimK_;
-  static constexpr bool kFused = kFused_;  // norms, gates and sigmoids may be asked for
+  static constexpr bool kFused = kFused_;              // norms, gates and sigmoids may be asked for
+  static constexpr bool kFactorsOnly = kFactorsOnly_;  // for the backward, to which A - I and P are known
   static constexpr int kBoxes = kDimK / kBoxColumns;
   static constexpr int kWarpgroups = kBoxes;
   static constexpr int kThreads = kWarpgroups * kWarpgroupThreads;
@@ -252,7 +253,9 @@ __device__ void row_products(SharedStorage<Cfg>& smem, PrepareParams const& para
     load_matrices(k, smem.in.k[step / 4], 16 * warp, step % 4 * 2);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      mma_16x8x16<Element>(qk[half], q, k[half], k[half + 2]);
+      if constexpr (!Cfg::kFactorsOnly) {
+        mma_16x8x16<Element>(qk[half], q, k[half], k[half + 2]);
+      }
       if (normalize) {
         mma_16x8x16<Element>(qq[half], q, q[half], q[half + 2]);
         mma_16x8x16<Element>(kk[half], k, k[half], k[half + 2]);
@@ -272,10 +275,18 @@ __device__ void row_products(SharedStorage<Cfg>& smem, PrepareParams const& para
       bool const inside = row < work.num_rows;
       smem.q_scale[row] = inside ? params.scale * q_norm : 0.f;
       smem.k_scale[row] = inside ? k_norm : 0.f;
-      float const diagonal =
-          (c ? qk[half][2 * half + 1] : qk[half][2 * half]) * params.scale * q_norm * k_norm;
-      auto* const place = smem.P + swizzled_offset(row, row / 8) + row % 8 * sizeof(Element);
-      *reinterpret_cast<Element*>(place) = round_to<Element>(inside ? diagonal : 0.f);
+      if constexpr (Cfg::kFactorsOnly) {
+        if (params.row_norms != nullptr) {
+          float* const norms = params.row_norms + work.tile * 2 * kChunk;
+          norms[row] = inside ? q_norm : 0.f;
+          norms[kChunk + row] = inside ? k_norm : 0.f;
+        }
+      } else {
+        float const diagonal =
+            (c ? qk[half][2 * half + 1] : qk[half][2 * half]) * params.scale * q_norm * k_norm;
+        auto* const place = smem.P + swizzled_offset(row, row / 8) + row % 8 * sizeof(Element);
+        *reinterpret_cast<Element*>(place) = round_to<Element>(inside ? diagonal : 0.f);
+      }
     }
   }
 }
@@ -506,11 +517,12 @@ __device__ void run_level(SharedStorage<Cfg>& smem, ThreadInputs<Cfg> const& x, 
 // scale*gamma*q, Kt and gamma*E from running products over the chunk, straight to their tiles: a warp writes the 128
 // bytes of a row.
 template <class Cfg>
-__device__ void store_factor_tiles(SharedStorage<Cfg>& smem, ChunkTiles const& tiles, std::int64_t tile,
+__device__ void store_factor_tiles(SharedStorage<Cfg>& smem, PrepareParams const& params, Work const& work,
                                    ThreadInputs<Cfg> const& x, ThreadPlace at) {
   using Element = typename Cfg::Element;
+  ChunkTiles const& tiles = params.tiles;
   auto* const gamma_q =
-      static_cast<std::uint8_t*>(tiles.factors) + tile * 3 * Cfg::kTileBytes + at.box * kBoxBytes;
+      static_cast<std::uint8_t*>(tiles.factors) + work.tile * 3 * Cfg::kTileBytes + at.box * kBoxBytes;
   auto* const Kt = gamma_q + Cfg::kTileBytes;
   auto* const gamma_E = gamma_q + 2 * Cfg::kTileBytes;
   BlockProducts<Cfg> const blocks(smem, at.channel());
@@ -526,24 +538,26 @@ __device__ void store_factor_tiles(SharedStorage<Cfg>& smem, ChunkTiles const& t
     if (i > 0) {
       gamma = gamma * float2{x.alpha[i][0], x.alpha[i][1]};
     }
-    float const q_scale = smem.q_scale[row];
+    float const q_scale = Cfg::kFused ? smem.q_scale[row] : params.scale;
     float2 const q = unpack<Element>(x.q[i]), E = unpack<Element>(x.E[i]);
     pair_at(gamma_q, row, at.lane) = pack<Element>(q.x * gamma.x * q_scale, q.y * gamma.y * q_scale);
     float2 const gamma_k = Cfg::kFused ? gamma * smem.k_scale[row] : gamma;
     pair_at(gamma_E, row, at.lane) = pack<Element>(E.x * gamma_k.x, E.y * gamma_k.y);
   }
   if (at.block == kNumBlocks - 1) {
-    *reinterpret_cast<float2*>(tiles.gamma_last + tile * Cfg::kDimK + at.channel()) = gamma;
+    *reinterpret_cast<float2*>(tiles.gamma_last + work.tile * Cfg::kDimK + at.channel()) = gamma;
   }
+  if (!Cfg::kFactorsOnly || work.num_rows > 0) {  // (asking keeps ptxas from spilling here)
 #pragma unroll
-  for (int i = kBlock - 1; i >= 0; --i) {
-    int const row = at.block * kBlock + i;
-    if (i < kBlock - 1) {
-      tail = tail * float2{x.alpha[i + 1][0], x.alpha[i + 1][1]};
+    for (int i = kBlock - 1; i >= 0; --i) {
+      int const row = at.block * kBlock + i;
+      if (i < kBlock - 1) {
+        tail = tail * float2{x.alpha[i + 1][0], x.alpha[i + 1][1]};
+      }
+      float2 const k = unpack<Element>(x.k[i]);
+      float2 const tail_k = Cfg::kFused ? tail * smem.k_scale[row] : tail;
+      pair_at(Kt, row, at.lane) = pack<Element>(k.x * tail_k.x, k.y * tail_k.y);
     }
-    float2 const k = unpack<Element>(x.k[i]);
-    float2 const tail_k = Cfg::kFused ? tail * smem.k_scale[row] : tail;
-    pair_at(Kt, row, at.lane) = pack<Element>(k.x * tail_k.x, k.y * tail_k.y);
   }
 }
 
@@ -579,15 +593,17 @@ __global__ void __launch_bounds__(Cfg::kThreads, Cfg::kCtasPerSm)
     cutlass::arch::fence_barrier_init();
     load_inputs(smem, maps, work, params.gate_element);
   }
-  // The upper triangle of P, which no level writes, is zero.
-  for (int i = threadIdx.x; i < kBoxBytes / 16; i += Cfg::kThreads) {
-    reinterpret_cast<uint4*>(smem.P)[i] = uint4{};
+  if constexpr (!Cfg::kFactorsOnly) {
+    // The upper triangle of P, which no level writes, is zero.
+    for (int i = threadIdx.x; i < kBoxBytes / 16; i += Cfg::kThreads) {
+      reinterpret_cast<uint4*>(smem.P)[i] = uint4{};
+    }
   }
   __syncthreads();
   smem.inputs_full.wait(0);
 
   bool const normalize = Cfg::kFused && params.gates.use_qk_l2norm;
-  if (at.box == 0) {
+  if (at.box == 0 && (Cfg::kFused || !Cfg::kFactorsOnly)) {
     row_products(smem, params, work);
   }
   ThreadInputs<Cfg> x;
@@ -606,7 +622,10 @@ __global__ void __launch_bounds__(Cfg::kThreads, Cfg::kCtasPerSm)
   *reinterpret_cast<float2*>(&smem.block_rest[at.block][at.channel()]) = rest;
   __syncthreads();  // the inputs are in registers: their shared memory becomes operands
 
-  store_factor_tiles(smem, params.tiles, work.tile, x, at);
+  store_factor_tiles(smem, params, work, x, at);
+  if constexpr (Cfg::kFactorsOnly) {
+    return;
+  }
   run_level<0>(smem, x, at, normalize);
   run_level<1>(smem, x, at, normalize);
   run_level<2>(smem, x, at, normalize);
@@ -626,28 +645,14 @@ __global__ void __launch_bounds__(Cfg::kThreads, Cfg::kCtasPerSm)
   }
 }
 
-CUtensorMap token_map(TokenTensor const& x, CallShape const& shape, int heads, ElementType element) {
-  bool const wide = element == ElementType::kFloat32;
-  auto const type = wide                                ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
-                    : element == ElementType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
-                                                        : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
-  std::uint64_t const size = wide ? 4 : 2;
-  auto const bytes = [size](std::int64_t stride) { return static_cast<std::uint64_t>(stride) * size; };
-  return make_tensor_map<4>(
-      x.data, type,
-      {.extent = {static_cast<std::uint64_t>(shape.dim_k), static_cast<std::uint64_t>(heads),
-                  static_cast<std::uint64_t>(shape.seqlen), static_cast<std::uint64_t>(shape.batch)},
-       .stride_bytes = {bytes(x.stride_head), bytes(x.stride_token), bytes(x.stride_batch)},
-       .box = {static_cast<std::uint32_t>(kBoxRowBytes / size), 1, kChunk, 1}});
-}
-
 template <class Cfg>
 void launch(PrepareParams const& params, cudaStream_t stream) {
   CallShape const& shape = params.shape;
-  TensorMaps const maps{.q = token_map(params.q, shape, shape.num_heads, shape.element),
-                        .k = token_map(params.k, shape, shape.num_heads, shape.element),
-                        .b = token_map(params.b, shape, shape.num_gate_heads, shape.element),
-                        .g = token_map(params.g, shape, shape.num_gate_heads, params.gate_element)};
+  TensorMaps const maps{
+      .q = token_map(params.q, shape, shape.num_heads, shape.dim_k, shape.element),
+      .k = token_map(params.k, shape, shape.num_heads, shape.dim_k, shape.element),
+      .b = token_map(params.b, shape, shape.num_gate_heads, shape.dim_k, shape.element),
+      .g = token_map(params.g, shape, shape.num_gate_heads, shape.dim_k, params.gate_element)};
   auto const kernel = prepare_kernel<Cfg>;
   constexpr int kSmemBytes = sizeof(SharedStorage<Cfg>);
   static_assert(Cfg::kCtasPerSm * (kSmemBytes + 1024) <= 228 * 1024);
@@ -658,17 +663,17 @@ void launch(PrepareParams const& params, cudaStream_t stream) {
   throw_on_error(cudaGetLastError(), "prepare: launch");
 }
 
-template <class Element>
+template <class Element, bool kFactorsOnly>
 void dispatch(PrepareParams const& params, cudaStream_t stream) {
   GateParams const& gates = params.gates;
   bool const fused = gates.use_qk_l2norm || gates.use_gate_sigmoid || gates.decay_gate != DecayGate::kNone ||
                      params.gate_element != ElementType::kFloat32;
   if (params.shape.dim_k > 64) {
-    fused ? launch<Config<Element, 128, true>>(params, stream)
-          : launch<Config<Element, 128, false>>(params, stream);
+    fused ? launch<Config<Element, 128, true, kFactorsOnly>>(params, stream)
+          : launch<Config<Element, 128, false, kFactorsOnly>>(params, stream);
   } else {
-    fused ? launch<Config<Element, 64, true>>(params, stream)
-          : launch<Config<Element, 64, false>>(params, stream);
+    fused ? launch<Config<Element, 64, true, kFactorsOnly>>(params, stream)
+          : launch<Config<Element, 64, false, kFactorsOnly>>(params, stream);
   }
 }
 
@@ -678,8 +683,12 @@ void run_prepare(PrepareParams const& params, cudaStream_t stream) {
   if (params.shape.num_slots == 0 || params.shape.seqlen == 0) {
     return;
   }
-  params.shape.element == ElementType::kFloat16 ? dispatch<__half>(params, stream)
-                                                : dispatch<__nv_bfloat16>(params, stream);
+  if (params.shape.element == ElementType::kFloat16) {
+    params.factors_only ? dispatch<__half, true>(params, stream) : dispatch<__half, false>(params, stream);
+  } else {
+    params.factors_only ? dispatch<__nv_bfloat16, true>(params, stream)
+                        : dispatch<__nv_bfloat16, false>(params, stream);
+  }
 }
 
 }  // namespace gdn2

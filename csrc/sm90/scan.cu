@@ -139,29 +139,6 @@ __device__ void load(SharedStorage<Cfg>& smem, ScanParams const& params, TensorM
   }
 }
 
-// ---- Z role: one warpgroup ----------------------------------------------------------------------------------
-
-template <class Cfg>
-__device__ void make_values(SharedStorage<Cfg>& smem, ScanParams const& params, Work const& work) {
-  RingPosition<Cfg::kStagesValues> at_values;
-  RingPosition<Cfg::kStagesZ> at_Z;
-  for (int chunk = 0; chunk < work.num_chunks; ++chunk) {
-    smem.ring_values.wait_full(at_values);
-    smem.ring_Z.wait_empty(at_Z);
-    auto const& values = smem.values[at_values.stage];
-    int const num_rows = work.num_tokens - chunk * kChunk;
-#pragma unroll
-    for (int wg = 0; wg < Cfg::kWarpgroups; ++wg) {
-      make_Z<typename Cfg::Element>(smem.Z[at_Z.stage][wg], values.v[wg], values.w[wg], num_rows,
-                                    params.gates.use_gate_sigmoid);
-    }
-    smem.ring_values.release(at_values);
-    smem.ring_Z.publish(at_Z);
-    at_values.advance();
-    at_Z.advance();
-  }
-}
-
 // ---- store role: one warp a math warpgroup -------------------------------------------------------------------
 
 // The rows of o that the chunk owns, from the warpgroup's tile.
@@ -246,15 +223,7 @@ struct Walk {
   // Z^T of the next chunk into X.
   __device__ void begin_Z() {
     smem.ring_Z.wait_full(at_Z);
-    auto const& Z = smem.Z[at_Z.stage][wg];
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      float4 const z = Z[i][threadIdx.x % kWarpgroupThreads];
-      X[4 * i] = z.x;
-      X[4 * i + 1] = z.y;
-      X[4 * i + 2] = z.z;
-      X[4 * i + 3] = z.w;
-    }
+    read_Z(X, smem.Z[at_Z.stage][wg]);
     smem.ring_Z.release(at_Z);
     at_Z.advance();
   }
@@ -264,13 +233,7 @@ struct Walk {
     FragmentA O_rounded[4];
     round_fragments<Element>(O_rounded, O);
     smem.ring_O[wg].wait_empty(at_O);
-#pragma unroll
-    for (int t = 0; t < 4; ++t) {
-      // tokens 16*t and 16*t + 8 of the warp's first eight value columns, then of its last eight
-      std::uint32_t const(&p)[4] = O_rounded[t].pairs;
-      std::uint32_t const r[4] = {p[0], p[2], p[1], p[3]};
-      store_matrices_transposed(r, smem.O[wg], 16 * t, 2 * (threadIdx.x % kWarpgroupThreads / kWarpThreads));
-    }
+    store_token_rows(O_rounded, smem.O[wg]);
     cutlass::arch::
         fence_view_async_shared();  // the tile's ordinary stores, before the copy engine reads them
     smem.ring_O[wg].publish(at_O);
@@ -313,7 +276,7 @@ struct Walk {
     smem.ring_k.wait_full(at_k);
     auto const& factors = smem.factors_k[at_k.stage];
     wgmma_fence();
-    multiply<Element, ScaleIn::One>(S, R_rounded, factors.Kt);
+    multiply<Element, ScaleIn::One>(S, R_rounded, factors.Kt, true);
     multiply_transposed<Element, ScaleIn::One>(O, R_rounded, factors.P, true);
   }
 
@@ -374,25 +337,10 @@ template <class Cfg>
 __device__ void compute(SharedStorage<Cfg>& smem, ScanParams const& params, Work const& work, int wg) {
   int const first_column = work.first_column + wg * kColumns;
   Walk<Cfg> walk{smem, params, work, wg};
-#pragma unroll
-  for (float& s : walk.S) {
-    s = 0.f;
-  }
-  if (params.initial_state != nullptr) {
-    float const* const initial =
-        params.initial_state + state_offset(params.shape, work.sequence, work.value_head);
-    for_each_state<Cfg::kDimK>(params.shape, params.state_v_first, first_column,
-                               [&](int acc, int place) { walk.S[acc] = initial[place]; });
-  }
+  read_state<Cfg::kDimK>(walk.S, params.initial_state, params.shape, params.state_v_first, work,
+                         first_column);
   walk.run();
-  if (params.final_state != nullptr) {
-    float* const final_state =
-        params.final_state + state_offset(params.shape, work.sequence, work.value_head);
-    float const nan = __int_as_float(0x7fffffff);
-    for_each_state<Cfg::kDimK>(params.shape, params.state_v_first, first_column, [&](int acc, int place) {
-      final_state[place] = work.malformed ? nan : walk.S[acc];
-    });
-  }
+  write_state<Cfg::kDimK>(walk.S, params.final_state, params.shape, params.state_v_first, work, first_column);
   if (params.plan.spans != nullptr && work.sequence == params.shape.num_sequences - 1) {
     poison_unowned_rows<Cfg>(params, work, wg);
   }
@@ -414,7 +362,7 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
     compute(smem, params, work, wg);
   } else if (wg == Cfg::kWarpgroups) {
     give_up_registers<Cfg::kValuesRegisters>();
-    make_values(smem, params, work);
+    make_values<Cfg>(smem, params.gates, work);
   } else {
     give_up_registers<Cfg::kCopyRegisters>();
     int const warp = __shfl_sync(0xffffffff, threadIdx.x % kWarpgroupThreads / kWarpThreads, 0);
@@ -426,18 +374,6 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
       store_outputs(smem, params, maps, work, warp - 1);
     }
   }
-}
-
-CUtensorMap value_map(TokenTensor const& x, CallShape const& shape) {
-  auto const type = shape.element == ElementType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
-                                                            : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
-  auto const bytes = [](std::int64_t stride) { return static_cast<std::uint64_t>(stride) * 2; };
-  return make_tensor_map<4>(
-      x.data, type,
-      {.extent = {static_cast<std::uint64_t>(shape.dim_v), static_cast<std::uint64_t>(shape.num_value_heads),
-                  static_cast<std::uint64_t>(shape.seqlen), static_cast<std::uint64_t>(shape.batch)},
-       .stride_bytes = {bytes(x.stride_head), bytes(x.stride_token), bytes(x.stride_batch)},
-       .box = {kColumns, 1, kChunk, 1}});
 }
 
 template <class Cfg>

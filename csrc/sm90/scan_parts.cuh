@@ -3,6 +3,7 @@
 #pragma once
 
 #include "params.h"
+#include "sm90/token_map.h"
 #include "tile/activation.cuh"
 #include "tile/convert.cuh"
 #include "tile/mma.cuh"
@@ -52,6 +53,11 @@ __device__ inline Work find_work(CallShape const& shape, PackedPlan const& plan,
   return work;
 }
 
+// v, w, o or dO: a copy brings 64 value columns of a chunk.
+inline CUtensorMap value_map(TokenTensor const& x, CallShape const& shape) {
+  return token_map(x, shape, shape.num_value_heads, shape.dim_v, shape.element);
+}
+
 // Copies contiguous bytes from global to shared memory and counts them on the barrier.
 __device__ inline void bulk_load(void* smem, void const* global, std::uint32_t bytes, FullBarrier& full) {
   cute::SM90_BULK_COPY_G2S::copy(global, reinterpret_cast<std::uint64_t*>(&full), smem, bytes);
@@ -87,6 +93,40 @@ __device__ void make_Z(FragmentsZ& Z, std::uint8_t const* v, std::uint8_t const*
     }
     Z[2 * t][thread] = float4{z[0].x, z[0].y, z[2].x, z[2].y};
     Z[2 * t + 1][thread] = float4{z[1].x, z[1].y, z[3].x, z[3].y};
+  }
+}
+
+// The role of one warpgroup: Z of every chunk, from the ring of v and w to the ring of Z.
+template <class Cfg, class Storage>
+__device__ void make_values(Storage& smem, GateParams const& gates, Work const& work) {
+  RingPosition<Cfg::kStagesValues> at_values;
+  RingPosition<Cfg::kStagesZ> at_Z;
+  for (int chunk = 0; chunk < work.num_chunks; ++chunk) {
+    smem.ring_values.wait_full(at_values);
+    smem.ring_Z.wait_empty(at_Z);
+    auto const& values = smem.values[at_values.stage];
+    int const num_rows = work.num_tokens - chunk * kChunk;
+#pragma unroll
+    for (int wg = 0; wg < Cfg::kWarpgroups; ++wg) {
+      make_Z<typename Cfg::Element>(smem.Z[at_Z.stage][wg], values.v[wg], values.w[wg], num_rows,
+                                    gates.use_gate_sigmoid);
+    }
+    smem.ring_values.release(at_values);
+    smem.ring_Z.publish(at_Z);
+    at_values.advance();
+    at_Z.advance();
+  }
+}
+
+// This thread's accumulators Z^T.
+__device__ inline void read_Z(float (&acc)[32], FragmentsZ const& Z) {
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    float4 const z = Z[i][threadIdx.x % kWarpgroupThreads];
+    acc[4 * i] = z.x;
+    acc[4 * i + 1] = z.y;
+    acc[4 * i + 2] = z.z;
+    acc[4 * i + 3] = z.w;
   }
 }
 
@@ -130,15 +170,44 @@ __device__ void multiply_transposed(float (&acc)[32], FragmentA const (&a)[kStep
   wgmma_commit();
 }
 
-// acc += +-A B for a B [64, columns] whose columns lie in boxes side by side. Issued and committed, not waited for.
+// acc (+)= +-A B for a B [64, columns] whose columns lie in boxes side by side. Issued and committed, not waited for.
 template <class Element, ScaleIn kSign, int kRegisters>
-__device__ void multiply(float (&acc)[kRegisters], FragmentA const (&a)[4], std::uint8_t const* B) {
+__device__ void multiply(float (&acc)[kRegisters], FragmentA const (&a)[4], std::uint8_t const* B,
+                         bool accumulate) {
   auto const descriptor = shared_descriptor<Major::MN>(B, kBoxBytes);
 #pragma unroll
   for (int step = 0; step < 4; ++step) {
-    wgmma<Element, Major::MN, kSign>(acc, a[step], descriptor + (step * 16 * kBoxRowBytes >> 4), true);
+    wgmma<Element, Major::MN, kSign>(acc, a[step], descriptor + (step * 16 * kBoxRowBytes >> 4),
+                                     accumulate || step > 0);
   }
   wgmma_commit();
+}
+
+// Rounded accumulators [value columns, channels] to a tile as they are: value columns on the rows of the boxes.
+template <int kSteps>
+__device__ void store_state_rows(FragmentA const (&a)[kSteps], std::uint8_t* boxes) {
+  int const lane = lane_index(), row = 16 * (threadIdx.x % kWarpgroupThreads / kWarpThreads);
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step) {
+    // the fragment's four pairs are rows 0-7 and 8-15 of eight channels, then of the next eight
+    std::uint32_t const(&p)[4] = a[step].pairs;
+    auto const address = static_cast<std::uint32_t>(__cvta_generic_to_shared(boxes + step / 4 * kBoxBytes)) +
+                         swizzled_offset(row + lane % 16, 2 * (step % 4) + lane / 16);
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};\n" ::"r"(address),
+                 "r"(p[0]), "r"(p[1]), "r"(p[2]), "r"(p[3])
+                 : "memory");
+  }
+}
+
+// Rounded accumulators [value columns, tokens], transposed to a tile: tokens on the rows of the box.
+__device__ inline void store_token_rows(FragmentA const (&a)[4], std::uint8_t* box) {
+#pragma unroll
+  for (int t = 0; t < 4; ++t) {
+    // tokens 16*t and 16*t + 8 of the warp's first eight value columns, then of its last eight
+    std::uint32_t const(&p)[4] = a[t].pairs;
+    std::uint32_t const r[4] = {p[0], p[2], p[1], p[3]};
+    store_matrices_transposed(r, box, 16 * t, 2 * (threadIdx.x % kWarpgroupThreads / kWarpThreads));
+  }
 }
 
 // ---- states ------------------------------------------------------------------------------------------------
@@ -161,6 +230,33 @@ __device__ void for_each_state(CallShape const& shape, bool state_v_first, int f
 
 __device__ inline std::int64_t state_offset(CallShape const& shape, std::int64_t row, int value_head) {
   return (row * shape.num_value_heads + value_head) * shape.dim_k * shape.dim_v;
+}
+
+// S^T of the work's sequence from states that may be null: zero.
+template <int kDimK>
+__device__ void read_state(float (&S)[kDimK / 2], float const* states, CallShape const& shape,
+                           bool state_v_first, Work const& work, int first_column) {
+#pragma unroll
+  for (float& s : S) {
+    s = 0.f;
+  }
+  if (states != nullptr) {
+    float const* const state = states + state_offset(shape, work.sequence, work.value_head);
+    for_each_state<kDimK>(shape, state_v_first, first_column,
+                          [&](int acc, int place) { S[acc] = state[place]; });
+  }
+}
+
+// S^T to the work's sequence of states that may be null; NaN for a malformed sequence.
+template <int kDimK>
+__device__ void write_state(float const (&S)[kDimK / 2], float* states, CallShape const& shape,
+                            bool state_v_first, Work const& work, int first_column) {
+  if (states != nullptr) {
+    float* const state = states + state_offset(shape, work.sequence, work.value_head);
+    float const nan = __int_as_float(0x7fffffff);
+    for_each_state<kDimK>(shape, state_v_first, first_column,
+                          [&](int acc, int place) { state[place] = work.malformed ? nan : S[acc]; });
+  }
 }
 
 }  // namespace gdn2

@@ -69,6 +69,22 @@ __device__ void mma_16x8x16(float (&acc)[4], std::uint32_t const (&a)[4], std::u
   }
 }
 
+// The same with eight steps: A [16, 8], a[0] the rows 0-7 and a[1] the rows 8-15; b the rows of B, transposed.
+template <class Element>
+__device__ void mma_16x8x8(float (&acc)[4], std::uint32_t const (&a)[2], std::uint32_t b) {
+  if constexpr (std::is_same_v<Element, __half>) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};\n"
+        : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
+        : "r"(a[0]), "r"(a[1]), "r"(b));
+  } else {
+    asm volatile(
+        "mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};\n"
+        : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
+        : "r"(a[0]), "r"(a[1]), "r"(b));
+  }
+}
+
 // float32 as tf32, to nearest: the instruction itself cuts the last 13 bits, so half of what they hold is added first.
 __device__ inline std::uint32_t to_tf32(float x) {
   return __float_as_uint(x) + 0x1000;

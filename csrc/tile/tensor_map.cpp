@@ -32,10 +32,19 @@ CUtensorMap make_tensor_map(void const* base, CUtensorMapDataType type, int rank
   static EncodeTiled const encode = encode_tiled();
   constexpr std::uint32_t kUnitStrides[5] = {1, 1, 1, 1, 1};
   CUtensorMap map;
-  CUresult const status =
-      encode(&map, type, static_cast<cuuint32_t>(rank), const_cast<void*>(base), extent, stride_bytes, box,
-             kUnitStrides, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  auto const encode_map = [&] {
+    return encode(&map, type, static_cast<cuuint32_t>(rank), const_cast<void*>(base), extent, stride_bytes,
+                  box, kUnitStrides, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                  CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  };
+  CUresult status = encode_map();
+  if (status == CUDA_ERROR_INVALID_CONTEXT) {
+    // A thread, as of autograd, that has made no call of the runtime yet has no context.
+    int device = 0;
+    throw_on_error(cudaGetDevice(&device), "tensor map");
+    throw_on_error(cudaSetDevice(device), "tensor map");
+    status = encode_map();
+  }
   if (status != CUDA_SUCCESS) {
     std::string shape;
     for (int i = 0; i < rank; ++i) {

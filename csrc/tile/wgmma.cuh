@@ -28,19 +28,19 @@ namespace detail {
 
 template <class Element, int kN, Major kMajorB, ScaleIn kSignA>
 struct AtomRS;
-template <class Element, int kN>
+template <class Element, int kN, Major kMajorA>
 struct AtomSS;
 
-#define GDN2_WGMMA_ATOM(ELEMENT, NAME, N)                                                                 \
-  template <Major kMajorB, ScaleIn kSignA>                                                                \
-  struct AtomRS<ELEMENT, N, kMajorB, kSignA> {                                                            \
-    using Type =                                                                                          \
-        cute::SM90::GMMA::MMA_64x##N##x16_F32##NAME##NAME##_RS<Major::K, kMajorB, kSignA, ScaleIn::One>;  \
-  };                                                                                                      \
-  template <>                                                                                             \
-  struct AtomSS<ELEMENT, N> {                                                                             \
-    using Type = cute::SM90::GMMA::MMA_64x##N##x16_F32##NAME##NAME##_SS<Major::K, Major::K, ScaleIn::One, \
-                                                                        ScaleIn::One>;                    \
+#define GDN2_WGMMA_ATOM(ELEMENT, NAME, N)                                                                \
+  template <Major kMajorB, ScaleIn kSignA>                                                               \
+  struct AtomRS<ELEMENT, N, kMajorB, kSignA> {                                                           \
+    using Type =                                                                                         \
+        cute::SM90::GMMA::MMA_64x##N##x16_F32##NAME##NAME##_RS<Major::K, kMajorB, kSignA, ScaleIn::One>; \
+  };                                                                                                     \
+  template <Major kMajorA>                                                                               \
+  struct AtomSS<ELEMENT, N, kMajorA> {                                                                   \
+    using Type = cute::SM90::GMMA::MMA_64x##N##x16_F32##NAME##NAME##_SS<kMajorA, Major::K, ScaleIn::One, \
+                                                                        ScaleIn::One>;                   \
   };
 GDN2_WGMMA_ATOM(__nv_bfloat16, BF16, 32)
 GDN2_WGMMA_ATOM(__nv_bfloat16, BF16, 64)
@@ -69,7 +69,8 @@ __device__ void fma(float (&acc)[kRegisters], std::uint64_t descriptor_a, std::u
 
 }  // namespace detail
 
-// The shared-memory descriptor of B (or of a K-major A) for one instruction's 16 steps of depth. `smem` is where the first of them starts:
+// The shared-memory descriptor of B, or of an A (K-major as B, or MN-major: [depth, 64]), for one instruction's 16
+// steps of depth. `smem` is where the first of them starts:
 // KMajor: boxes of 64 depth steps, `kN` rows each; 16 steps further is 32 bytes further inside a box.
 // MNMajor: boxes of 64 columns, `mn_box_bytes` apart; 16 steps further is 16 rows further inside every box.
 template <Major kMajorB>
@@ -90,11 +91,11 @@ __device__ void wgmma(float (&acc)[kRegisters], FragmentA const& a, std::uint64_
   detail::fma<Atom>(acc, a, descriptor, accumulate, std::make_index_sequence<kRegisters>{});
 }
 
-// The same with A [64, 16] from shared memory, K-major as B.
-template <class Element, int kRegisters>
+// The same with A [64, 16] from shared memory, and B K-major.
+template <class Element, Major kMajorA = Major::K, int kRegisters>
 __device__ void wgmma_shared(float (&acc)[kRegisters], std::uint64_t descriptor_a, std::uint64_t descriptor_b,
                              bool accumulate) {
-  using Atom = typename detail::AtomSS<Element, 2 * kRegisters>::Type;
+  using Atom = typename detail::AtomSS<Element, 2 * kRegisters, kMajorA>::Type;
   detail::fma<Atom>(acc, descriptor_a, descriptor_b, accumulate, std::make_index_sequence<kRegisters>{});
 }
 

@@ -1,0 +1,51 @@
+#include "api/chunk_backward.h"
+
+namespace gdn2 {
+
+void chunk_backward(ChunkBackwardParams const& params, cudaStream_t stream) {
+  ChunkCall const& call = params.call;
+  plan_and_prepare(call, /*factors_only=*/true, params.row_norms, stream);
+  run_scan_backward({.shape = call.shape,
+                     .v = call.v,
+                     .w = call.w,
+                     .dO = params.dO,
+                     .gates = call.gates,
+                     .plan = call.plan,
+                     .tiles = call.tiles,
+                     .out = params.tiles,
+                     .initial_state = call.initial_state,
+                     .d_final_state = params.d_final_state,
+                     .d_initial_state = params.d_initial_state,
+                     .state_v_first = call.state_v_first},
+                    stream);
+  bool const only_initial_state = !params.dq && !params.dk && !params.dv && !params.dg && !params.db &&
+                                  !params.dw && !params.dA_log && !params.d_dt_bias;
+  if (only_initial_state) {
+    return;
+  }
+  run_gradients({.shape = call.shape,
+                 .q = call.q,
+                 .k = call.k,
+                 .g = call.g,
+                 .b = call.b,
+                 .v = call.v,
+                 .w = call.w,
+                 .dO = params.dO,
+                 .gate_element = call.gate_element,
+                 .gates = call.gates,
+                 .scale = call.scale,
+                 .plan = call.plan,
+                 .tiles = params.tiles,
+                 .row_norms = params.row_norms,
+                 .dq = params.dq,
+                 .dk = params.dk,
+                 .dg = params.dg,
+                 .db = params.db,
+                 .dv = params.dv,
+                 .dw = params.dw,
+                 .dA_log = params.dA_log,
+                 .d_dt_bias = params.d_dt_bias},
+                stream);
+}
+
+}  // namespace gdn2

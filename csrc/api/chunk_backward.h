@@ -1,0 +1,31 @@
+// The chunk backward: plan (packed calls), prepare, scan_backward and gradients, one after the other on a stream of the
+// current device.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "api/chunk_call.h"
+#include "params.h"
+
+namespace gdn2 {
+
+struct ChunkBackwardParams {
+  ChunkCall call;  // of its tiles A_minus_I and P are those of the forward, the rest is room
+  TokenTensor dO;  // [batch, seqlen, num_value_heads, dim_v]
+  float const* d_final_state;
+  BackwardTiles tiles;  // room
+  float* row_norms;     // room, see PrepareParams; null without the norms
+  // Gradients as in GradientsParams and ScanBackwardParams; null where nobody asked.
+  void *dq, *dk, *dv, *dg, *db, *dw;
+  float *dA_log, *d_dt_bias, *d_initial_state;
+};
+
+// Launches only, and no more than the wanted gradients need: arguments are the caller's business. std::runtime_error
+// names the CUDA error of a failed launch.
+void chunk_backward(ChunkBackwardParams const& params, cudaStream_t stream);
+
+// The stages, csrc/sm90.
+void run_scan_backward(ScanBackwardParams const& params, cudaStream_t stream);
+void run_gradients(GradientsParams const& params, cudaStream_t stream);
+
+}  // namespace gdn2

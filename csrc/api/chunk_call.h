@@ -1,0 +1,32 @@
+// What the forward and the backward of a call are given alike, and the stages that both begin with.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "params.h"
+
+namespace gdn2 {
+
+struct ChunkCall {
+  CallShape shape;
+  TokenTensor q, k, g, b;  // see PrepareParams
+  TokenTensor v, w;        // see ScanParams
+  ElementType gate_element;
+  GateParams gates;
+  float scale;
+  void const* cu_seqlens;  // [num_sequences + 1] int32 or int64, or null: dense
+  bool offsets_are_64_bit;
+  PackedPlan plan;  // room for it where cu_seqlens is given, else null pointers
+  ChunkTiles tiles;
+  float const* initial_state;
+  bool state_v_first;
+};
+
+// plan (packed calls) and prepare; see PrepareParams for the last two of its arguments.
+void plan_and_prepare(ChunkCall const& call, bool factors_only, float* row_norms, cudaStream_t stream);
+
+// The stages, csrc/sm90.
+void run_plan(PlanParams const& params, cudaStream_t stream);
+void run_prepare(PrepareParams const& params, cudaStream_t stream);
+
+}  // namespace gdn2
