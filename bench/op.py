@@ -1,8 +1,9 @@
 """`python -m bench.op`: chunk_gdn2 against flash-linear-attention's Triton kernels and the byte floor.
 
-Correctness first: one head of every shape against the float64 reference. Then both implementations take turns
-in one process on the same inputs: medians with spread, eagerly and as CUDA graphs, and peak memory. The table
-goes to the screen, and with versions, GPU and a digest of the sources to bench/results/op.csv and op.json.
+Correctness first: o and every gradient of one head of every shape, against float64. Then both
+implementations take turns in one process on the same inputs: medians with spread, eagerly and as CUDA graphs,
+and peak memory. The table goes to the screen, and with versions, GPU and a digest of the sources to
+bench/results/op.csv and op.json.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ import provenance
 import torch
 
 import gdn2_ext
-from gdn2_ext import reference
 
 from . import roofline, timing
 from .shapes import OP_SHAPES, Shape
@@ -42,11 +42,29 @@ def make_inputs(shape: Shape, seed: int) -> cases.Inputs:
     return cases.make_inputs("layer_init", **sizes, dtype=torch.bfloat16, device="cuda", seed=seed)
 
 
-def error_of_one_head(o: torch.Tensor, inputs: cases.Inputs) -> float:
-    """Relative L2 error of o in the last head of the last batch element."""
-    head = [x[-1:, :, -1:].detach().double().cpu().numpy() for x in inputs.tensors]
-    expected, _, _ = reference.chunk_forward(*head)
-    return compare.relative_error(o[-1:, :, -1:].detach(), expected)
+GRADIENTS = ("dq", "dk", "dv", "dg", "db", "dw")
+
+
+def one_head(tensors) -> list[torch.Tensor]:
+    """The last head of the last batch element."""
+    return [x[-1:, :, -1:].detach() for x in tensors]
+
+
+def exact_head(inputs: cases.Inputs, options: dict) -> list[torch.Tensor]:
+    """o and the gradients of `one_head` in float64, by the torch backend."""
+    leaves = [x.double().requires_grad_() for x in one_head(inputs.tensors)]
+    with torch.enable_grad():
+        o, _ = gdn2_ext.chunk_gdn2(*leaves, backend="torch", **options)
+        return [o.detach(), *torch.autograd.grad(o, leaves, one_head([inputs.do])[0].double())]
+
+
+def errors_of_one_head(call: Callable, exact: list[torch.Tensor]) -> dict[str, float]:
+    """Relative L2 errors of o and the gradients by name, of a call that gives them."""
+    results = one_head(call())
+    return {
+        name: compare.relative_error(x, y)
+        for name, x, y in zip(("o", *GRADIENTS), results, exact, strict=True)
+    }
 
 
 def forward_calls(inputs: cases.Inputs, options: dict, fla: Callable | None) -> dict[str, Callable]:
@@ -60,10 +78,12 @@ def forward_calls(inputs: cases.Inputs, options: dict, fla: Callable | None) -> 
 
 
 def training_call(inputs: cases.Inputs, forward: Callable) -> Callable:
+    """o and the gradients, given the gradient of o."""
+
     def call():
         with torch.enable_grad():
             o, _ = forward()
-            return torch.autograd.grad(o, inputs.tensors, inputs.do)
+            return (o.detach(), *torch.autograd.grad(o, inputs.tensors, inputs.do))
 
     return call
 
@@ -73,25 +93,23 @@ def measure(
 ) -> list[dict]:
     inputs = make_inputs(shape, seed)
     options = {"use_qk_l2norm_in_kernel": True} if l2norm else {}
+    forward = forward_calls(inputs, options, fla)
+    for x in inputs.tensors:
+        x.requires_grad_()
+    training = {name: training_call(inputs, call) for name, call in forward.items()}
+    print(f"... {shape.label}: errors, and whatever has to be tuned", file=sys.stderr)
+    exact = exact_head(inputs, options)
+    errors = {name: errors_of_one_head(call, exact) for name, call in training.items()}
+    del exact
     rows = []
-    with torch.no_grad():
-        calls = forward_calls(inputs, options, fla)
-        errors = (
-            {name: error_of_one_head(call()[0], inputs) for name, call in calls.items()} if not l2norm else {}
-        )
     for which in passes:
-        if which == "forward":
-            floor = roofline.forward_bytes(shape)
-        else:
-            floor = roofline.forward_bytes(shape) + roofline.backward_bytes(shape)
-            for x in inputs.tensors:
-                x.requires_grad_()
-            calls = {name: training_call(inputs, call) for name, call in calls.items()}
+        calls = forward if which == "forward" else training
+        floor = roofline.forward_bytes(shape)
+        if which != "forward":
+            floor += roofline.backward_bytes(shape)
         with torch.no_grad():
             eager = timing.alternate(calls, repeats)
-            graphs = {}
-            if which == "forward":
-                graphs = {name: replay for name, call in calls.items() if (replay := timing.captured(call))}
+            graphs = {name: replay for name, call in calls.items() if (replay := timing.captured(call))}
             graph = timing.alternate(graphs, repeats) if graphs else {}
             del graphs
             memory = {name: timing.peak_bytes(call) for name, call in calls.items()}
@@ -107,20 +125,23 @@ def measure(
                     "ms_p90": eager[name].high,
                     "graph_ms": graph[name].median if name in graph else None,
                     "peak_mib": memory[name] / 2**20,
-                    "o_error": errors.get(name),
+                    **{f"{tensor}_error": error for tensor, error in errors[name].items()},
                     "floor_bytes": floor,
-                    "times_faster_than_fla": eager["fla"].median / eager[name].median
-                    if "fla" in eager
-                    else None,
+                    "times_faster_than_fla": ratio(eager, name),
+                    "graph_times_faster_than_fla": ratio(graph, name),
                 }
             )
             print(line(rows[-1]), flush=True)
     return rows
 
 
+def ratio(times: dict[str, timing.Time], name: str) -> float | None:
+    return times["fla"].median / times[name].median if "fla" in times and name in times else None
+
+
 HEADER = (
-    f"{'shape':18} {'pass':17} {'l2':2} {'who':9} {'ms':>8} {'p10-p90':>15} {'graph':>8} {'MiB':>7} "
-    f"{'o error':>8} {'x FLA':>6}"
+    f"{'shape':14} {'pass':16} {'l2':2} {'who':8} {'ms':>7} {'p10-p90':>13} {'graph':>7} {'MiB':>6} "
+    f"{'o':>7} {'worst d':>7} {'x FLA':>6} {'graph':>6}"
 )
 
 
@@ -129,16 +150,19 @@ def line(row: dict) -> str:
         return "-" if value is None else format(value, form)
 
     spread = f"{row['ms_p10']:.3f}-{row['ms_p90']:.3f}"
+    gradients = max(row[f"{name}_error"] for name in GRADIENTS)
     return (
-        f"{row['shape']:18} {row['pass']:17} {'y' if row['l2norm'] else 'n':2} {row['implementation']:9} "
-        f"{row['ms']:8.3f} {spread:>15} {number(row['graph_ms'], '.3f'):>8} {row['peak_mib']:7.0f} "
-        f"{number(row['o_error'], '.1e'):>8} {number(row['times_faster_than_fla'], '.2f'):>6}"
+        f"{row['shape']:14} {row['pass']:16} {'y' if row['l2norm'] else 'n':2} {row['implementation']:8} "
+        f"{row['ms']:7.3f} {spread:>13} {number(row['graph_ms'], '.3f'):>7} {row['peak_mib']:6.0f} "
+        f"{row['o_error']:7.1e} {gradients:7.1e} {number(row['times_faster_than_fla'], '.2f'):>6} "
+        f"{number(row['graph_times_faster_than_fla'], '.2f'):>6}"
     )
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.op", description=__doc__)
-    parser.add_argument("--passes", nargs="+", choices=("forward", "forward+backward"), default=["forward"])
+    passes = ("forward", "forward+backward")
+    parser.add_argument("--passes", nargs="+", choices=passes, default=passes)
     parser.add_argument(
         "--shapes", nargs="+", type=int, default=range(len(OP_SHAPES)), help="indices (default: all)"
     )

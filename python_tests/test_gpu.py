@@ -37,6 +37,33 @@ def forward(inputs: cases.Inputs, **options) -> tuple[torch.Tensor, torch.Tensor
         return gdn2_ext.chunk_gdn2(*inputs.tensors, output_final_state=True, backend="cuda", **options)
 
 
+NAMES = ("o", "final state", "dq", "dk", "dv", "dg", "db", "dw", "d initial state")
+
+
+def training_step(inputs: cases.Inputs, states: tuple, **options) -> list[torch.Tensor]:
+    """o, the final state and every gradient, through both; states: initial, gradient of the final one."""
+    initial_state, d_final_state = states
+    leaves = [x.detach().requires_grad_() for x in (*inputs.tensors, initial_state)]
+    o, final_state = gdn2_ext.chunk_gdn2(
+        *leaves[:6], initial_state=leaves[6], output_final_state=True, backend="cuda", **options
+    )
+    gradients = torch.autograd.grad([o, final_state], leaves, [inputs.do, d_final_state])
+    return [o.detach(), final_state.detach(), *gradients]
+
+
+def make_states(
+    inputs: cases.Inputs, seed: int, number: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator("cuda").manual_seed(seed)
+    shape = (number or inputs.v.shape[0], inputs.v.shape[2], inputs.q.shape[3], inputs.v.shape[3])
+    return tuple(torch.randn(shape, generator=generator, device="cuda") for _ in range(2))
+
+
+def assert_same(actual, expected, where: str = "") -> None:
+    for name, x, y in zip(NAMES, actual, expected, strict=True):
+        compare.assert_bitwise_equal(x, y, name + where)
+
+
 @pytest.mark.parametrize("b_is_mn_major", [False, True])
 @pytest.mark.parametrize("rows, depth", [(64, 64), (256, 192), (1024, 1024)])
 def test_a_tile_product_is_right(rows, depth, b_is_mn_major, seed):
@@ -125,6 +152,134 @@ def test_two_runs_agree_bit_for_bit(sizes, seed):
     compare.assert_bitwise_equal(first[1], second[1], "final state")
 
 
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"batch": 4, "heads": 16},
+        {"batch": 1, "heads": 2, "value_heads": 4},
+        {"heads": 3, "dim_k": 64, "dim_v": 256},
+    ],
+)
+def test_two_training_steps_agree_bit_for_bit(sizes, seed):
+    inputs = make_inputs(seed, seqlen=1000, **sizes)
+    states = make_states(inputs, seed)
+    assert_same(training_step(inputs, states), training_step(inputs, states))
+
+
+@pytest.mark.parametrize("options", [{}, {"use_qk_l2norm_in_kernel": True}])
+def test_gradients_of_packed_sequences_are_those_of_each_alone(options, seed):
+    lengths = (37, 0, 64, 1, 200, 130)
+    inputs = make_inputs(seed, seqlen=sum(lengths), value_heads=4)
+    states = make_states(inputs, seed, number=len(lengths))
+    cu_seqlens = cases.packed_offsets(lengths, device="cuda")
+    packed = training_step(inputs, states, cu_seqlens=cu_seqlens, **options)
+    begin = 0
+    for n, length in enumerate(lengths):
+        rows = slice(begin, begin + length)
+        alone = cases.Inputs(*(x[:, rows].contiguous() for x in (*inputs.tensors, inputs.do)))
+        expected = training_step(alone, tuple(x[n : n + 1] for x in states), **options)
+        of_sequence = [
+            x[n : n + 1] if "state" in name else x[:, rows] for name, x in zip(NAMES, packed, strict=True)
+        ]
+        assert_same(of_sequence, expected, f" of sequence {n}")
+        begin += length
+
+
+def test_nan_in_one_sequence_stays_in_it(seed):
+    """Inputs, dO and states: the tiles of a tail hold rows of the next sequence."""
+    lengths = (70, 50, 130)
+    inputs = make_inputs(seed, seqlen=sum(lengths))
+    states = make_states(inputs, seed, number=len(lengths))
+    cu_seqlens = cases.packed_offsets(lengths, device="cuda")
+    expected = training_step(inputs, states, cu_seqlens=cu_seqlens)
+    for x in (*inputs.tensors, inputs.do):
+        x[:, 70:120] = torch.nan
+    for x in states:
+        x[1] = torch.nan
+    results = training_step(inputs, states, cu_seqlens=cu_seqlens)
+    for name, x, y in zip(NAMES, results, expected, strict=True):
+        kept = (lambda t: t[[0, 2]]) if "state" in name else (lambda t: torch.cat([t[:, :70], t[:, 120:]], 1))
+        compare.assert_bitwise_equal(kept(x), kept(y), name)
+
+
+def test_a_training_step_writes_all_of_its_results(seed):
+    """The memory that results and workspaces are made in is NaN beforehand."""
+    inputs = make_inputs(seed, seqlen=333, batch=2, value_heads=4)
+    states = make_states(inputs, seed)
+    expected = training_step(inputs, states, use_qk_l2norm_in_kernel=True)
+    torch.cuda.synchronize()
+    for size in [2**k for k in range(9, 27)] * 2:
+        torch.full((size // 4,), torch.nan, device="cuda")
+    filler = [torch.full((2**20,), torch.nan, device="cuda") for _ in range(64)]
+    del filler
+    assert_same(training_step(inputs, states, use_qk_l2norm_in_kernel=True), expected)
+
+
+def test_a_captured_training_step_follows_its_inputs(seed):
+    """Forward, backward and an SGD step on the inputs."""
+    inputs = make_inputs(seed)
+    leaves = [x.detach().clone().requires_grad_() for x in inputs.tensors]
+    optimizer = torch.optim.SGD(leaves, lr=0.125)
+
+    def step():
+        for x in leaves:
+            x.grad = None
+        o, _ = gdn2_ext.chunk_gdn2(*leaves, backend="cuda")
+        o.backward(inputs.do)
+        optimizer.step()
+
+    def load(seed):
+        with torch.no_grad():
+            for leaf, x in zip(leaves, make_inputs(seed).tensors):
+                leaf.copy_(x)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    for again in range(3):
+        load(seed + again)
+        graph.replay()
+        replayed = [x.detach().clone() for x in leaves]
+        load(seed + again)
+        step()
+        for name, x, y in zip("qkvgbw", replayed, leaves):
+            compare.assert_bitwise_equal(x, y.detach(), f"{name} after replay {again}")
+
+
+def test_a_backward_runs_on_the_forwards_stream(seed):
+    inputs = make_inputs(seed)
+    states = make_states(inputs, seed)
+    expected = training_step(inputs, states)
+    late = cases.Inputs(*(torch.full_like(x, torch.nan) for x in (*inputs.tensors, inputs.do)))
+    stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(100_000_000)
+        for target, source in zip((*late.tensors, late.do), (*inputs.tensors, inputs.do)):
+            target.copy_(source)
+        results = training_step(late, states)
+    stream.synchronize()
+    assert_same(results, expected)
+
+
+def test_a_backward_never_waits_for_the_device(seed):
+    inputs = make_inputs(seed)
+    states = make_states(inputs, seed)
+    training_step(inputs, states)
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        training_step(inputs, states)
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+
+
 def test_the_second_device_is_used_when_the_tensors_are_there(seed):
     if torch.cuda.device_count() < 2:
         pytest.skip("one GPU only")
@@ -161,7 +316,7 @@ def test_tensors_of_more_than_two_to_the_31_elements(seed):
             assert torch.equal(final_state[:, head : head + 1], state_alone), f"final state of head {head}"
 
 
-def test_the_scan_is_made_of_tensor_core_and_bulk_tensor_instructions():
+def test_the_kernels_are_made_of_tensor_core_and_bulk_copy_instructions():
     tool = shutil.which("cuobjdump")
     if tool is None:
         pytest.skip("no cuobjdump on PATH")
@@ -170,9 +325,18 @@ def test_the_scan_is_made_of_tensor_core_and_bulk_tensor_instructions():
         [tool, "-sass", module], capture_output=True, text=True, timeout=300, check=True
     ).stdout
     kernels = re.findall(r"Function : (\S+)\n(.*?)(?=Function : |\Z)", listing, re.DOTALL)
-    scans = [body for name, body in kernels if "scan_kernel" in name]
-    prepares = [body for name, body in kernels if "prepare_kernel" in name]
-    assert scans and prepares
-    for body in (*scans, *prepares):
-        assert "HGMMA" in body and "UTMALDG" in body
-        assert not re.search(r"\b(LDL|STL)\b", body), "local memory: registers are spilled"
+    # Which instructions a kernel is made of; of prepare's the backward's form makes no products.
+    asked = {
+        r"11scan_kernel": ("HGMMA", "UTMALDG", "UBLKCP", "UTMASTG"),
+        r"14prepare_kernel.*ELb[01]ELb0E": ("HGMMA", "UTMALDG"),
+        r"14prepare_kernel.*ELb[01]ELb1E": ("UTMALDG",),
+        r"20scan_backward_kernel": ("HGMMA", "UTMALDG", "UBLKCP"),
+        r"16gradients_kernel": ("HGMMA", "HMMA", "UTMALDG", "UBLKCP", "UTMASTG"),
+    }
+    for pattern, instructions in asked.items():
+        bodies = [body for name, body in kernels if re.search(pattern, name)]
+        assert bodies, f"no kernel {pattern}"
+        for body in bodies:
+            missing = [x for x in instructions if x not in body]
+            assert not missing, f"{pattern}: without {missing}"
+            assert not re.search(r"\b(LDL|STL)\b", body), f"{pattern}: local memory, registers are spilled"

@@ -1,10 +1,9 @@
-// The decays between the tokens of a chunk, for a warp that holds 16 channels x 64 tokens as product fragments do:
-// lane l has channels l/4 and l/4 + 8, and of every group j of 8 tokens the neighbours 8*j + 2*(l%4) and the next.
+// The decays between the tokens of a chunk, for a warp that holds 16 channels as product fragments do: lane l has channels
+// l/4 and l/4 + 8, and of every group j of 8 tokens the neighbours 8*j + 2*(l%4) and the next.
 //
 // exp(G[r]-G[s]) is D[r] U[s], split at the first row of the later of two neighbouring blocks of h rows (h = 1, 2, 4,
 // .., 32): both are products of alpha = exp(g) over rows inside the pair, in [0, 1] for any g <= 0. Inside a group of
-// eight they are products over neighbouring lanes, kept as F and B below; beyond, those times products over whole
-// groups.
+// eight they are products over neighbouring lanes, F and B below; beyond, those times products over whole groups.
 #pragma once
 
 #include "tile/mma.cuh"
@@ -40,7 +39,7 @@ __device__ float exclusive_sum(float x, float& all) {
   return place >= 1 ? exclusive : 0.f;
 }
 
-// Decay over a whole group of eight and channel: alpha of its first token, and the product over the others.
+// Decay of a channel over a whole group of eight: alpha of its first token, and the product over the others.
 struct GroupDecay {
   float first, rest;
 };
@@ -50,40 +49,25 @@ struct GroupPlace {
   float before, after;
 };
 
-// What a lane keeps of its channels' decays.
-struct LaneDecays {
-  float alpha1[2 * kGroups];  // [2*j + half]: alpha of the lane's second token
-
-  // From alpha in the order of accumulators. Gives the caller what is needed less often: `store_first(j, half, alpha)`
-  // and `store_rest(j, half, decay)` of a group, by one lane of four each; and `store(i, F, B)`: the decay from the
-  // group's first token to the lane's first, and from the lane's second to the group's last.
-  template <class StoreFirst, class StoreRest, class Store>
-  __device__ void scan_groups(float const (&alpha)[4 * kGroups], StoreFirst store_first, StoreRest store_rest,
-                              Store store) {
-    int const q = lane_index() % 4;
-#pragma unroll
-    for (int i = 0; i < 2 * kGroups; ++i) {
-      float const a0 = alpha[2 * i], a1 = alpha[2 * i + 1];
-      alpha1[i] = a1;
-      float const before = from_neighbor(a1, -1), after0 = from_neighbor(a0, 1),
-                  after1 = from_neighbor(a1, 1);
-      float f = q >= 1 ? before * a0 : 1.f;      // from the last lane's first token to this one's
-      float b = q <= 2 ? after0 * after1 : 1.f;  // from this lane's second token to the next one's
-      float const f1 = from_neighbor(f, -1), b1 = from_neighbor(b, 1);
-      f *= q >= 1 ? f1 : 1.f;
-      b *= q <= 2 ? b1 : 1.f;
-      float const f2 = from_neighbor(f, -2), b2 = from_neighbor(b, 2);
-      f *= q >= 2 ? f2 : 1.f;
-      b *= q <= 1 ? b2 : 1.f;
-      store(i, f, b);
-      if (q == 0) {
-        store_first(i / 2, i % 2, a0);
-      }
-      if (q == 3) {
-        store_rest(i / 2, i % 2, f * a1);
-      }
-    }
-  }
+// Of a lane's two tokens of a group and one channel, alpha0 and alpha1 theirs.
+struct LaneDecay {
+  float F;  // from the group's first token to the lane's first
+  float B;  // from the lane's second token to the group's last
 };
+
+__device__ inline LaneDecay scan_lane_decays(float alpha0, float alpha1) {
+  int const q = lane_index() % 4;
+  float const before = from_neighbor(alpha1, -1), after0 = from_neighbor(alpha0, 1),
+              after1 = from_neighbor(alpha1, 1);
+  float F = q >= 1 ? before * alpha0 : 1.f;  // from the last lane's first token to this one's
+  float B = q <= 2 ? after0 * after1 : 1.f;  // from this lane's second token to the next one's
+  float const F1 = from_neighbor(F, -1), B1 = from_neighbor(B, 1);
+  F *= q >= 1 ? F1 : 1.f;
+  B *= q <= 2 ? B1 : 1.f;
+  float const F2 = from_neighbor(F, -2), B2 = from_neighbor(B, 2);
+  F *= q >= 2 ? F2 : 1.f;
+  B *= q <= 1 ? B2 : 1.f;
+  return {F, B};
+}
 
 }  // namespace gdn2

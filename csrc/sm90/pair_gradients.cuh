@@ -1,0 +1,490 @@
+// The pair products of the backward, one half of a chunk's tokens a warpgroup and 16 channels a warp:
+//
+//     dq[r] += D[r] sum_s dP[r,s] k[s] U[s]     dE[r] += D[r] sum_s dT[r,s] k[s] U[s]            later tokens r
+//     dk[s] += U[s] sum_r (dP[r,s] q[r] D[r] + dT[r,s] E[r] D[r])                                 earlier tokens s
+//
+// for the six levels of blocks. Levels 1, 2 and 4 lie inside a group of eight tokens: the 8x8 block of dP or dT on the
+// diagonal, masked, is the right operand of one product. Levels 8 and 16 are whole blocks inside a half, and level 32
+// is between the halves: the first one computes dk, the second dq and dE. The rounded factors k*U, E*D and q*D are
+// operands where they are built, in the registers of the lanes that need them again for dG: what is added at r and
+// taken away at s has the same operands, and cancels behind both.
+#pragma once
+
+#include "sm90/gradients_parts.cuh"
+#include "tile/convert.cuh"
+
+namespace gdn2 {
+
+// Matrices of 8x8 16-bit elements from the shared addresses that the lanes name, eight a matrix; see load_matrices.
+template <bool kTransposed, int kCount>
+__device__ void load_8x8(std::uint32_t (&r)[kCount], std::uint32_t address) {
+  static_assert(kCount == 2 || kCount == 4);
+  if constexpr (kCount == 4 && kTransposed) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];\n"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(address)
+                 : "memory");
+  } else if constexpr (kCount == 4) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];\n"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(address)
+                 : "memory");
+  } else if constexpr (kTransposed) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];\n"
+                 : "=r"(r[0]), "=r"(r[1])
+                 : "r"(address)
+                 : "memory");
+  } else {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];\n"
+                 : "=r"(r[0]), "=r"(r[1])
+                 : "r"(address)
+                 : "memory");
+  }
+}
+
+// Where a lane reads a tile of tokens and channels: of its warp's channels, the first group of its half. Groups follow
+// each other at kGroupBytes.
+constexpr int kGroupBytes = kGroup * kBoxRowBytes;
+__device__ inline std::uint32_t lane_address(GradientsPlace const& place, std::uint8_t const* tile) {
+  int const lane = place.lane;
+  return static_cast<std::uint32_t>(__cvta_generic_to_shared(tile)) +
+         swizzled_offset(lane % 8, 2 * place.warp + lane / 8 % 2) +
+         (kHalfGroups * place.half_of_chunk + lane / 16) * kGroupBytes;
+}
+
+// q, k, b or E of the warp's channels and two groups: [2 * (group % 2) + half], two tokens each, as a fragment of A.
+// group: from the first of the half on, which lane_address has.
+struct GroupPair {
+  std::uint32_t pairs[4];
+
+  __device__ GroupPair(std::uint32_t lane_address, int group) {
+    load_8x8<true>(pairs, lane_address + group * kGroupBytes);
+  }
+  __device__ std::uint32_t at(int group, int half) const { return pairs[2 * (group & 1) + half]; }
+};
+
+// Of one group: [half].
+struct GroupTokens {
+  std::uint32_t pairs[2];
+
+  __device__ GroupTokens(std::uint32_t lane_address, int group) {
+    load_8x8<true>(pairs, lane_address + group * kGroupBytes);
+  }
+};
+
+// How a lane reads what is there of its channels. Groups are counted from the first of the warpgroup's half: those of the
+// other half are 4 to 7, or -4 to -1.
+struct LaneReader {
+  GradientsPlace place;
+  int num_rows;
+  std::uint32_t q_lane, k_lane, E_lane;
+  float const *alpha_lane, *F_lane;
+  GroupDecay const* groups_lane;
+  GroupPlace const* places_lane;
+
+  __device__ explicit LaneReader(GradientsStorage& smem) : num_rows(uniform(smem.work.num_rows)) {
+    auto const& tokens = smem.tokens();
+    auto const& scratch = smem.scratch();
+    q_lane = lane_address(place, tokens.q);
+    k_lane = lane_address(place, tokens.k);
+    E_lane = lane_address(place, scratch.E);
+    int const first = kHalfGroups * place.half_of_chunk;
+    int const thread = place.thread % kWarpgroupThreads;
+    alpha_lane = &tokens.alpha[0][2 * first][thread];
+    F_lane = &scratch.F[2 * first][thread];
+    groups_lane = &scratch.groups[first][place.channel(0)];
+    places_lane = &scratch.places[first][place.channel(0)];
+  }
+
+  // Group i lies behind the chunk's last row. (Asking also keeps ptxas from mixing one group's loads into another's work,
+  // which costs more registers than there are.)
+  __device__ bool has_no_tokens(int i) const { return num_rows <= kGroup * place.group(i); }
+
+  __device__ GroupDecay group_decay(int i, int half) const { return groups_lane[i * kChannels + 8 * half]; }
+  __device__ GroupPlace group_place(int i, int half) const { return places_lane[i * kChannels + 8 * half]; }
+  __device__ float alpha(int i, int half, int c) const {
+    return alpha_lane[(2 * kGroups * c + 2 * i + half) * kWarpgroupThreads];
+  }
+  __device__ float F(int i, int half) const { return F_lane[(2 * i + half) * kWarpgroupThreads]; }
+  __device__ float B(int i, int half) const {
+    return F_lane[(2 * kGroups + 2 * i + half) * kWarpgroupThreads];
+  }
+};
+
+template <class Element>
+struct PairGradients : LaneReader {
+  GradientsStorage& smem;
+  HalfAccumulators &dq, &dE, &dk, &dG;
+
+  __device__ PairGradients(GradientsStorage& smem_, HalfAccumulators& dq_, HalfAccumulators& dE_,
+                           HalfAccumulators& dk_, HalfAccumulators& dG_)
+      : LaneReader(smem_), smem(smem_), dq(dq_), dE(dE_), dk(dk_), dG(dG_) {}
+
+  // Blocks of dP or dT, [row, column] or transposed; groups, of this lane's eight.
+  template <bool kTransposed, int kCount>
+  __device__ void load_blocks(std::uint32_t (&r)[kCount], std::uint8_t const* tile, int row_group,
+                              int column_group) const {
+    int const lane = place.lane;
+    load_8x8<kTransposed>(
+        r, static_cast<std::uint32_t>(__cvta_generic_to_shared(tile)) +
+               swizzled_offset(kGroup * place.group(row_group) + lane % 8, place.group(column_group)));
+  }
+
+  __device__ void run() {
+    inner_pairs();
+    outer_level<1>(0);
+    outer_level<1>(2);
+    outer_level<2>(0);
+    if (num_rows > kHalfTokens) {
+      place.half_of_chunk == 0 ? across_earlier() : across_later();
+    }
+  }
+
+  // ---- one product's share -------------------------------------------------------------------------------------
+
+  // dE += D*acc and dq likewise of the two tokens of index n, and their share of dG. D rounded with E and q: E_D, q_D.
+  __device__ void add_later(int n, float D0, float D1, float const* dE_acc, float const* dq_acc,
+                            std::uint32_t E_D, std::uint32_t q_D) {
+    float2 const E2 = unpack<Element>(E_D), q2 = unpack<Element>(q_D);
+    dE[n] += D0 * dE_acc[0];
+    dE[n + 1] += D1 * dE_acc[1];
+    dq[n] += D0 * dq_acc[0];
+    dq[n + 1] += D1 * dq_acc[1];
+    dG[n] += E2.x * dE_acc[0] + q2.x * dq_acc[0];
+    dG[n + 1] += E2.y * dE_acc[1] + q2.y * dq_acc[1];
+  }
+
+  __device__ void add_earlier(int n, float U0, float U1, float const* dk_acc, std::uint32_t k_U) {
+    float2 const k2 = unpack<Element>(k_U);
+    dk[n] += U0 * dk_acc[0];
+    dk[n + 1] += U1 * dk_acc[1];
+    dG[n] -= k2.x * dk_acc[0];
+    dG[n + 1] -= k2.y * dk_acc[1];
+  }
+
+  __device__ static std::uint32_t times(std::uint32_t a, std::uint32_t b) {
+    return multiply_pairs<Element>(a, b);
+  }
+
+  // ---- levels 1, 2 and 4 ---------------------------------------------------------------------------------------
+
+  // The blocks of dT and dP on the diagonal of one group, as [s, r] fragments, and transposed as [r, s].
+  struct DiagonalBlocks {
+    std::uint32_t dT, dP, dT_t, dP_t;
+  };
+
+  // What the level takes of a block on the diagonal: the entries of the lane, (row, 2*quad + c) or transposed, whose
+  // tokens share a block of 2*kLevel. Of those, D and U are zero where a token is not in the later or earlier half.
+  template <int kLevel>
+  __device__ std::uint32_t entries_of_level(std::uint32_t entries) const {
+    return place.row / (2 * kLevel) == 2 * place.quad / (2 * kLevel) ? entries : 0u;
+  }
+  // The entries with r = s.
+  __device__ std::uint32_t entries_of_diagonal(std::uint32_t entries) const {
+    return entries_of_level<1>(entries) & (place.row % 2 ? 0xffff0000u : 0x0000ffffu);
+  }
+
+  // Pairs inside group i. D and U [half][token], zero where the token is not in the level's later or earlier half.
+  template <int kLevel>
+  __device__ void inner_level(int i, float const (&D)[2][2], float const (&U)[2][2], GroupTokens const& q,
+                              GroupTokens const& k, GroupTokens const& E, DiagonalBlocks const& blocks) {
+    std::uint32_t E_D[2], q_D[2], k_U[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      std::uint32_t const d = pack<Element>(D[half][0], D[half][1]),
+                          u = pack<Element>(U[half][0], U[half][1]);
+      E_D[half] = times(E.pairs[half], d);
+      q_D[half] = times(q.pairs[half], d);
+      k_U[half] = times(k.pairs[half], u);
+    }
+    float later_E[4] = {}, later_q[4] = {}, earlier[4] = {};
+    mma_16x8x8<Element>(later_E, k_U, entries_of_level<kLevel>(blocks.dT));
+    mma_16x8x8<Element>(later_q, k_U, entries_of_level<kLevel>(blocks.dP));
+    mma_16x8x8<Element>(earlier, E_D, entries_of_level<kLevel>(blocks.dT_t));
+    mma_16x8x8<Element>(earlier, q_D, entries_of_level<kLevel>(blocks.dP_t));
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      int const n = 4 * i + 2 * half;
+      add_later(n, D[half][0], D[half][1], &later_E[2 * half], &later_q[2 * half], E_D[half], q_D[half]);
+      add_earlier(n, U[half][0], U[half][1], &earlier[2 * half], k_U[half]);
+    }
+  }
+
+  __device__ void inner_pairs() {
+    int const q4 = place.quad;
+    std::uint8_t const* const matrix = place.row / 2 % 2 ? smem.dP : smem.dT;  // two blocks: lanes 0-7, 8-15
+#pragma unroll
+    for (int i = 0; i < kHalfGroups; ++i) {
+      if (has_no_tokens(i)) {
+        break;
+      }
+      float a1[2];
+      float link[2];   // from the last lane's first token to this one's
+      float ahead[2];  // from this lane's second token to the next one's first
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float const a0 = alpha(i, half, 0);
+        a1[half] = alpha(i, half, 1);
+        link[half] = from_neighbor(a1[half], -1) * a0;
+        ahead[half] = from_neighbor(a0, 1);
+      }
+      GroupTokens const q(q_lane, i), k(k_lane, i), E(E_lane, i);
+      std::uint32_t plain[2], transposed[2];
+      load_blocks<false>(plain, matrix, i, i);
+      load_blocks<true>(transposed, matrix, i, i);
+      DiagonalBlocks const blocks{plain[0], plain[1], transposed[0], transposed[1]};
+      // r = s: no decay between them.
+      std::uint32_t const diagonal = entries_of_diagonal(blocks.dP);
+      mma_16x8x8<Element>(*reinterpret_cast<float (*)[4]>(&dq[4 * i]), k.pairs, diagonal);
+      mma_16x8x8<Element>(*reinterpret_cast<float (*)[4]>(&dk[4 * i]), q.pairs, diagonal);
+
+      float D[2][2], U[2][2];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        D[half][0] = 0.f;
+        D[half][1] = 1.f;
+        U[half][0] = a1[half];
+        U[half][1] = 0.f;
+      }
+      inner_level<1>(i, D, U, q, k, E, blocks);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        bool const later = q4 % 2 == 1;
+        D[half][0] = later ? 1.f : 0.f;
+        D[half][1] = later ? a1[half] : 0.f;
+        U[half][1] = later ? 0.f : ahead[half];
+        U[half][0] = U[half][1] * a1[half];
+      }
+      inner_level<2>(i, D, U, q, k, E, blocks);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float const middle = from_quad_lane(link[half], 2);
+        D[half][0] = q4 == 2 ? 1.f : q4 == 3 ? link[half] : 0.f;
+        D[half][1] = D[half][0] * a1[half];
+        U[half][1] = q4 == 0 ? ahead[half] * middle : q4 == 1 ? ahead[half] : 0.f;
+        U[half][0] = U[half][1] * a1[half];
+      }
+      inner_level<4>(i, D, U, q, k, E, blocks);
+    }
+  }
+
+  // ---- levels 8 and 16 -----------------------------------------------------------------------------------------
+
+  // D of whole groups goes up from 1 at the later block's first group j; U down from the earlier block's last.
+  __device__ void next_D(int j, float (&D)[2]) const {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      D[half] *= group_decay(j, half).rest * group_decay(j + 1, half).first;
+    }
+  }
+  __device__ void first_U(int first_later, float (&U)[2]) const {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      U[half] = group_decay(first_later, half).first;
+    }
+  }
+  __device__ void next_U(int j, float (&U)[2]) const {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      GroupDecay const group = group_decay(j, half);
+      U[half] *= group.first * group.rest;
+    }
+  }
+
+  // Factors of the lane's two tokens of group j, given those of the whole group.
+  struct LaneFactors {
+    float x0, x1;
+    __device__ std::uint32_t rounded() const { return pack<Element>(x0, x1); }
+  };
+  __device__ LaneFactors later_factors(int j, int half, float D) const {
+    float const D0 = D * F(j, half);
+    return {D0, D0 * alpha(j, half, 1)};
+  }
+  __device__ LaneFactors earlier_factors(int j, int half, float U) const {
+    float const U1 = U * B(j, half);
+    return {U1 * alpha(j, half, 1), U1};
+  }
+
+  // kBlock groups of the half from `base` on are earlier, the next kBlock later. Later groups behind the chunk's last row
+  // have no pairs.
+  template <int kBlock>
+  __device__ void outer_level(int base) {
+    int const first_later = base + kBlock;
+    if (has_no_tokens(first_later)) {
+      return;
+    }
+    std::uint32_t E_D[kBlock][2], q_D[kBlock][2], k_U[kBlock][2];
+    float D[2] = {1.f, 1.f}, U[2];
+    first_U(first_later, U);
+    {
+      // Both groups of a pair for kBlock = 2, one of each for 1.
+      int const pair = first_later & ~1;
+      GroupPair const E(E_lane, pair), q(q_lane, pair), k(k_lane, base);
+#pragma unroll
+      for (int i = 0; i < kBlock; ++i) {
+        int const later = first_later + i, earlier = first_later - 1 - i;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          std::uint32_t const d = later_factors(later, half, D[half]).rounded();
+          E_D[i][half] = times(E.at(later, half), d);
+          q_D[i][half] = times(q.at(later, half), d);
+          std::uint32_t const u = earlier_factors(earlier, half, U[half]).rounded();
+          k_U[kBlock - 1 - i][half] = times(k.at(earlier, half), u);
+        }
+        if (i + 1 < kBlock) {
+          next_D(later, D);
+          next_U(earlier, U);
+        }
+      }
+    }
+
+    // Blocks 0, 1 of dT, then of dP.
+    std::uint8_t const* const matrix = place.row / 4 ? smem.dP : smem.dT;
+    int const lane_block = kBlock == 2 ? place.row / 2 % 2 : 0;
+    D[0] = D[1] = 1.f;
+#pragma unroll
+    for (int i = 0; i < kBlock; ++i) {
+      int const r = first_later + i;
+      if (has_no_tokens(r)) {
+        break;
+      }
+      float later_E[4] = {}, later_q[4] = {};
+      std::uint32_t m[4];
+      load_blocks<false>(m, matrix, r, base + lane_block);
+      multiply_groups(later_E, k_U, m[0], m[1]);
+      multiply_groups(later_q, k_U, m[2], m[3]);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        LaneFactors const d = later_factors(r, half, D[half]);
+        add_later(4 * r + 2 * half, d.x0, d.x1, &later_E[2 * half], &later_q[2 * half], E_D[i][half],
+                  q_D[i][half]);
+      }
+      if (i + 1 < kBlock) {
+        next_D(r, D);
+      }
+    }
+    first_U(first_later, U);
+#pragma unroll
+    for (int i = kBlock - 1; i >= 0; --i) {
+      int const s = base + i;
+      float earlier[4] = {};
+      std::uint32_t m[4];
+      load_blocks<true>(m, matrix, first_later + lane_block, s);
+      multiply_groups(earlier, E_D, m[0], m[1]);
+      multiply_groups(earlier, q_D, m[2], m[3]);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        LaneFactors const u = earlier_factors(s, half, U[half]);
+        add_earlier(4 * s + 2 * half, u.x0, u.x1, &earlier[2 * half], k_U[i][half]);
+      }
+      if (i > 0) {
+        next_U(s, U);
+      }
+    }
+  }
+
+  // acc [16 channels, 8 tokens] += A [16 channels, kBlock groups] times kBlock blocks.
+  template <int kBlock>
+  __device__ static void multiply_groups(float (&acc)[4], std::uint32_t const (&A)[kBlock][2],
+                                         std::uint32_t b0, std::uint32_t b1) {
+    if constexpr (kBlock == 1) {
+      mma_16x8x8<Element>(acc, A[0], b0);
+    } else {
+      std::uint32_t const a[4] = {A[0][0], A[0][1], A[1][0], A[1][1]};
+      mma_16x8x16<Element>(acc, a, b0, b1);
+    }
+  }
+
+  // ---- level 32 ------------------------------------------------------------------------------------------------
+
+  // dk of the first half, from E*D and q*D of the second.
+  __device__ void across_earlier() {
+    std::uint32_t E_D[2][4], q_D[2][4];  // fragments of two groups
+    float D[2] = {1.f, 1.f};
+#pragma unroll
+    for (int j = kHalfGroups; j < kGroups; ++j) {
+      int const pair = (j - kHalfGroups) / 2;
+      GroupTokens const E(E_lane, j), q(q_lane, j);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        std::uint32_t const d = later_factors(j, half, D[half]).rounded();
+        E_D[pair][2 * (j % 2) + half] = times(E.pairs[half], d);
+        q_D[pair][2 * (j % 2) + half] = times(q.pairs[half], d);
+      }
+      if (j + 1 < kGroups) {
+        next_D(j, D);
+      }
+    }
+    int const row_group = kHalfGroups + place.row / 2;
+    float U[2];
+    first_U(kHalfGroups, U);
+#pragma unroll
+    for (int i = kHalfGroups - 1; i >= 0; --i) {
+      float earlier[4] = {};
+      std::uint32_t m[4];
+      load_blocks<true>(m, smem.dT, row_group, i);
+      mma_16x8x16<Element>(earlier, E_D[0], m[0], m[1]);
+      mma_16x8x16<Element>(earlier, E_D[1], m[2], m[3]);
+      load_blocks<true>(m, smem.dP, row_group, i);
+      mma_16x8x16<Element>(earlier, q_D[0], m[0], m[1]);
+      mma_16x8x16<Element>(earlier, q_D[1], m[2], m[3]);
+      GroupTokens const k(k_lane, i);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        LaneFactors const u = earlier_factors(i, half, U[half]);
+        add_earlier(4 * i + 2 * half, u.x0, u.x1, &earlier[2 * half], times(k.pairs[half], u.rounded()));
+      }
+      if (i > 0) {
+        next_U(i, U);
+      }
+    }
+  }
+
+  // dq and dE of the second half, from k*U of the first.
+  __device__ void across_later() {
+    std::uint32_t k_U[2][4];
+    float U[2];
+    first_U(0, U);
+#pragma unroll
+    for (int i = -1; i >= -kHalfGroups; --i) {
+      int const pair = (i + kHalfGroups) / 2;
+      GroupTokens const k(k_lane, i);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        k_U[pair][2 * (i & 1) + half] = times(k.pairs[half], earlier_factors(i, half, U[half]).rounded());
+      }
+      if (i > -kHalfGroups) {
+        next_U(i, U);
+      }
+    }
+    int const column_group = place.row / 2 - kHalfGroups;
+    float D[2] = {1.f, 1.f};
+#pragma unroll
+    for (int i = 0; i < kHalfGroups; ++i) {
+      if (has_no_tokens(i)) {
+        break;
+      }
+      float later_E[4] = {}, later_q[4] = {};
+      std::uint32_t m[4];
+      load_blocks<false>(m, smem.dT, i, column_group);
+      mma_16x8x16<Element>(later_E, k_U[0], m[0], m[1]);
+      mma_16x8x16<Element>(later_E, k_U[1], m[2], m[3]);
+      load_blocks<false>(m, smem.dP, i, column_group);
+      mma_16x8x16<Element>(later_q, k_U[0], m[0], m[1]);
+      mma_16x8x16<Element>(later_q, k_U[1], m[2], m[3]);
+      GroupTokens const E(E_lane, i), q(q_lane, i);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        LaneFactors const d = later_factors(i, half, D[half]);
+        std::uint32_t const rounded = d.rounded();
+        add_later(4 * i + 2 * half, d.x0, d.x1, &later_E[2 * half], &later_q[2 * half],
+                  times(E.pairs[half], rounded), times(q.pairs[half], rounded));
+      }
+      if (i + 1 < kHalfGroups) {
+        next_D(i, D);
+      }
+    }
+  }
+};
+
+}  // namespace gdn2
