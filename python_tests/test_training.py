@@ -51,7 +51,7 @@ class Recall(nn.Module):
 
 
 def batches(steps: int, seed: int, device):
-    """keys and values [BATCH, 2 * NUM_PAIRS], targets of the second half; what is asked has value NUM_VALUES."""
+    """keys and values [BATCH, 2 * NUM_PAIRS], targets of the second half; a query has value NUM_VALUES."""
     generator = torch.Generator().manual_seed(seed)
     for _ in range(steps):
         keys = torch.rand(BATCH, NUM_KEYS, generator=generator).argsort(1)[:, :NUM_PAIRS]
