@@ -159,6 +159,19 @@ def line(row: dict) -> str:
     )
 
 
+def save(rows: list[dict], copy: float, folder: Path) -> None:
+    """op.json and op.csv of the shapes so far; copy in TB/s."""
+    for row in rows:
+        row["floor_ms"] = row["floor_bytes"] / (copy * 1e9)
+    record = {"digest": provenance.digest(), **provenance.environment(), "copy_tb_per_s": copy, "rows": rows}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "op.json").write_text(json.dumps(record, indent=2) + "\n")
+    with open(folder / "op.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.op", description=__doc__)
     passes = ("forward", "forward+backward")
@@ -185,15 +198,7 @@ def main(arguments: list[str] | None = None) -> int:
         for l2norm in (False, True) if options.l2norm else (False,):
             rows += measure(OP_SHAPES[index], options.passes, l2norm, options.repeats, fla, options.seed)
             torch.cuda.empty_cache()
-    for row in rows:
-        row["floor_ms"] = row["floor_bytes"] / (copy * 1e9)
-    record = {"digest": provenance.digest(), **provenance.environment(), "copy_tb_per_s": copy, "rows": rows}
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "op.json").write_text(json.dumps(record, indent=2) + "\n")
-    with open(options.out / "op.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+            save(rows, copy, options.out)
     return 0
 
 
