@@ -10,6 +10,7 @@
 #include <tuple>
 
 #include "api/chunk_forward.h"
+#include "api/recurrent_binding.h"
 #include "api/tile_product.h"
 
 namespace py = pybind11;
@@ -107,4 +108,6 @@ RuntimeError the CUDA error of a failed launch.)");
 
   m.def("chunk_forward", &chunk_forward, py::call_guard<py::gil_scoped_release>(),
         "The chunk forward on the current device; see csrc/params.h for shapes. Checks nothing.");
+
+  gdn2::add_recurrent_forward(m);
 }
