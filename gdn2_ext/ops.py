@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import autograd, cuda_backend  # noqa: F401  (autograd registers the gradients of the operators)
-from .torch_backend import CHUNK, compute_dtype
+from . import autograd, cuda_backend, cuda_recurrent  # noqa: F401  (autograd registers the gradients)
+from .torch_backend import CHUNK, GateOptions, compute_dtype
 
 _FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _BACKENDS = ("auto", "cuda", "torch")
@@ -446,6 +446,15 @@ def fused_recurrent_gdn2(
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came; before anything runs.
     """
+    if backend in ("auto", "cuda") and not check_indices and not torch.compiler.is_compiling():
+        results = cuda_recurrent.recurrent_at_once(
+            q, k, v, g, b, w, A_log, dt_bias, scale, initial_state, output_final_state,
+            use_qk_l2norm_in_kernel, use_gate_in_kernel, lower_bound, state_v_first, cu_seqlens,
+            state_indices, num_accepted_tokens, inplace_final_state, use_gate_sigmoid_in_kernel, erase_scale,
+            out,
+        )  # fmt: skip
+        if results is not None:
+            return results
     q, k, v, b, w = _autocast(q, k, v, b, w)
     _check_tokens(q, k, v, g, b, w)
     _check_decay_gate(q, use_gate_in_kernel, A_log, dt_bias, lower_bound)
@@ -468,17 +477,24 @@ def fused_recurrent_gdn2(
     backend = _choose_backend(backend, q.device, cuda_backend.why_not_recurrent(q, v))
     call = _Call(q, k, v, g, b, w, A_log, dt_bias, initial_state, cu_seqlens)
     if inplace_final_state:
-        call = [x if x is None else x.detach() for x in call]
-        o = torch.ops.gdn2_ext.recurrent_forward_(
-            *call, state_indices, num_accepted_tokens, *options, backend
-        )
-        final_state = initial_state
+        call = _Call(*(x if x is None else x.detach() for x in call))
+    pool_arguments = (state_indices, num_accepted_tokens)
+    if backend == "cuda" and cuda_recurrent.needs_no_operator((*call, out)):
+        gates = GateOptions(*options[1:-1])
+        o, final_state = cuda_recurrent.recurrent_forward(
+            *call, *pool_arguments, scale, gates, state_v_first=state_v_first,
+            inplace_final_state=inplace_final_state, output_final_state=output_final_state, out=out,
+        )  # fmt: skip
+    elif inplace_final_state:
+        o = torch.ops.gdn2_ext.recurrent_forward_(*call, *pool_arguments, *options, backend)
     else:
         o, final_state = torch.ops.gdn2_ext.recurrent_forward(
-            *call, state_indices, num_accepted_tokens, *options, backend
+            *call, *pool_arguments, *options, output_final_state, backend
         )
-    if out is not None:
+    if out is not None and o is not out:
         o = out.copy_(o)
+    if inplace_final_state:
+        final_state = initial_state
     return o, final_state if output_final_state else None
 
 
