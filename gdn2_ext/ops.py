@@ -479,7 +479,8 @@ def fused_recurrent_gdn2(
     if inplace_final_state:
         call = _Call(*(x if x is None else x.detach() for x in call))
     pool_arguments = (state_indices, num_accepted_tokens)
-    if backend == "cuda" and cuda_recurrent.needs_no_operator((*call, out)):
+    launch_at_once = backend == "cuda" and not torch.compiler.is_compiling()
+    if launch_at_once and cuda_recurrent.nobody_watches() and cuda_recurrent.are_plain((*call, out)):
         gates = GateOptions(*options[1:-1])
         o, final_state = cuda_recurrent.recurrent_forward(
             *call, *pool_arguments, scale, gates, state_v_first=state_v_first,
