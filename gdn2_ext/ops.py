@@ -429,22 +429,41 @@ def fused_recurrent_gdn2(
         initial_state: [N, HV, K, V] float32, or with `state_indices` a pool [num_slots, HV, K, V], float32 or
             bfloat16 ([.., V, K] with `state_v_first`). Arithmetic is float32.
         state_indices: slots of the pool, int32 or int64. [N]: the slot of every sequence. [N, T]: a slot for
-            every position (speculative decoding); the state after token t goes to slot [n, t]. A negative or
-            too large index reads and writes nothing, and its output rows are zero.
+            every position (speculative decoding); the state after token t goes to slot [n, t]. A sequence
+            that would start from a negative or too large index reads and writes nothing; its output rows are
+            zero, and so is its final state where one is returned. The state after a position with such an
+            index goes nowhere, and its output row is zero.
         num_accepted_tokens: [N] int32 or int64, with indices [N, T]: sequence n starts from the state in slot
             [n, num_accepted_tokens[n] - 1]; by default from slot [n, 0].
         inplace_final_state: write final states back into `initial_state`, which is then what is returned as
             the final state. Needs `state_indices`. Slots that several sequences share are written in no
             stated order.
-        out: [B, T, HV, V] to write the output to, dtype as q.
+        out: [B, T, HV, V] to write the output to, dtype as q, any strides.
         check_indices: read the indices back and raise on one that is negative or too large.
 
     Returns:
         (o, final_state): o [B, T, HV, V] in the dtype of q; final_state [N, HV, K, V] with
         `output_final_state`, else None; with `inplace_final_state` it is the pool itself.
 
+    The CUDA backend is one launch. It reads any strides of the tokens, and states whose matrices have
+    contiguous rows or columns, wherever the slots lie; others are copied, and a pool copied back. It
+    allocates the outputs alone, waits for nothing, and can be captured in a CUDA graph, between whose replays
+    indices, accepted tokens and offsets may change. A sequence's results depend, to the bit, neither on the
+    others of the call nor, with float32 states, on how many tokens a call has.
+
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came; before anything runs.
+
+    Example:
+        >>> import torch
+        >>> from gdn2_ext import fused_recurrent_gdn2
+        >>> pool = torch.zeros(8, 2, 64, 64)  # slots, heads, K, V
+        >>> q, k, v = (torch.randn(3, 1, 2, 64) for _ in range(3))  # three requests, one token each
+        >>> g, b, w = -torch.rand(3, 1, 2, 64), torch.rand(3, 1, 2, 64), torch.rand(3, 1, 2, 64)
+        >>> o, _ = fused_recurrent_gdn2(q, k, v, g, b, w, initial_state=pool, inplace_final_state=True,
+        ...                             state_indices=torch.tensor([5, -1, 0]))
+        >>> o.shape, bool(o[1].any()), [slot for slot in range(8) if pool[slot].any()]
+        (torch.Size([3, 1, 2, 64]), False, [0, 5])
     """
     if backend in ("auto", "cuda") and not check_indices and not torch.compiler.is_compiling():
         results = cuda_recurrent.recurrent_at_once(
