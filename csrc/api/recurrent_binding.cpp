@@ -46,18 +46,15 @@ struct View {
   bool is_index() const { return kind == Kind::kInt32 || kind == Kind::kInt64; }
 };
 
+// How many there are: how tensors are read, 14 tensors, 9 others.
+constexpr Py_ssize_t kNumArguments = 24;
+
 // Python's arguments one after the other. Whatever is wrong with one sets Python's error, which is looked at once.
 class Arguments {
  public:
-  Arguments(PyObject* const* at, Py_ssize_t number) : at_(at), end_(at + number) {}
+  explicit Arguments(PyObject* const* first) : next_(first) {}
 
-  PyObject* object() {
-    if (at_ == end_) {
-      PyErr_SetString(PyExc_TypeError, "recurrent_forward: too few arguments");
-      return Py_None;
-    }
-    return *at_++;
-  }
+  PyObject* object() { return *next_++; }
   bool flag() { return PyObject_IsTrue(object()) == 1; }
   double number() { return PyFloat_AsDouble(object()); }
   // Whether there is a number, and not None.
@@ -72,8 +69,7 @@ class Arguments {
   std::int64_t integer() { return PyLong_AsLongLong(object()); }
 
  private:
-  PyObject* const* at_;
-  PyObject* const* end_;
+  PyObject* const* next_;
 };
 
 // How tensors come: as objects, by the interface of their type, or as tuples.
@@ -118,7 +114,7 @@ class TensorReader {
   // A subclass of torch.Tensor may be anything: it stays without a kind.
   void read_object(View& view, PyObject* x) const {
     auto* const type = reinterpret_cast<PyObject*>(Py_TYPE(x));
-    dlpack::Tensor tensor;
+    dlpack::Tensor tensor{};
     if ((type != tensor_ && type != parameter_) || api_->view(x, &tensor) != 0 || tensor.ndim > 4 ||
         (tensor.ndim > 0 && tensor.strides == nullptr)) {
       return;
@@ -199,7 +195,7 @@ class Parameters {
 
   void fill_sizes(CallShape& shape) {
     View const &q = x_.q, &v = x_.v, &g = x_.g;
-    need(q.ndim == 4 && v.ndim == 4 && g.ndim == 4);
+    need(q.device >= 0 && q.ndim == 4 && v.ndim == 4 && g.ndim == 4);
     need(q.kind == Kind::kBFloat16 || q.kind == Kind::kFloat16);
     need(g.kind == q.kind || g.kind == Kind::kFloat32);
     for (View const* other : {&x_.k, &x_.v, &x_.b, &x_.w, &x_.o}) {
@@ -408,8 +404,12 @@ bool launch(Arguments& from) {
 }
 
 PyObject* recurrent_forward(PyObject*, PyObject* const* arguments, Py_ssize_t number) {
+  if (number != kNumArguments) {
+    return PyErr_Format(PyExc_TypeError, "recurrent_forward: expected %zd arguments, got %zd", kNumArguments,
+                        number);
+  }
   try {
-    Arguments from(arguments, number);
+    Arguments from(arguments);
     bool const launched = launch(from);
     return PyErr_Occurred() ? nullptr : PyBool_FromLong(launched);
   } catch (std::exception const& error) {
