@@ -29,3 +29,6 @@ OP_SHAPES = (
     Shape(1, 8192, 8),
     Shape(1, 65536, 4),
 )
+
+# Decoding: sequences of one token, 16 heads.
+DECODE_BATCHES = (1, 8, 32, 128, 256)

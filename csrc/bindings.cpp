@@ -11,6 +11,7 @@
 
 #include "api/chunk_backward.h"
 #include "api/chunk_forward.h"
+#include "api/recurrent_binding.h"
 #include "api/tile_product.h"
 
 namespace py = pybind11;
@@ -140,4 +141,6 @@ RuntimeError the CUDA error of a failed launch.)");
         "The chunk forward of a ChunkCall on the current device. Checks nothing.");
   m.def("chunk_backward", &chunk_backward, py::call_guard<py::gil_scoped_release>(),
         "The chunk backward of a ChunkCall on the current device. Checks nothing.");
+
+  gdn2::add_recurrent_forward(m);
 }

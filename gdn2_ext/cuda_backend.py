@@ -49,7 +49,7 @@ def _why_no_kernels(device: torch.device) -> str | None:
 
 
 def why_not_chunk(q: Tensor, v: Tensor) -> str | None:
-    """None when the kernels take `chunk_gdn2` on checked tensors like these, else why not."""
+    """None when the kernels take checked tensors like these, else why not."""
     reason = _why_no_kernels(q.device)
     if reason is not None:
         return reason
@@ -62,9 +62,7 @@ def why_not_chunk(q: Tensor, v: Tensor) -> str | None:
     return None
 
 
-def why_not_recurrent(q: Tensor, v: Tensor) -> str | None:
-    """None when the kernels take `fused_recurrent_gdn2` on checked tensors like these, else why not."""
-    return _why_no_kernels(q.device) or "this version has no recurrent kernel yet"
+why_not_recurrent = why_not_chunk  # the same dtypes and sizes
 
 
 # ------------------------------------------------------------------------------------------------------------

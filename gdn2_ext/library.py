@@ -12,7 +12,7 @@ import functools
 import torch
 from torch import Tensor
 
-from . import cuda_backend, torch_backend
+from . import cuda_backend, cuda_recurrent, torch_backend
 from .torch_backend import CHUNK, GateOptions, compute_dtype, num_chunk_slots
 
 _INPUTS = (
@@ -38,7 +38,7 @@ lib.define(
 )
 lib.define(
     f"recurrent_forward({_INPUTS}, Tensor? state_indices, Tensor? num_accepted_tokens, {_OPTIONS}, "
-    "str backend) -> (Tensor o, Tensor final_state)"
+    "bool output_final_state, str backend) -> (Tensor o, Tensor final_state)"
 )
 lib.define(
     f"recurrent_forward_({_INPUTS.replace('Tensor? initial_state', 'Tensor(a!) pool')}, "
@@ -153,24 +153,29 @@ def _chunk_backward_fake(
 
 def _recurrent_forward(
     q, k, v, g, b, w, A_log, dt_bias, initial_state, cu_seqlens, state_indices, num_accepted_tokens,
-    scale, use_qk_l2norm, use_gate, lower_bound, use_gate_sigmoid, erase_scale, state_v_first, backend,
-    inplace_final_state=False,
+    scale, use_qk_l2norm, use_gate, lower_bound, use_gate_sigmoid, erase_scale, state_v_first,
+    output_final_state, backend, inplace_final_state=False,
 ):  # fmt: skip
     options = GateOptions(use_qk_l2norm, use_gate, lower_bound, use_gate_sigmoid, erase_scale)
-    return torch_backend.recurrent_forward(
+    module = cuda_recurrent if backend == "cuda" else torch_backend
+    o, final_state = module.recurrent_forward(
         q, k, v, g, b, w, A_log, dt_bias, initial_state, cu_seqlens, state_indices, num_accepted_tokens,
         scale, options, state_v_first=state_v_first, inplace_final_state=inplace_final_state,
+        output_final_state=output_final_state,
     )  # fmt: skip
+    return o, _empty(q) if final_state is None else final_state
 
 
 def _recurrent_forward_fake(q, k, v, g, b, w, A_log, dt_bias, initial_state, cu_seqlens, *rest):
-    state_v_first = rest[-2]
-    state = state_shape(q, v, cu_seqlens, state_v_first)
-    return v.new_empty(v.shape), q.new_empty(state, dtype=compute_dtype(q.dtype))
+    *_, state_v_first, output_final_state, _ = rest
+    state = state_shape(q, v, cu_seqlens, state_v_first) if output_final_state else (0,)
+    dtype = compute_dtype(q.dtype) if output_final_state else q.dtype
+    return v.new_empty(v.shape), q.new_empty(state, dtype=dtype)
 
 
 def _recurrent_forward_inplace(*args):
-    return _recurrent_forward(*args, inplace_final_state=True)[0]
+    *args, backend = args
+    return _recurrent_forward(*args, False, backend, inplace_final_state=True)[0]
 
 
 def _recurrent_forward_inplace_fake(q, k, v, *rest):

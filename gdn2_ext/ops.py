@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import autograd, cuda_backend  # noqa: F401  (autograd registers the gradients of the operators)
-from .torch_backend import CHUNK, compute_dtype
+from . import autograd, cuda_backend, cuda_recurrent  # noqa: F401  (autograd registers the gradients)
+from .torch_backend import CHUNK, GateOptions, compute_dtype
 
 _FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _BACKENDS = ("auto", "cuda", "torch")
@@ -429,23 +429,51 @@ def fused_recurrent_gdn2(
         initial_state: [N, HV, K, V] float32, or with `state_indices` a pool [num_slots, HV, K, V], float32 or
             bfloat16 ([.., V, K] with `state_v_first`). Arithmetic is float32.
         state_indices: slots of the pool, int32 or int64. [N]: the slot of every sequence. [N, T]: a slot for
-            every position (speculative decoding); the state after token t goes to slot [n, t]. A negative or
-            too large index reads and writes nothing, and its output rows are zero.
+            every position (speculative decoding); the state after token t goes to slot [n, t]. A sequence
+            that would start from a negative or too large index reads and writes nothing; its output rows are
+            zero, and so is its final state where one is returned. The state after a position with such an
+            index goes nowhere, and its output row is zero.
         num_accepted_tokens: [N] int32 or int64, with indices [N, T]: sequence n starts from the state in slot
             [n, num_accepted_tokens[n] - 1]; by default from slot [n, 0].
         inplace_final_state: write final states back into `initial_state`, which is then what is returned as
             the final state. Needs `state_indices`. Slots that several sequences share are written in no
             stated order.
-        out: [B, T, HV, V] to write the output to, dtype as q.
+        out: [B, T, HV, V] to write the output to, dtype as q, any strides.
         check_indices: read the indices back and raise on one that is negative or too large.
 
     Returns:
         (o, final_state): o [B, T, HV, V] in the dtype of q; final_state [N, HV, K, V] with
         `output_final_state`, else None; with `inplace_final_state` it is the pool itself.
 
+    The CUDA backend is one launch. It reads any strides of the tokens, and states whose matrices have
+    contiguous rows or columns, wherever the slots lie; others are copied, and a pool copied back. It
+    allocates the outputs alone, waits for nothing, and can be captured in a CUDA graph, between whose replays
+    indices, accepted tokens and offsets may change. A sequence's results depend, to the bit, neither on the
+    others of the call nor, with float32 states, on how many tokens a call has.
+
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came; before anything runs.
+
+    Example:
+        >>> import torch
+        >>> from gdn2_ext import fused_recurrent_gdn2
+        >>> pool = torch.zeros(8, 2, 64, 64)  # slots, heads, K, V
+        >>> q, k, v = (torch.randn(3, 1, 2, 64) for _ in range(3))  # three requests, one token each
+        >>> g, b, w = -torch.rand(3, 1, 2, 64), torch.rand(3, 1, 2, 64), torch.rand(3, 1, 2, 64)
+        >>> o, _ = fused_recurrent_gdn2(q, k, v, g, b, w, initial_state=pool, inplace_final_state=True,
+        ...                             state_indices=torch.tensor([5, -1, 0]))
+        >>> o.shape, bool(o[1].any()), [slot for slot in range(8) if pool[slot].any()]
+        (torch.Size([3, 1, 2, 64]), False, [0, 5])
     """
+    if backend in ("auto", "cuda") and not check_indices and not torch.compiler.is_compiling():
+        results = cuda_recurrent.recurrent_at_once(
+            q, k, v, g, b, w, A_log, dt_bias, scale, initial_state, output_final_state,
+            use_qk_l2norm_in_kernel, use_gate_in_kernel, lower_bound, state_v_first, cu_seqlens,
+            state_indices, num_accepted_tokens, inplace_final_state, use_gate_sigmoid_in_kernel, erase_scale,
+            out,
+        )  # fmt: skip
+        if results is not None:
+            return results
     q, k, v, b, w = _autocast(q, k, v, b, w)
     _check_tokens(q, k, v, g, b, w)
     _check_decay_gate(q, use_gate_in_kernel, A_log, dt_bias, lower_bound)
@@ -468,17 +496,25 @@ def fused_recurrent_gdn2(
     backend = _choose_backend(backend, q.device, cuda_backend.why_not_recurrent(q, v))
     call = _Call(q, k, v, g, b, w, A_log, dt_bias, initial_state, cu_seqlens)
     if inplace_final_state:
-        call = [x if x is None else x.detach() for x in call]
-        o = torch.ops.gdn2_ext.recurrent_forward_(
-            *call, state_indices, num_accepted_tokens, *options, backend
-        )
-        final_state = initial_state
+        call = _Call(*(x if x is None else x.detach() for x in call))
+    pool_arguments = (state_indices, num_accepted_tokens)
+    launch_at_once = backend == "cuda" and not torch.compiler.is_compiling()
+    if launch_at_once and cuda_recurrent.nobody_watches() and cuda_recurrent.are_plain((*call, out)):
+        gates = GateOptions(*options[1:-1])
+        o, final_state = cuda_recurrent.recurrent_forward(
+            *call, *pool_arguments, scale, gates, state_v_first=state_v_first,
+            inplace_final_state=inplace_final_state, output_final_state=output_final_state, out=out,
+        )  # fmt: skip
+    elif inplace_final_state:
+        o = torch.ops.gdn2_ext.recurrent_forward_(*call, *pool_arguments, *options, backend)
     else:
         o, final_state = torch.ops.gdn2_ext.recurrent_forward(
-            *call, state_indices, num_accepted_tokens, *options, backend
+            *call, *pool_arguments, *options, output_final_state, backend
         )
-    if out is not None:
+    if out is not None and o is not out:
         o = out.copy_(o)
+    if inplace_final_state:
+        final_state = initial_state
     return o, final_state if output_final_state else None
 
 

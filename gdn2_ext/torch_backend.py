@@ -767,8 +767,12 @@ def recurrent_forward(
     *,
     state_v_first: bool,
     inplace_final_state: bool,
-) -> tuple[Tensor, Tensor]:
-    """o and the final state [N, HV, K, V] (or V, K); with inplace_final_state the pool is written as well."""
+    output_final_state: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """o and the final state [N, HV, K, V] (or V, K), or None; with inplace_final_state the pool is written.
+
+    The final state of a sequence without a slot to start from is zero.
+    """
     batch, seqlen, _, dim_k = q.shape
     heads, dim_v = v.shape[2:]
     dtype = compute_dtype(q.dtype)
@@ -832,6 +836,10 @@ def recurrent_forward(
     if inplace_final_state and not slot_per_position:
         keep = ~skipped if packed is None else ~skipped & packed.well_formed
         pool.write(pool.indices, keep, stored(states))
+    o = o.to(q.dtype)
+    if not output_final_state:
+        return o, None
+    states = torch.where(skipped[:, None, None, None], torch.zeros_like(states), states)
     if packed is not None:
         states = packed.from_states(states)
-    return o.to(q.dtype), stored(states).contiguous()
+    return o, stored(states).contiguous()

@@ -83,9 +83,11 @@ def test_chunk_backward_passes_opcheck(backend, kind, options, with_d_final_stat
 
 @pytest.mark.recurrent
 @every_call
-def test_recurrent_forward_passes_opcheck(backend, kind, options, seed):
+@pytest.mark.parametrize("with_final_state", [False, True])
+def test_recurrent_forward_passes_opcheck(backend, kind, options, with_final_state, seed):
     tensors, _, _ = operator_inputs(backend, kind, options, seed)
-    opcheck(torch.ops.gdn2_ext.recurrent_forward.default, (*tensors, None, None, *options, backend.name))
+    arguments = (*tensors, None, None, *options, with_final_state, backend.name)
+    opcheck(torch.ops.gdn2_ext.recurrent_forward.default, arguments)
 
 
 @pytest.mark.recurrent
@@ -100,8 +102,9 @@ def test_recurrent_forward_on_a_pool_passes_opcheck(backend, functional, columns
         indices = torch.tensor([[5, 1, 8], [2, 7, 0]], device=backend.device)
         accepted = torch.tensor([1, 3], device=backend.device)
     name = "recurrent_forward" if functional else "recurrent_forward_"
-    arguments = (*inputs.tensors, None, None, pool, None, indices, accepted, *NO_OPTIONS, backend.name)
-    opcheck(getattr(torch.ops.gdn2_ext, name).default, arguments)
+    with_final_state = (True,) if functional else ()
+    arguments = (*inputs.tensors, None, None, pool, None, indices, accepted, *NO_OPTIONS)
+    opcheck(getattr(torch.ops.gdn2_ext, name).default, (*arguments, *with_final_state, backend.name))
 
 
 # -- torch.compile -------------------------------------------------------------------------------------------

@@ -71,6 +71,33 @@ def test_everything_in_the_kernel_at_once(backend, lower_bound, v_first, seed):
     backend.check({"o": o, "S": S}, backend.expected(inputs, **options))
 
 
+@pytest.mark.parametrize("v_first", [False, True])
+@pytest.mark.parametrize(
+    "dim_k, dim_v", [(128, 128), (128, 256), (64, 64), (100, 40), (127, 250), (5, 3), (1, 1)]
+)
+def test_any_head_sizes(backend, dim_k, dim_v, v_first, seed):
+    """Also rows of states that are not made of whole 16 bytes."""
+    sizes = {"heads": 1, "value_heads": 2, "dim_k": dim_k, "dim_v": dim_v}
+    inputs = backend.inputs("slow", batch=2, seqlen=3, **sizes, seed=seed)
+    initial_state, _ = backend.states(inputs, seed=seed, v_first=v_first)
+    options = {"initial_state": initial_state, "state_v_first": v_first}
+    o, S = decode(backend, inputs, **options)
+    backend.check({"o": o, "S": S}, backend.expected(inputs, **options))
+
+
+@pytest.mark.parametrize("v_first", [False, True])
+def test_token_by_token_equals_all_at_once_bit_for_bit(backend, v_first, seed):
+    inputs = backend.inputs("slow", batch=2, seqlen=5, **SHAPE, seed=seed)
+    initial_state, _ = backend.states(inputs, seed=seed, v_first=v_first)
+    o, S = decode(backend, inputs, initial_state=initial_state, state_v_first=v_first)
+    state = initial_state
+    for t in range(5):
+        token = tokens(inputs, slice(t, t + 1))
+        o_t, state = decode(backend, token, initial_state=state, state_v_first=v_first)
+        compare.assert_bitwise_equal(o_t, o[:, t : t + 1], f"o of token {t}")
+    compare.assert_bitwise_equal(state, S, "the final state")
+
+
 @pytest.mark.parametrize("g", [0.0, -20.0, -float("inf")])
 def test_any_decay(backend, g, seed):
     inputs = backend.inputs("slow", batch=2, seqlen=20, **SHAPE, seed=seed)
@@ -114,14 +141,32 @@ def test_malformed_offsets_give_nan_from_the_first_bad_sequence_on(
     assert S[good:].isnan().all()
 
 
+@pytest.mark.parametrize("v_first", [False, True])
 @pytest.mark.parametrize("prompt", [1, 63, 64, 65, 90])
-def test_a_prompt_in_chunks_and_an_answer_by_token_equal_the_whole(backend, prompt, seed):
+def test_a_prompt_in_chunks_and_an_answer_by_token_equal_the_whole(backend, prompt, v_first, seed):
     inputs = backend.inputs("slow", batch=2, seqlen=96, **SHAPE, seed=seed)
-    expected = backend.expected(inputs)
-    first, state = chunk_gdn2(*tokens(inputs, slice(0, prompt)).tensors, output_final_state=True)
+    options = {"output_final_state": True, "state_v_first": v_first}
+    expected = backend.expected(inputs, state_v_first=v_first)
+    first, state = chunk_gdn2(*tokens(inputs, slice(0, prompt)).tensors, **options)
     outputs = [first]
     for t in range(prompt, 96):
-        o, state = decode(backend, tokens(inputs, slice(t, t + 1)), initial_state=state)
+        o, state = decode(backend, tokens(inputs, slice(t, t + 1)), initial_state=state, **options)
+        outputs.append(o)
+    backend.check({"o": torch.cat(outputs, dim=1), "S": state}, expected)
+
+
+def test_segments_of_raw_projections_equal_the_whole(backend, seed):
+    """Prefill 30 tokens, decode 1, then 3 at once, then prefill 20 more from there."""
+    inputs = backend.raw_inputs(batch=2, seqlen=54, **SHAPE, seed=seed)
+    options = {"A_log": inputs.A_log, "dt_bias": inputs.dt_bias, **EVERYTHING}
+    expected = backend.expected(inputs, **options)
+    outputs, state = [], None
+    for begin, end, in_chunks in ((0, 30, True), (30, 31, False), (31, 34, False), (34, 54, True)):
+        part = tokens(inputs, slice(begin, end))
+        if in_chunks:
+            o, state = chunk_gdn2(*part.tensors, initial_state=state, output_final_state=True, **options)
+        else:
+            o, state = decode(backend, part, initial_state=state, **options)
         outputs.append(o)
     backend.check({"o": torch.cat(outputs, dim=1), "S": state}, expected)
 
@@ -166,6 +211,36 @@ def test_a_pool_may_be_a_view(backend, inplace, seed):
     compare.assert_bitwise_equal(cache[:, ::2], before[:, ::2], "the other layers")
 
 
+@pytest.mark.parametrize("v_first", [False, True])
+@pytest.mark.parametrize("seqlen", [1, 2])
+def test_what_lies_between_the_rows_of_a_pool_is_left_alone(backend, seqlen, v_first, seed):
+    inputs = backend.inputs("slow", batch=2, seqlen=seqlen, **SHAPE, seed=seed)
+    rows_of_states = new_pool(backend, seed, v_first=v_first)
+    cache = torch.nn.functional.pad(rows_of_states, (0, 8, 0, 3, 0, 2), value=float("nan"))
+    before = cache.clone()
+    heads, outer, inner = rows_of_states.shape[1:]
+    indices = torch.tensor([9, 2], device=backend.device)
+    options = {"state_v_first": v_first, "state_indices": indices, "inplace_final_state": True}
+    o, S = decode(backend, inputs, initial_state=cache[:, :heads, :outer, :inner], **options)
+    expected = backend.expected(inputs, initial_state=rows_of_states[[9, 2]], state_v_first=v_first)
+    backend.check({"o": o, "S": S[[9, 2]]}, expected)
+    cache[[9, 2], :heads, :outer, :inner] = before[[9, 2], :heads, :outer, :inner]
+    compare.assert_bitwise_equal(cache, before, "everything else")
+
+
+@pytest.mark.parametrize("seqlen", [1, 2])
+def test_a_transposed_pool_is_written_where_it_lies(backend, seqlen, seed):
+    inputs = backend.inputs("slow", batch=2, seqlen=seqlen, **SHAPE, seed=seed)
+    pool = new_pool(backend, seed, v_first=True)
+    before = pool.clone()
+    indices = torch.tensor([9, 2], device=backend.device)
+    options = {"state_indices": indices, "inplace_final_state": True}
+    o, _ = decode(backend, inputs, initial_state=pool.transpose(2, 3), **options)
+    expected = backend.expected(inputs, initial_state=before[[9, 2]].transpose(2, 3))
+    backend.check({"o": o, "S": pool[[9, 2]].transpose(2, 3)}, expected)
+    assert_other_slots_untouched(pool, before, written=[9, 2])
+
+
 # -- results -------------------------------------------------------------------------------------------------
 
 
@@ -189,6 +264,19 @@ def test_the_output_goes_where_it_is_asked_to(backend, seed):
     o, _ = decode(backend, inputs, out=strided[..., :32])
     compare.assert_bitwise_equal(strided[..., :32], expected, "out")
     assert strided[..., 32:].isnan().all()
+
+
+def test_output_and_pool_are_written_together(backend, seed):
+    inputs = backend.inputs("slow", batch=2, seqlen=1, **SHAPE, seed=seed)
+    pool = new_pool(backend, seed)
+    before, out = pool.clone(), torch.full_like(inputs.v, float("nan"))
+    indices = torch.tensor([3, 1], device=backend.device)
+    options = {"state_indices": indices, "inplace_final_state": True, "out": out}
+    with torch.no_grad():
+        o, S = decode(backend, inputs, initial_state=pool, **options)
+    assert o is out and S is pool
+    backend.check({"o": out, "S": pool[[3, 1]]}, backend.expected(inputs, initial_state=before[[3, 1]]))
+    assert pool._version > 0 and out._version > 0, "autograd has to know of both writes"
 
 
 def test_the_initial_state_stays_as_it_is(backend, seed):
@@ -292,6 +380,7 @@ def test_an_index_out_of_range_reads_and_writes_nothing(backend, bad, inplace, s
     indices = torch.tensor([7, bad, 4], device=backend.device)
     o, S = decode(backend, inputs, initial_state=pool, state_indices=indices, inplace_final_state=inplace)
     assert not o[1].any(), "the output of a skipped sequence is not zero"
+    assert inplace or not S[1].any(), "its final state is not zero"
     expected = backend.expected(rows(inputs, [0, 2]), initial_state=before[[7, 4]])
     backend.check({"o": o[[0, 2]], "S": pool[[7, 4]] if inplace else S[[0, 2]]}, expected)
     assert_other_slots_untouched(pool, before, written=[7, 4] if inplace else [])
