@@ -9,31 +9,18 @@ bench/results/op.csv and op.json.
 from __future__ import annotations
 
 import argparse
-import csv
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import cases
 import compare
-import provenance
 import torch
 
 import gdn2_ext
 
-from . import roofline, timing
+from . import records, roofline, timing
 from .shapes import OP_SHAPES, Shape
-
-RESULTS = Path(__file__).resolve().parent / "results"
-
-
-def load_fla() -> Callable | None:
-    try:
-        from fla.ops.gdn2 import chunk_gdn2
-    except ImportError:
-        return None
-    return chunk_gdn2
 
 
 def make_inputs(shape: Shape, seed: int) -> cases.Inputs:
@@ -159,19 +146,6 @@ def line(row: dict) -> str:
     )
 
 
-def save(rows: list[dict], copy: float, folder: Path) -> None:
-    """op.json and op.csv of the shapes so far; copy in TB/s."""
-    for row in rows:
-        row["floor_ms"] = row["floor_bytes"] / (copy * 1e9)
-    record = {"digest": provenance.digest(), **provenance.environment(), "copy_tb_per_s": copy, "rows": rows}
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "op.json").write_text(json.dumps(record, indent=2) + "\n")
-    with open(folder / "op.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-
-
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.op", description=__doc__)
     passes = ("forward", "forward+backward")
@@ -183,22 +157,22 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--no-fla", action="store_true", help="without the baseline")
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of op.csv and op.json")
+    parser.add_argument("--out", type=Path, default=records.RESULTS, help="folder of the results")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("bench.op needs a GPU, and PyTorch sees none", file=sys.stderr)
         return 1
-    fla = None if options.no_fla else load_fla()
-    if fla is None and not options.no_fla:
-        print("flash-linear-attention is not installed: timing gdn2_ext alone", file=sys.stderr)
+    fla = None if options.no_fla else records.load_fla("chunk_gdn2")
     copy = timing.copy_terabytes_per_second()
     print(f"{torch.cuda.get_device_name()}, copy {copy:.2f} TB/s\n{HEADER}")
     rows = []
     for index in options.shapes:
         for l2norm in (False, True) if options.l2norm else (False,):
             rows += measure(OP_SHAPES[index], options.passes, l2norm, options.repeats, fla, options.seed)
+            for row in rows:
+                row["floor_ms"] = row["floor_bytes"] / (copy * 1e9)
             torch.cuda.empty_cache()
-            save(rows, copy, options.out)
+            records.save(options.out, "op", rows, copy_tb_per_s=copy)
     return 0
 
 

@@ -1,0 +1,78 @@
+"""`python -m bench.accuracy`: errors of outputs and gradients beside flash-linear-attention's Triton kernels.
+
+Relative L2 errors against float64 on the same rounded inputs, B1 T1024 H4, K = V = 128, float32 g, the worst
+of three seeds, for every regime of the tests and both dtypes: o, the final state S, and the gradients of the
+inputs and of an initial state that is zero, given that of o. The table goes to the screen, and with versions, GPU and a digest of the sources to
+bench/results/accuracy.csv and accuracy.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import cases
+import compare
+import torch
+
+import gdn2_ext
+
+from . import records
+
+SEEDS = (1, 2, 3)
+RESULTS_OF = (*cases.TENSORS, "dS0")
+
+
+def outcome(call: Callable, leaves: list[torch.Tensor], do: torch.Tensor) -> list[torch.Tensor]:
+    """o, the final state and the gradients of the leaves: the op's tensors and the initial state."""
+    leaves = [x.detach().requires_grad_() for x in leaves]
+    o, S = call(*leaves[:-1], initial_state=leaves[-1], output_final_state=True)
+    gradients = torch.autograd.grad(o, leaves, do.to(o.dtype))
+    return [o.detach(), S.detach(), *gradients]
+
+
+def errors(calls: dict[str, Callable], regime: str, dtype: torch.dtype) -> dict[str, list[float]]:
+    """The worst relative error of every result over SEEDS."""
+    worst = {name: [0.0] * len(RESULTS_OF) for name in calls}
+    for seed in SEEDS:
+        inputs = cases.make_inputs(regime, dtype=dtype, device="cuda", seed=seed)
+        given = [*inputs.tensors, torch.zeros(1, 4, 128, 128, device="cuda")]
+        exact = outcome(torch_backend, [x.double() for x in given], inputs.do)
+        for name, call in calls.items():
+            found = map(compare.relative_error, outcome(call, given, inputs.do), exact)
+            worst[name] = [max(pair) for pair in zip(worst[name], found, strict=True)]
+    return worst
+
+
+def torch_backend(*tensors, **options):
+    return gdn2_ext.chunk_gdn2(*tensors, backend="torch", **options)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.accuracy", description=__doc__)
+    parser.add_argument("--no-fla", action="store_true", help="without the baseline")
+    parser.add_argument("--out", type=Path, default=records.RESULTS, help="folder of the results")
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        print("bench.accuracy needs a GPU, and PyTorch sees none", file=sys.stderr)
+        return 1
+    calls = {"gdn2_ext": lambda *tensors, **rest: gdn2_ext.chunk_gdn2(*tensors, backend="cuda", **rest)}
+    fla = None if options.no_fla else records.load_fla("chunk_gdn2")
+    if fla is not None:
+        calls["fla"] = fla
+    print(" ".join(f"{x:10}" for x in ("regime", "dtype", "who")), *(f"{x:>8}" for x in RESULTS_OF))
+    rows = []
+    for dtype in (torch.bfloat16, torch.float16):
+        for regime in cases.REGIMES:
+            for name, found in errors(calls, regime, dtype).items():
+                labels = {"regime": regime, "dtype": f"{dtype}"[6:], "implementation": name}
+                rows.append({**labels, **dict(zip(RESULTS_OF, found, strict=True))})
+                print(" ".join(f"{x:10}" for x in labels.values()), *(f"{x:8.1e}" for x in found))
+            records.save(options.out, "accuracy", rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
