@@ -2,9 +2,11 @@
 
 import math
 
+import compare
 import pytest
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 import gdn2_ext
 
@@ -65,18 +67,24 @@ def batches(steps: int, seed: int, device):
         )
 
 
+def loss_of(model: nn.Module, batch, dtype: torch.dtype) -> torch.Tensor:
+    """Nats a question."""
+    keys, values, targets = batch
+    with torch.autocast(keys.device.type, dtype, enabled=dtype != torch.float32):
+        logits = model(keys, values)[:, NUM_PAIRS:]
+    return nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+
+
 def train(backend: str, device, dtype: torch.dtype, seed: int, steps: int = STEPS) -> list[float]:
     """The loss of every step, in nats a question."""
     torch.manual_seed(seed)
     model = Recall(backend).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
     losses = []
-    for step, (keys, values, targets) in enumerate(batches(steps, seed, device)):
+    for step, batch in enumerate(batches(steps, seed, device)):
         for group in optimizer.param_groups:
             group["lr"] = 3e-3 * min(1.0, (step + 1) / 20)
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            logits = model(keys, values)[:, NUM_PAIRS:]
-        loss = nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+        loss = loss_of(model, batch, dtype)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -106,3 +114,34 @@ def test_both_backends_learn_alike(hopper, seed):
         assert abs(x - y) < 0.01 * y, f"step {step}: {x:.4f} against {y:.4f}"
     assert_learned(ours)
     assert_learned(theirs)
+
+
+# -- several processes ---------------------------------------------------------------------------------------
+
+WORLD_SIZE = 2
+
+
+def half_of_the_gradients(rank: int, folder: str, backend: str, device: str, dtype: torch.dtype, seed: int):
+    """A process of a group of WORLD_SIZE, with its part of the batch; the first one keeps the gradients."""
+    store = f"file://{folder}/store"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=WORLD_SIZE)
+    torch.manual_seed(seed)
+    model = DistributedDataParallel(Recall(backend).to(device))
+    (batch,) = batches(1, seed, torch.device(device))
+    loss_of(model, [x.chunk(WORLD_SIZE)[rank] for x in batch], dtype).backward()
+    if rank == 0:
+        torch.save({name: x.grad.cpu() for name, x in model.module.named_parameters()}, f"{folder}/gradients")
+    torch.distributed.destroy_process_group()
+
+
+def test_processes_that_share_a_batch_get_its_gradients(backend, tmp_path, seed):
+    """DistributedDataParallel: the mean of the parts' gradients is that of the whole."""
+    arguments = (str(tmp_path), backend.name, str(backend.device), backend.dtype, seed)
+    torch.multiprocessing.spawn(half_of_the_gradients, arguments, nprocs=WORLD_SIZE)
+    torch.manual_seed(seed)
+    model = Recall(backend.name).to(backend.device)
+    (batch,) = batches(1, seed, backend.device)
+    loss_of(model, batch, backend.dtype).backward()
+    bar = {torch.float32: 1e-5, torch.float64: 1e-10}.get(backend.dtype, 1e-2)
+    for name, expected in torch.load(tmp_path / "gradients").items():
+        compare.assert_close(model.get_parameter(name).grad, expected, bar, name)
