@@ -11,15 +11,19 @@
 //     [E*D; q*D] [64, K]  x  (k*U)^T [K, 32]
 // of which the entries of matching pairs are kept.
 //
-// Grid: one CTA for a chunk slot and gate head, heads fastest. K 128: 256 threads, two CTAs an SM.
+// Grid: as many CTAs as run at once, each for every so many-th chunk slot and gate head, heads fastest. K 128: 256
+// threads, two CTAs an SM. K 64: 128 threads, three.
 // Roles: a thread owns two channels of 16 tokens, in registers from the first read to the last store, so that the
 // running products stay inside it; the four warps of a warpgroup take the four blocks of 16 tokens of 64 channels.
 // Warpgroups take turns in the products of the levels; the first one inverts.
 // Shared memory (K 128): q, k, b, g 80 KB, which then hold two operand buffers of 24 KB; T 17 KB, P 8 KB, block
 // products 4 KB: 110 KB.
 //
-//     TMA in | tiles out | levels 1 2 4 8 16 32: operands of one while the last one's product runs | A, P out
+//     wait | tiles out | levels 1 2 4 8 16 32: operands of one while the last one's product runs | A, P out
+//          | g of the next chunk in ..                                    level 32 | q in ..     | k, b in ..
 #include <cutlass/arch/barrier.h>
+
+#include <algorithm>
 
 #include "api/chunk_forward.h"
 #include "api/cuda_error.h"
@@ -49,7 +53,7 @@ struct Config {
   static constexpr int kBoxes = kDimK / kBoxColumns;
   static constexpr int kWarpgroups = kBoxes;
   static constexpr int kThreads = kWarpgroups * kWarpgroupThreads;
-  static constexpr int kCtasPerSm = 2;
+  static constexpr int kCtasPerSm = kDimK == 64 ? 3 : 2;
   static constexpr int kTileBytes = kBoxes * kBoxBytes;
   static constexpr int kGateColumns = kBoxRowBytes / sizeof(float);  // of a box of float32 g
 };
@@ -59,6 +63,13 @@ template <class Cfg>
 struct LevelOperands {
   std::uint8_t later[Cfg::kBoxes][kBoxBytes];
   std::uint8_t earlier[Cfg::kBoxes][kBoxBytes / 2];
+};
+
+// What a CTA works on at a time.
+struct Work {
+  int batch, first_token, num_rows;  // rows beyond num_rows belong to nobody here
+  int head, gate_head;
+  int tile;  // index of the slot and gate head among the output tiles
 };
 
 template <class Cfg>
@@ -75,7 +86,11 @@ struct SharedStorage {
   // Of every block of 16 tokens and channel: alpha of its first token, and the product over the others.
   float block_first[kNumBlocks][Cfg::kDimK], block_rest[kNumBlocks][Cfg::kDimK];
   float q_scale[kChunk],
-      k_scale[kChunk];  // scale / norm for q, 1 / norm for k (norms are 1 where not asked for)
+      k_scale[kChunk];     // scale / norm for q, 1 / norm for k (norms are 1 where not asked for)
+  float diagonal[kChunk];  // of P
+  // The CTA's chunk and head in this round, the next one and the ones before, which some threads may not have left yet.
+  // Here, since all registers are needed elsewhere.
+  Work work[4];
   FullBarrier inputs_full;
 };
 
@@ -83,20 +98,17 @@ struct TensorMaps {
   CUtensorMap q, k, b, g;
 };
 
-// What one CTA works on.
-struct Work {
-  int batch, first_token, num_rows;  // rows beyond num_rows belong to nobody here
-  int head, gate_head;
-  std::int64_t tile;  // index of the slot and gate head among the output tiles
-};
+__device__ bool is_tile(PrepareParams const& params, int tile) {
+  return tile < params.shape.num_slots * params.shape.num_gate_heads;
+}
 
-__device__ Work find_work(PrepareParams const& params) {
+__device__ Work find_work(PrepareParams const& params, int tile) {
   CallShape const& shape = params.shape;
-  int const slot = blockIdx.x / shape.num_gate_heads;
+  int const slot = tile / shape.num_gate_heads;
   Work work;
-  work.gate_head = blockIdx.x % shape.num_gate_heads;
+  work.gate_head = tile % shape.num_gate_heads;
   work.head = work.gate_head / (shape.num_gate_heads / shape.num_heads);
-  work.tile = blockIdx.x;
+  work.tile = tile;
   if (params.plan.slots != nullptr) {
     ChunkSlot const at = params.plan.slots[slot];
     work.batch = 0;
@@ -111,22 +123,40 @@ __device__ Work find_work(PrepareParams const& params) {
   return work;
 }
 
+// The loads of a chunk's inputs, by one thread, each as soon as its place is free: g first, whose place no operands take,
+// then q, which lies in the first operand buffer, then k and b.
 template <class Cfg>
-__device__ void load_inputs(SharedStorage<Cfg>& smem, TensorMaps const& maps, Work const& work,
-                            ElementType gate_element) {
-  bool const wide = gate_element == ElementType::kFloat32;
-  smem.inputs_full.arrive_and_expect_tx((wide ? 5 : 4) * Cfg::kTileBytes);
-  for (int box = 0; box < Cfg::kBoxes; ++box) {
-    int const channel = box * kBoxColumns;
-    tma_load(maps.q, smem.inputs_full, smem.in.q[box], channel, work.head, work.first_token, work.batch);
-    tma_load(maps.k, smem.inputs_full, smem.in.k[box], channel, work.head, work.first_token, work.batch);
-    tma_load(maps.b, smem.inputs_full, smem.in.b[box], channel, work.gate_head, work.first_token, work.batch);
+struct InputLoads {
+  SharedStorage<Cfg>& smem;
+  TensorMaps const& maps;
+  ElementType gate_element;
+
+  __device__ void begin(Work const& work) const {
+    bool const wide = gate_element == ElementType::kFloat32;
+    smem.inputs_full.arrive_and_expect_tx((wide ? 5 : 4) * Cfg::kTileBytes);
+    for (int box = 0; box < (wide ? 2 : 1) * Cfg::kBoxes; ++box) {
+      int const channel = box * (wide ? Cfg::kGateColumns : kBoxColumns);
+      load(maps.g, smem.in.g[box], channel, work.gate_head, work);
+    }
   }
-  for (int box = 0; box < (wide ? 2 : 1) * Cfg::kBoxes; ++box) {
-    int const channel = box * (wide ? Cfg::kGateColumns : kBoxColumns);
-    tma_load(maps.g, smem.inputs_full, smem.in.g[box], channel, work.gate_head, work.first_token, work.batch);
+  __device__ void load_q(Work const& work) const {
+    for (int box = 0; box < Cfg::kBoxes; ++box) {
+      load(maps.q, smem.in.q[box], box * kBoxColumns, work.head, work);
+    }
   }
-}
+  __device__ void load_k_and_b(Work const& work) const {
+    for (int box = 0; box < Cfg::kBoxes; ++box) {
+      load(maps.k, smem.in.k[box], box * kBoxColumns, work.head, work);
+      load(maps.b, smem.in.b[box], box * kBoxColumns, work.gate_head, work);
+    }
+  }
+
+ private:
+  __device__ void load(CUtensorMap const& map, std::uint8_t* box, int channel, int head,
+                       Work const& work) const {
+    tma_load(map, smem.inputs_full, box, channel, head, work.first_token, work.batch);
+  }
+};
 
 // Two channels of 16 tokens: what a thread works on. E, q and k are pairs of Element.
 template <class Cfg>
@@ -139,16 +169,27 @@ struct ThreadInputs {
 struct ThreadPlace {
   int box, block, lane;
 
-  __device__ ThreadPlace()
-      : box(threadIdx.x / kWarpgroupThreads),
-        block(threadIdx.x / kWarpThreads % kNumBlocks),
-        lane(lane_index()) {}
+  // Asked for anew in every phase: ptxas then keeps no addresses from one to the next, and has no need to spill.
+  __device__ ThreadPlace() {
+    unsigned thread;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+    box = thread / kWarpgroupThreads;
+    block = thread / kWarpThreads % kNumBlocks;
+    lane = thread % kWarpThreads;
+  }
   __device__ int channel() const { return box * kBoxColumns + 2 * lane; }
 };
 
 // The address of this lane's pair of channels in row `row` of a box: 128 bytes a warp, without bank conflicts.
 __device__ std::uint32_t& pair_at(std::uint8_t* box, int row, int lane) {
   return *reinterpret_cast<std::uint32_t*>(box + swizzled_offset(row, lane / 4) + lane % 4 * 4);
+}
+
+// True, as nobody but the machine knows: a branch that ptxas moves nothing across.
+__device__ bool phase_begins() {
+  unsigned ctas;
+  asm volatile("mov.u32 %0, %%nctaid.x;" : "=r"(ctas));
+  return ctas > 0;
 }
 
 __device__ float2 operator*(float2 a, float2 b) {
@@ -209,17 +250,17 @@ struct Activations {
   }
 };
 
-// Reads this thread's inputs. Where kTail, rows that are not the sequence's become g = 0 and q = k = E = 0, whatever
-// lies there.
+// Tokens [first, first + kGroup) of a thread's 16. Where kTail, rows that are not the sequence's become g = 0 and
+// q = k = E = 0, whatever lies there.
+constexpr int kGroup = 4;
 template <bool kTail, class Cfg>
-__device__ void read_inputs(ThreadInputs<Cfg>& x, SharedStorage<Cfg>& smem, PrepareParams const& params,
-                            Work const& work, ThreadPlace at) {
+__device__ void read_group(ThreadInputs<Cfg>& x, SharedStorage<Cfg>& smem, ElementType gate_element,
+                           Activations<Cfg> const& activations, ThreadPlace at, int first, int num_rows) {
   using Element = typename Cfg::Element;
-  Activations<Cfg> const activations(params, work.head, at.channel());
 #pragma unroll
-  for (int i = 0; i < kBlock; ++i) {
+  for (int i = first; i < first + kGroup; ++i) {
     int const row = at.block * kBlock + i;
-    float2 g = load_gate(smem, params.gate_element, at, row);
+    float2 g = load_gate(smem, gate_element, at, row);
     x.q[i] = pair_at(smem.in.q[at.box], row, at.lane);
     x.k[i] = pair_at(smem.in.k[at.box], row, at.lane);
     std::uint32_t const b = pair_at(smem.in.b[at.box], row, at.lane);
@@ -231,9 +272,24 @@ __device__ void read_inputs(ThreadInputs<Cfg>& x, SharedStorage<Cfg>& smem, Prep
     }
     x.alpha[i][0] = exp2_approx(kLog2E * g.x);
     x.alpha[i][1] = exp2_approx(kLog2E * g.y);
-    if (kTail && row >= work.num_rows) {
+    if (kTail && row >= num_rows) {
       x.q[i] = x.k[i] = x.E[i] = 0u;
       x.alpha[i][0] = x.alpha[i][1] = 1.f;
+    }
+  }
+}
+
+// Group by group: ptxas, given all 16 tokens at once, has all of their loads in flight and spills.
+template <class Cfg>
+__device__ void read_inputs(ThreadInputs<Cfg>& x, SharedStorage<Cfg>& smem, PrepareParams const& params,
+                            Work const& work, ThreadPlace at) {
+  Activations<Cfg> const activations(params, work.head, at.channel());
+#pragma unroll
+  for (int first = 0; first < kBlock; first += kGroup) {
+    if (at.block * kBlock + first + kGroup <= work.num_rows) {
+      read_group<false>(x, smem, params.gate_element, activations, at, first, work.num_rows);
+    } else {
+      read_group<true>(x, smem, params.gate_element, activations, at, first, work.num_rows);
     }
   }
 }
@@ -277,18 +333,25 @@ __device__ void row_products(SharedStorage<Cfg>& smem, PrepareParams const& para
       smem.k_scale[row] = inside ? k_norm : 0.f;
       if constexpr (Cfg::kFactorsOnly) {
         if (params.row_norms != nullptr) {
-          float* const norms = params.row_norms + work.tile * 2 * kChunk;
+          float* const norms = params.row_norms + static_cast<std::int64_t>(work.tile) * 2 * kChunk;
           norms[row] = inside ? q_norm : 0.f;
           norms[kChunk + row] = inside ? k_norm : 0.f;
         }
       } else {
-        float const diagonal =
+        float const qk_norm =
             (c ? qk[half][2 * half + 1] : qk[half][2 * half]) * params.scale * q_norm * k_norm;
-        auto* const place = smem.P + swizzled_offset(row, row / 8) + row % 8 * sizeof(Element);
-        *reinterpret_cast<Element*>(place) = round_to<Element>(inside ? diagonal : 0.f);
+        smem.diagonal[row] = inside ? qk_norm : 0.f;
       }
     }
   }
+}
+
+// By 64 threads: the diagonal of P to its place, when nobody reads the chunk before there.
+template <class Cfg>
+__device__ void place_diagonal(SharedStorage<Cfg>& smem, int row) {
+  using Element = typename Cfg::Element;
+  auto* const place = smem.P + swizzled_offset(row, row / 8) + row % 8 * sizeof(Element);
+  *reinterpret_cast<Element*>(place) = round_to<Element>(smem.diagonal[row]);
 }
 
 // The index of a row among the 32 later (or earlier) rows of level h: the bit h taken out.
@@ -499,16 +562,21 @@ __device__ void multiply_level(SharedStorage<Cfg>& smem, LevelOperands<Cfg> cons
 }
 
 // One level: every thread builds its operands, then one warpgroup multiplies while the others build the next level.
-template <int kLevel, class Cfg>
-__device__ void run_level(SharedStorage<Cfg>& smem, ThreadInputs<Cfg> const& x, ThreadPlace at,
-                          bool normalize) {
+// at_barrier(): when the buffer of the level before is free.
+template <int kLevel, class Cfg, class Body>
+__device__ void run_level(SharedStorage<Cfg>& smem, ThreadInputs<Cfg> const& x, bool normalize,
+                          Body at_barrier) {
+  ThreadPlace const at;
   constexpr int h = 1 << kLevel;
   auto& operands = smem.operands[kLevel % 2];
-  build_level<h>(operands, smem, x, at);
+  if (phase_begins()) {
+    build_level<h>(operands, smem, x, at);
+  }
   // Operands written by ordinary stores are read by wgmma, and the buffer before this one is free again: its product
   // was waited for by its warpgroup before it came here.
   cutlass::arch::fence_view_async_shared();
   __syncthreads();
+  at_barrier();
   if (threadIdx.x / kWarpgroupThreads == kLevel % Cfg::kWarpgroups) {
     multiply_level<h>(smem, operands, normalize);
   }
@@ -518,11 +586,12 @@ __device__ void run_level(SharedStorage<Cfg>& smem, ThreadInputs<Cfg> const& x, 
 // bytes of a row.
 template <class Cfg>
 __device__ void store_factor_tiles(SharedStorage<Cfg>& smem, PrepareParams const& params, Work const& work,
-                                   ThreadInputs<Cfg> const& x, ThreadPlace at) {
+                                   ThreadInputs<Cfg> const& x) {
   using Element = typename Cfg::Element;
+  ThreadPlace const at;
   ChunkTiles const& tiles = params.tiles;
-  auto* const gamma_q =
-      static_cast<std::uint8_t*>(tiles.factors) + work.tile * 3 * Cfg::kTileBytes + at.box * kBoxBytes;
+  auto* const gamma_q = static_cast<std::uint8_t*>(tiles.factors) +
+                        static_cast<std::int64_t>(work.tile) * 3 * Cfg::kTileBytes + at.box * kBoxBytes;
   auto* const Kt = gamma_q + Cfg::kTileBytes;
   auto* const gamma_E = gamma_q + 2 * Cfg::kTileBytes;
   BlockProducts<Cfg> const blocks(smem, at.channel());
@@ -533,30 +602,39 @@ __device__ void store_factor_tiles(SharedStorage<Cfg>& smem, PrepareParams const
     tail = block + 1 > at.block ? tail * blocks.first[block + 1] * blocks.rest[block + 1] : tail;
   }
 #pragma unroll
-  for (int i = 0; i < kBlock; ++i) {
-    int const row = at.block * kBlock + i;
-    if (i > 0) {
-      gamma = gamma * float2{x.alpha[i][0], x.alpha[i][1]};
+  for (int first = 0; first < kBlock; first += kGroup) {
+    if (phase_begins()) {
+#pragma unroll
+      for (int i = first; i < first + kGroup; ++i) {
+        int const row = at.block * kBlock + i;
+        if (i > 0) {
+          gamma = gamma * float2{x.alpha[i][0], x.alpha[i][1]};
+        }
+        float const q_scale = Cfg::kFused ? smem.q_scale[row] : params.scale;
+        float2 const q = unpack<Element>(x.q[i]), E = unpack<Element>(x.E[i]);
+        pair_at(gamma_q, row, at.lane) = pack<Element>(q.x * gamma.x * q_scale, q.y * gamma.y * q_scale);
+        float2 const gamma_k = Cfg::kFused ? gamma * smem.k_scale[row] : gamma;
+        pair_at(gamma_E, row, at.lane) = pack<Element>(E.x * gamma_k.x, E.y * gamma_k.y);
+      }
     }
-    float const q_scale = Cfg::kFused ? smem.q_scale[row] : params.scale;
-    float2 const q = unpack<Element>(x.q[i]), E = unpack<Element>(x.E[i]);
-    pair_at(gamma_q, row, at.lane) = pack<Element>(q.x * gamma.x * q_scale, q.y * gamma.y * q_scale);
-    float2 const gamma_k = Cfg::kFused ? gamma * smem.k_scale[row] : gamma;
-    pair_at(gamma_E, row, at.lane) = pack<Element>(E.x * gamma_k.x, E.y * gamma_k.y);
   }
   if (at.block == kNumBlocks - 1) {
-    *reinterpret_cast<float2*>(tiles.gamma_last + work.tile * Cfg::kDimK + at.channel()) = gamma;
+    *reinterpret_cast<float2*>(tiles.gamma_last + static_cast<std::int64_t>(work.tile) * Cfg::kDimK +
+                               at.channel()) = gamma;
   }
-  if (!Cfg::kFactorsOnly || work.num_rows > 0) {  // (asking keeps ptxas from spilling here)
 #pragma unroll
-    for (int i = kBlock - 1; i >= 0; --i) {
-      int const row = at.block * kBlock + i;
-      if (i < kBlock - 1) {
-        tail = tail * float2{x.alpha[i + 1][0], x.alpha[i + 1][1]};
+  for (int last = kBlock - 1; last >= 0; last -= kGroup) {
+    if (phase_begins()) {
+#pragma unroll
+      for (int i = last; i > last - kGroup; --i) {
+        int const row = at.block * kBlock + i;
+        if (i < kBlock - 1) {
+          tail = tail * float2{x.alpha[i + 1][0], x.alpha[i + 1][1]};
+        }
+        float2 const k = unpack<Element>(x.k[i]);
+        float2 const tail_k = Cfg::kFused ? tail * smem.k_scale[row] : tail;
+        pair_at(Kt, row, at.lane) = pack<Element>(k.x * tail_k.x, k.y * tail_k.y);
       }
-      float2 const k = unpack<Element>(x.k[i]);
-      float2 const tail_k = Cfg::kFused ? tail * smem.k_scale[row] : tail;
-      pair_at(Kt, row, at.lane) = pack<Element>(k.x * tail_k.x, k.y * tail_k.y);
     }
   }
 }
@@ -581,37 +659,9 @@ __device__ void store_A_minus_I(SharedStorage<Cfg>& smem, std::uint8_t* tile) {
   }
 }
 
+// Products of alpha over a thread's 16 tokens, for what reaches over blocks.
 template <class Cfg>
-__global__ void __launch_bounds__(Cfg::kThreads, Cfg::kCtasPerSm)
-    prepare_kernel(__grid_constant__ PrepareParams const params, __grid_constant__ TensorMaps const maps) {
-  extern __shared__ std::uint8_t smem_bytes[];
-  auto& smem = *reinterpret_cast<SharedStorage<Cfg>*>(smem_bytes);
-  Work const work = find_work(params);
-  ThreadPlace const at;
-  if (threadIdx.x == 0) {
-    smem.inputs_full.init(1);
-    cutlass::arch::fence_barrier_init();
-    load_inputs(smem, maps, work, params.gate_element);
-  }
-  if constexpr (!Cfg::kFactorsOnly) {
-    // The upper triangle of P, which no level writes, is zero.
-    for (int i = threadIdx.x; i < kBoxBytes / 16; i += Cfg::kThreads) {
-      reinterpret_cast<uint4*>(smem.P)[i] = uint4{};
-    }
-  }
-  __syncthreads();
-  smem.inputs_full.wait(0);
-
-  bool const normalize = Cfg::kFused && params.gates.use_qk_l2norm;
-  if (at.box == 0 && (Cfg::kFused || !Cfg::kFactorsOnly)) {
-    row_products(smem, params, work);
-  }
-  ThreadInputs<Cfg> x;
-  if (work.num_rows == kChunk) {
-    read_inputs<false>(x, smem, params, work, at);
-  } else {
-    read_inputs<true>(x, smem, params, work, at);
-  }
+__device__ void store_block_products(SharedStorage<Cfg>& smem, ThreadInputs<Cfg> const& x, ThreadPlace at) {
   float2 rest{1.f, 1.f};
 #pragma unroll
   for (int i = 1; i < kBlock; ++i) {
@@ -620,29 +670,104 @@ __global__ void __launch_bounds__(Cfg::kThreads, Cfg::kCtasPerSm)
   *reinterpret_cast<float2*>(&smem.block_first[at.block][at.channel()]) =
       float2{x.alpha[0][0], x.alpha[0][1]};
   *reinterpret_cast<float2*>(&smem.block_rest[at.block][at.channel()]) = rest;
-  __syncthreads();  // the inputs are in registers: their shared memory becomes operands
+}
 
-  store_factor_tiles(smem, params, work, x, at);
+// One chunk and gate head, whose inputs are under way; asks for those of the next one.
+template <class Cfg>
+__device__ void run_tile(SharedStorage<Cfg>& smem, PrepareParams const& params, InputLoads<Cfg> const& loads,
+                         Work const& work, Work& next) {
+  ThreadPlace const at;
+  bool const normalize = Cfg::kFused && params.gates.use_qk_l2norm;
+  if (at.box == 0 && (Cfg::kFused || !Cfg::kFactorsOnly)) {
+    row_products(smem, params, work);
+  }
+  ThreadInputs<Cfg> x;
+  read_inputs(x, smem, params, work, at);
+  store_block_products(smem, x, at);
+  if (threadIdx.x == 0) {
+    next.tile = work.tile + gridDim.x;
+    if (is_tile(params, next.tile)) {
+      next = find_work(params, next.tile);
+    }
+  }
+  // The inputs are in registers: their shared memory becomes operands. Nobody reads the tiles of the chunk before.
+  __syncthreads();
+  if (threadIdx.x == 0 && is_tile(params, next.tile)) {
+    loads.begin(next);
+    if constexpr (Cfg::kFactorsOnly) {
+      loads.load_q(next);
+      loads.load_k_and_b(next);
+    }
+  }
+  store_factor_tiles(smem, params, work, x);
   if constexpr (Cfg::kFactorsOnly) {
+    __syncthreads();  // the block products and the rows' scales have been read
     return;
   }
-  run_level<0>(smem, x, at, normalize);
-  run_level<1>(smem, x, at, normalize);
-  run_level<2>(smem, x, at, normalize);
-  run_level<3>(smem, x, at, normalize);
-  run_level<4>(smem, x, at, normalize);
-  run_level<5>(smem, x, at, normalize);
-  __syncthreads();  // T and P are complete
+  if (threadIdx.x < kChunk) {
+    place_diagonal(smem, threadIdx.x);
+  }
+  auto const nothing = [] {};
+  run_level<0>(smem, x, normalize, nothing);
+  run_level<1>(smem, x, normalize, nothing);
+  run_level<2>(smem, x, normalize, nothing);
+  run_level<3>(smem, x, normalize, nothing);
+  run_level<4>(smem, x, normalize, nothing);
+  run_level<5>(smem, x, normalize, [&] {
+    if (threadIdx.x == 0 && is_tile(params, next.tile)) {
+      loads.load_q(next);
+    }
+  });
+  __syncthreads();  // T and P are complete, and the last operands have been read
+  if (threadIdx.x == 0 && is_tile(params, next.tile)) {
+    loads.load_k_and_b(next);
+  }
 
-  auto* const P = static_cast<std::uint8_t*>(params.tiles.P) + work.tile * kBoxBytes;
+  auto* const P =
+      static_cast<std::uint8_t*>(params.tiles.P) + static_cast<std::int64_t>(work.tile) * kBoxBytes;
   for (int i = threadIdx.x; i < kBoxBytes / 16; i += Cfg::kThreads) {
     reinterpret_cast<uint4*>(P)[i] = reinterpret_cast<uint4 const*>(smem.P)[i];
   }
   if (at.box == 0) {
     constexpr std::uint32_t kInverseBarrier = 1;
     invert_unit_lower(TriangularMatrix{smem.T}, kInverseBarrier);
-    store_A_minus_I(smem, static_cast<std::uint8_t*>(params.tiles.A_minus_I) + work.tile * kBoxBytes);
+    auto* const A = static_cast<std::uint8_t*>(params.tiles.A_minus_I);
+    store_A_minus_I(smem, A + static_cast<std::int64_t>(work.tile) * kBoxBytes);
   }
+}
+
+template <class Cfg>
+__global__ void __launch_bounds__(Cfg::kThreads, Cfg::kCtasPerSm)
+    prepare_kernel(__grid_constant__ PrepareParams const params, __grid_constant__ TensorMaps const maps) {
+  extern __shared__ std::uint8_t smem_bytes[];
+  auto& smem = *reinterpret_cast<SharedStorage<Cfg>*>(smem_bytes);
+  InputLoads<Cfg> const loads{smem, maps, params.gate_element};
+  if (threadIdx.x == 0) {
+    smem.inputs_full.init(1);
+    cutlass::arch::fence_barrier_init();
+    smem.work[0] = find_work(params, blockIdx.x);
+    loads.begin(smem.work[0]);
+    loads.load_q(smem.work[0]);
+    loads.load_k_and_b(smem.work[0]);
+  }
+  if constexpr (!Cfg::kFactorsOnly) {
+    // The upper triangle of P, which no level writes, is zero.
+    for (int i = threadIdx.x; i < kBoxBytes / 16; i += Cfg::kThreads) {
+      reinterpret_cast<uint4*>(smem.P)[i] = uint4{};
+    }
+  }
+  __syncthreads();
+  for (unsigned round = 0; is_tile(params, smem.work[round % 4].tile); ++round) {
+    smem.inputs_full.wait(round % 2);
+    run_tile(smem, params, loads, smem.work[round % 4], smem.work[(round + 1) % 4]);
+  }
+}
+
+int num_multiprocessors() {
+  int device = 0, count = 0;
+  throw_on_error(cudaGetDevice(&device), "prepare");
+  throw_on_error(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "prepare");
+  return count;
 }
 
 template <class Cfg>
@@ -658,7 +783,8 @@ void launch(PrepareParams const& params, cudaStream_t stream) {
   static_assert(Cfg::kCtasPerSm * (kSmemBytes + 1024) <= 228 * 1024);
   throw_on_error(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSmemBytes),
                  "prepare: shared memory");
-  auto const num_ctas = static_cast<unsigned>(shape.num_slots) * shape.num_gate_heads;
+  unsigned const num_ctas =
+      std::min(shape.num_slots * shape.num_gate_heads, Cfg::kCtasPerSm * num_multiprocessors());
   kernel<<<num_ctas, Cfg::kThreads, kSmemBytes, stream>>>(params, maps);
   throw_on_error(cudaGetLastError(), "prepare: launch");
 }
