@@ -94,6 +94,10 @@ struct PrepareParams {
   ChunkTiles tiles;   // for the backward A_minus_I and P are inputs of the later stages, and not written
   float* row_norms;   // [num_slots, num_gate_heads, 2, 64]: 1 / norm of the rows of q and of k; or null
   bool factors_only;  // for the backward: neither T, A nor P
+  // For a walk beside it: [num_slots, num_gate_heads], not zero where a chunk's tiles are written; and how many SMs
+  // prepare takes. Null where the walk comes after.
+  std::uint32_t* ready;
+  int num_sms;
 };
 
 struct ScanParams {
@@ -107,6 +111,7 @@ struct ScanParams {
   float const* initial_state;  // or null: zero
   float* final_state;          // or null
   float* chunk_states;         // [num_slots, num_value_heads, dim_k, dim_v] (or V, K), or null
+  std::uint32_t const* ready;  // as in PrepareParams
   bool state_v_first;
 };
 

@@ -30,8 +30,10 @@
 #include "sm90/token_map.h"
 #include "tile/activation.cuh"
 #include "tile/convert.cuh"
+#include "tile/launch_order.cuh"
 #include "tile/mma.cuh"
 #include "tile/pipeline.cuh"
+#include "tile/ready_flag.cuh"
 #include "tile/tma.cuh"
 #include "tile/triangular_inverse.cuh"
 #include "tile/wgmma.cuh"
@@ -44,7 +46,7 @@ constexpr int kBlock = 16;  // tokens that a thread owns
 constexpr int kNumBlocks = kChunk / kBlock;
 constexpr int kBoxBytes = kChunk * kBoxRowBytes;
 
-template <class Element_, int kDimK_, bool kFused_, bool kFactorsOnly_>
+template <class Element_, int kDimK_, bool kFused_, bool kFactorsOnly_, bool kWholeSm_>
 struct Config {
   using Element = Element_;
   static constexpr int kDimK = kDimK_;
@@ -52,8 +54,12 @@ struct Config {
   static constexpr bool kFactorsOnly = kFactorsOnly_;  // for the backward, to which A - I and P are known
   static constexpr int kBoxes = kDimK / kBoxColumns;
   static constexpr int kWarpgroups = kBoxes;
-  static constexpr int kThreads = kWarpgroups * kWarpgroupThreads;
-  static constexpr int kCtasPerSm = kDimK == 64 ? 3 : 2;
+  // A team works on a chunk. With kWholeSm the teams of an SM are one CTA, so that others find SMs without any.
+  static constexpr int kTeamThreads = kWarpgroups * kWarpgroupThreads;
+  static constexpr int kTeamsPerSm = kDimK == 64 ? 3 : 2;
+  static constexpr int kTeams = kWholeSm_ ? kTeamsPerSm : 1;
+  static constexpr int kThreads = kTeams * kTeamThreads;
+  static constexpr int kCtasPerSm = kTeamsPerSm / kTeams;
   static constexpr int kTileBytes = kBoxes * kBoxBytes;
   static constexpr int kGateColumns = kBoxRowBytes / sizeof(float);  // of a box of float32 g
 };
@@ -67,6 +73,7 @@ struct LevelOperands {
 
 // What a CTA works on at a time.
 struct Work {
+  int order;  // among the team's: the earlier chunks of all sequences come first
   int batch, first_token, num_rows;  // rows beyond num_rows belong to nobody here
   int head, gate_head;
   int tile;  // index of the slot and gate head among the output tiles
@@ -98,17 +105,51 @@ struct TensorMaps {
   CUtensorMap q, k, b, g;
 };
 
-__device__ bool is_tile(PrepareParams const& params, int tile) {
-  return tile < params.shape.num_slots * params.shape.num_gate_heads;
+// ---- teams --------------------------------------------------------------------------------------------------
+
+template <class Cfg>
+__device__ int team_index() {
+  return Cfg::kTeams == 1 ? 0 : threadIdx.x / Cfg::kTeamThreads;
+}
+template <class Cfg>
+__device__ int thread_of_team() {
+  return Cfg::kTeams == 1 ? threadIdx.x : threadIdx.x % Cfg::kTeamThreads;
 }
 
-__device__ Work find_work(PrepareParams const& params, int tile) {
+enum class TeamBarrier { kAll, kInverse, kTilesOut };
+template <class Cfg>
+__device__ std::uint32_t barrier_id(TeamBarrier barrier) {
+  constexpr int kNumber = Cfg::kWarpgroups == 1 ? 1 : 3;  // a team of one warpgroup meets at one barrier
+  static_assert(Cfg::kTeams * kNumber <= 16 - 8);         // 8 are CUTLASS's own
+  return team_index<Cfg>() * kNumber + (kNumber == 1 ? 0 : static_cast<int>(barrier));
+}
+
+template <class Cfg>
+__device__ void sync_team() {
+  if constexpr (Cfg::kTeams == 1) {
+    __syncthreads();
+  } else {
+    cutlass::arch::NamedBarrier::sync(Cfg::kTeamThreads, barrier_id<Cfg>(TeamBarrier::kAll));
+  }
+}
+
+// ---- where a team works -------------------------------------------------------------------------------------
+
+__device__ bool has_order(PrepareParams const& params, int order) {
+  return order < params.shape.num_slots * params.shape.num_gate_heads;
+}
+
+__device__ Work find_work(PrepareParams const& params, int order) {
   CallShape const& shape = params.shape;
-  int const slot = tile / shape.num_gate_heads;
+  int const in_order = order / shape.num_gate_heads;
+  int const slot = params.plan.slots != nullptr
+                       ? in_order
+                       : in_order % shape.batch * (shape.num_slots / shape.batch) + in_order / shape.batch;
   Work work;
-  work.gate_head = tile % shape.num_gate_heads;
+  work.order = order;
+  work.gate_head = order % shape.num_gate_heads;
   work.head = work.gate_head / (shape.num_gate_heads / shape.num_heads);
-  work.tile = tile;
+  work.tile = slot * shape.num_gate_heads + work.gate_head;
   if (params.plan.slots != nullptr) {
     ChunkSlot const at = params.plan.slots[slot];
     work.batch = 0;
@@ -170,9 +211,10 @@ struct ThreadPlace {
   int box, block, lane;
 
   // Asked for anew in every phase: ptxas then keeps no addresses from one to the next, and has no need to spill.
-  __device__ ThreadPlace() {
+  __device__ explicit ThreadPlace(int team_threads) {
     unsigned thread;
     asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+    thread %= team_threads;
     box = thread / kWarpgroupThreads;
     block = thread / kWarpThreads % kNumBlocks;
     lane = thread % kWarpThreads;
@@ -299,7 +341,7 @@ __device__ void read_inputs(ThreadInputs<Cfg>& x, SharedStorage<Cfg>& smem, Prep
 template <class Cfg>
 __device__ void row_products(SharedStorage<Cfg>& smem, PrepareParams const& params, Work const& work) {
   using Element = typename Cfg::Element;
-  int const warp = threadIdx.x / kWarpThreads, lane = lane_index();
+  int const warp = thread_of_team<Cfg>() / kWarpThreads, lane = lane_index();
   bool const normalize = Cfg::kFused && params.gates.use_qk_l2norm;
   float qk[2][4] = {}, qq[2][4] = {}, kk[2][4] = {};
 #pragma unroll
@@ -566,7 +608,7 @@ __device__ void multiply_level(SharedStorage<Cfg>& smem, LevelOperands<Cfg> cons
 template <int kLevel, class Cfg, class Body>
 __device__ void run_level(SharedStorage<Cfg>& smem, ThreadInputs<Cfg> const& x, bool normalize,
                           Body at_barrier) {
-  ThreadPlace const at;
+  ThreadPlace const at(Cfg::kTeamThreads);
   constexpr int h = 1 << kLevel;
   auto& operands = smem.operands[kLevel % 2];
   if (phase_begins()) {
@@ -575,9 +617,9 @@ __device__ void run_level(SharedStorage<Cfg>& smem, ThreadInputs<Cfg> const& x, 
   // Operands written by ordinary stores are read by wgmma, and the buffer before this one is free again: its product
   // was waited for by its warpgroup before it came here.
   cutlass::arch::fence_view_async_shared();
-  __syncthreads();
+  sync_team<Cfg>();
   at_barrier();
-  if (threadIdx.x / kWarpgroupThreads == kLevel % Cfg::kWarpgroups) {
+  if (thread_of_team<Cfg>() / kWarpgroupThreads == kLevel % Cfg::kWarpgroups) {
     multiply_level<h>(smem, operands, normalize);
   }
 }
@@ -588,7 +630,7 @@ template <class Cfg>
 __device__ void store_factor_tiles(SharedStorage<Cfg>& smem, PrepareParams const& params, Work const& work,
                                    ThreadInputs<Cfg> const& x) {
   using Element = typename Cfg::Element;
-  ThreadPlace const at;
+  ThreadPlace const at(Cfg::kTeamThreads);
   ChunkTiles const& tiles = params.tiles;
   auto* const gamma_q = static_cast<std::uint8_t*>(tiles.factors) +
                         static_cast<std::int64_t>(work.tile) * 3 * Cfg::kTileBytes + at.box * kBoxBytes;
@@ -672,11 +714,41 @@ __device__ void store_block_products(SharedStorage<Cfg>& smem, ThreadInputs<Cfg>
   *reinterpret_cast<float2*>(&smem.block_rest[at.block][at.channel()]) = rest;
 }
 
+// ---- a walk beside it ---------------------------------------------------------------------------------------
+
+// Nothing of the team's is ready; only then may the walk start.
+template <class Cfg>
+__device__ void clear_ready(PrepareParams const& params, int first_order) {
+  int const stride = gridDim.x * Cfg::kTeams;
+  for (int order = first_order + thread_of_team<Cfg>() * stride; has_order(params, order);
+       order += Cfg::kTeamThreads * stride) {
+    params.ready[find_work(params, order).tile] = 0;
+  }
+  __threadfence();
+  __syncthreads();
+  let_next_kernel_start();
+}
+
+// Says that the chunk's tiles are written, once all warpgroups of the team have written theirs; the last one, which
+// inverts, waits for the others.
+template <class Cfg>
+__device__ void publish_tile(PrepareParams const& params, Work const& work, bool is_last) {
+  using cutlass::arch::NamedBarrier;
+  if (!is_last) {
+    NamedBarrier::arrive(Cfg::kTeamThreads, barrier_id<Cfg>(TeamBarrier::kTilesOut));
+    return;
+  }
+  NamedBarrier::sync(Cfg::kTeamThreads, barrier_id<Cfg>(TeamBarrier::kTilesOut));
+  if (thread_of_team<Cfg>() == 0) {
+    publish_ready(params.ready + work.tile);
+  }
+}
+
 // One chunk and gate head, whose inputs are under way; asks for those of the next one.
 template <class Cfg>
 __device__ void run_tile(SharedStorage<Cfg>& smem, PrepareParams const& params, InputLoads<Cfg> const& loads,
                          Work const& work, Work& next) {
-  ThreadPlace const at;
+  ThreadPlace const at(Cfg::kTeamThreads);
   bool const normalize = Cfg::kFused && params.gates.use_qk_l2norm;
   if (at.box == 0 && (Cfg::kFused || !Cfg::kFactorsOnly)) {
     row_products(smem, params, work);
@@ -684,15 +756,16 @@ __device__ void run_tile(SharedStorage<Cfg>& smem, PrepareParams const& params, 
   ThreadInputs<Cfg> x;
   read_inputs(x, smem, params, work, at);
   store_block_products(smem, x, at);
-  if (threadIdx.x == 0) {
-    next.tile = work.tile + gridDim.x;
-    if (is_tile(params, next.tile)) {
-      next = find_work(params, next.tile);
+  bool const is_first = thread_of_team<Cfg>() == 0;
+  if (is_first) {
+    next.order = work.order + gridDim.x * Cfg::kTeams;
+    if (has_order(params, next.order)) {
+      next = find_work(params, next.order);
     }
   }
   // The inputs are in registers: their shared memory becomes operands. Nobody reads the tiles of the chunk before.
-  __syncthreads();
-  if (threadIdx.x == 0 && is_tile(params, next.tile)) {
+  sync_team<Cfg>();
+  if (is_first && has_order(params, next.order)) {
     loads.begin(next);
     if constexpr (Cfg::kFactorsOnly) {
       loads.load_q(next);
@@ -701,11 +774,11 @@ __device__ void run_tile(SharedStorage<Cfg>& smem, PrepareParams const& params, 
   }
   store_factor_tiles(smem, params, work, x);
   if constexpr (Cfg::kFactorsOnly) {
-    __syncthreads();  // the block products and the rows' scales have been read
+    sync_team<Cfg>();  // the block products and the rows' scales have been read
     return;
   }
-  if (threadIdx.x < kChunk) {
-    place_diagonal(smem, threadIdx.x);
+  if (thread_of_team<Cfg>() < kChunk) {
+    place_diagonal(smem, thread_of_team<Cfg>());
   }
   auto const nothing = [] {};
   run_level<0>(smem, x, normalize, nothing);
@@ -714,25 +787,27 @@ __device__ void run_tile(SharedStorage<Cfg>& smem, PrepareParams const& params, 
   run_level<3>(smem, x, normalize, nothing);
   run_level<4>(smem, x, normalize, nothing);
   run_level<5>(smem, x, normalize, [&] {
-    if (threadIdx.x == 0 && is_tile(params, next.tile)) {
+    if (is_first && has_order(params, next.order)) {
       loads.load_q(next);
     }
   });
-  __syncthreads();  // T and P are complete, and the last operands have been read
-  if (threadIdx.x == 0 && is_tile(params, next.tile)) {
+  sync_team<Cfg>();  // T and P are complete, and the last operands have been read
+  if (is_first && has_order(params, next.order)) {
     loads.load_k_and_b(next);
   }
 
   auto* const P =
       static_cast<std::uint8_t*>(params.tiles.P) + static_cast<std::int64_t>(work.tile) * kBoxBytes;
-  for (int i = threadIdx.x; i < kBoxBytes / 16; i += Cfg::kThreads) {
+  for (int i = thread_of_team<Cfg>(); i < kBoxBytes / 16; i += Cfg::kTeamThreads) {
     reinterpret_cast<uint4*>(P)[i] = reinterpret_cast<uint4 const*>(smem.P)[i];
   }
   if (at.box == 0) {
-    constexpr std::uint32_t kInverseBarrier = 1;
-    invert_unit_lower(TriangularMatrix{smem.T}, kInverseBarrier);
+    invert_unit_lower(TriangularMatrix{smem.T}, barrier_id<Cfg>(TeamBarrier::kInverse));
     auto* const A = static_cast<std::uint8_t*>(params.tiles.A_minus_I);
     store_A_minus_I(smem, A + static_cast<std::int64_t>(work.tile) * kBoxBytes);
+  }
+  if constexpr (Cfg::kTeams > 1) {
+    publish_tile<Cfg>(params, work, at.box == 0);
   }
 }
 
@@ -740,24 +815,31 @@ template <class Cfg>
 __global__ void __launch_bounds__(Cfg::kThreads, Cfg::kCtasPerSm)
     prepare_kernel(__grid_constant__ PrepareParams const params, __grid_constant__ TensorMaps const maps) {
   extern __shared__ std::uint8_t smem_bytes[];
-  auto& smem = *reinterpret_cast<SharedStorage<Cfg>*>(smem_bytes);
+  auto& smem = reinterpret_cast<SharedStorage<Cfg>*>(smem_bytes)[team_index<Cfg>()];
   InputLoads<Cfg> const loads{smem, maps, params.gate_element};
-  if (threadIdx.x == 0) {
+  int const first_order = blockIdx.x * Cfg::kTeams + team_index<Cfg>();
+  if (thread_of_team<Cfg>() == 0) {
     smem.inputs_full.init(1);
     cutlass::arch::fence_barrier_init();
-    smem.work[0] = find_work(params, blockIdx.x);
-    loads.begin(smem.work[0]);
-    loads.load_q(smem.work[0]);
-    loads.load_k_and_b(smem.work[0]);
+    smem.work[0].order = first_order;
+    if (has_order(params, first_order)) {
+      smem.work[0] = find_work(params, first_order);
+      loads.begin(smem.work[0]);
+      loads.load_q(smem.work[0]);
+      loads.load_k_and_b(smem.work[0]);
+    }
   }
   if constexpr (!Cfg::kFactorsOnly) {
     // The upper triangle of P, which no level writes, is zero.
-    for (int i = threadIdx.x; i < kBoxBytes / 16; i += Cfg::kThreads) {
+    for (int i = thread_of_team<Cfg>(); i < kBoxBytes / 16; i += Cfg::kTeamThreads) {
       reinterpret_cast<uint4*>(smem.P)[i] = uint4{};
     }
   }
-  __syncthreads();
-  for (unsigned round = 0; is_tile(params, smem.work[round % 4].tile); ++round) {
+  if constexpr (Cfg::kTeams > 1) {
+    clear_ready<Cfg>(params, first_order);
+  }
+  sync_team<Cfg>();
+  for (unsigned round = 0; has_order(params, smem.work[round % 4].order); ++round) {
     smem.inputs_full.wait(round % 2);
     run_tile(smem, params, loads, smem.work[round % 4], smem.work[(round + 1) % 4]);
   }
@@ -779,27 +861,38 @@ void launch(PrepareParams const& params, cudaStream_t stream) {
       .b = token_map(params.b, shape, shape.num_gate_heads, shape.dim_k, shape.element),
       .g = token_map(params.g, shape, shape.num_gate_heads, shape.dim_k, params.gate_element)};
   auto const kernel = prepare_kernel<Cfg>;
-  constexpr int kSmemBytes = sizeof(SharedStorage<Cfg>);
+  constexpr int kSmemBytes = Cfg::kTeams * sizeof(SharedStorage<Cfg>);
   static_assert(Cfg::kCtasPerSm * (kSmemBytes + 1024) <= 228 * 1024);
   throw_on_error(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSmemBytes),
                  "prepare: shared memory");
-  unsigned const num_ctas =
-      std::min(shape.num_slots * shape.num_gate_heads, Cfg::kCtasPerSm * num_multiprocessors());
+  int const num_sms = params.ready != nullptr ? params.num_sms : num_multiprocessors();
+  unsigned const num_ctas = std::min(shape.num_slots * shape.num_gate_heads, Cfg::kCtasPerSm * num_sms);
   kernel<<<num_ctas, Cfg::kThreads, kSmemBytes, stream>>>(params, maps);
   throw_on_error(cudaGetLastError(), "prepare: launch");
 }
 
-template <class Element, bool kFactorsOnly>
+template <class Element, bool kFactorsOnly, bool kWholeSm>
 void dispatch(PrepareParams const& params, cudaStream_t stream) {
   GateParams const& gates = params.gates;
   bool const fused = gates.use_qk_l2norm || gates.use_gate_sigmoid || gates.decay_gate != DecayGate::kNone ||
                      params.gate_element != ElementType::kFloat32;
   if (params.shape.dim_k > 64) {
-    fused ? launch<Config<Element, 128, true, kFactorsOnly>>(params, stream)
-          : launch<Config<Element, 128, false, kFactorsOnly>>(params, stream);
+    fused ? launch<Config<Element, 128, true, kFactorsOnly, kWholeSm>>(params, stream)
+          : launch<Config<Element, 128, false, kFactorsOnly, kWholeSm>>(params, stream);
   } else {
-    fused ? launch<Config<Element, 64, true, kFactorsOnly>>(params, stream)
-          : launch<Config<Element, 64, false, kFactorsOnly>>(params, stream);
+    fused ? launch<Config<Element, 64, true, kFactorsOnly, kWholeSm>>(params, stream)
+          : launch<Config<Element, 64, false, kFactorsOnly, kWholeSm>>(params, stream);
+  }
+}
+
+template <class Element>
+void dispatch(PrepareParams const& params, cudaStream_t stream) {
+  if (params.factors_only) {
+    dispatch<Element, true, false>(params, stream);
+  } else if (params.ready != nullptr) {
+    dispatch<Element, false, true>(params, stream);
+  } else {
+    dispatch<Element, false, false>(params, stream);
   }
 }
 
@@ -810,10 +903,9 @@ void run_prepare(PrepareParams const& params, cudaStream_t stream) {
     return;
   }
   if (params.shape.element == ElementType::kFloat16) {
-    params.factors_only ? dispatch<__half, true>(params, stream) : dispatch<__half, false>(params, stream);
+    dispatch<__half>(params, stream);
   } else {
-    params.factors_only ? dispatch<__nv_bfloat16, true>(params, stream)
-                        : dispatch<__nv_bfloat16, false>(params, stream);
+    dispatch<__nv_bfloat16>(params, stream);
   }
 }
 
