@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from . import cuda_launch
+from .cuda_launch import READ_TENSORS, nobody_traces
 from .torch_backend import CHUNK, GateOptions, Gradients, PackedTokens, num_chunk_slots
-
-_C, _WHY_NO_EXTENSION = None, None
-try:
-    _C = importlib.import_module("gdn2_ext._C")
-except ModuleNotFoundError:
-    _WHY_NO_EXTENSION = "gdn2_ext was built without its kernels (GDN2_CUDA=OFF)"
-except ImportError as error:
-    _WHY_NO_EXTENSION = f"the kernels of gdn2_ext could not be loaded: {error}"
 
 MAX_DIM_K = 128
 MAX_DIM_V = 256
-_ELEMENTS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # ElementType of csrc/params.h
-_DECAY_NONE, _DECAY_SOFTPLUS, _DECAY_LOWER_BOUND = 0, 1, 2  # DecayGate of csrc/params.h
+_CONTIGUOUS = torch.contiguous_format
 _ALIGNMENT = 16  # bytes: what a bulk tensor copy asks of addresses and strides
 
 
@@ -38,8 +30,8 @@ def _capability(index: int | None) -> str:
 
 
 def _why_no_kernels(device: torch.device) -> str | None:
-    if _C is None:
-        return _WHY_NO_EXTENSION
+    if cuda_launch._C is None:
+        return cuda_launch.WHY_NO_EXTENSION
     if device.type != "cuda":
         return f"the kernels need an NVIDIA Hopper GPU and the tensors are on {device.type}"
     capability = _capability(device.index)
@@ -70,8 +62,8 @@ why_not_recurrent = why_not_chunk  # the same dtypes and sizes
 # ------------------------------------------------------------------------------------------------------------
 
 
-def _token_tensor(x: Tensor) -> tuple[Tensor, tuple[int, int, int, int]]:
-    """x or a copy of it that a bulk tensor copy can read, and its address and strides in elements.
+def _readable(x: Tensor) -> Tensor:
+    """Tokens [B, T, heads, channels], or a copy of them that a bulk tensor copy can read.
 
     Contiguous channels and strides of whole 16 bytes are read as they are. Anything else is copied, channels
     padded to whole 16 bytes.
@@ -79,24 +71,17 @@ def _token_tensor(x: Tensor) -> tuple[Tensor, tuple[int, int, int, int]]:
     batch, seqlen, heads, channels = x.shape
     width = _ALIGNMENT // x.element_size()
     strides = x.stride()
-    # The stride of a dimension of one element is never used, but has to be valid.
     usable = (strides[3] == 1 or channels == 1) and x.data_ptr() % _ALIGNMENT == 0
     for size, stride in zip((batch, seqlen, heads), strides):
         usable = usable and (size == 1 or (stride > 0 and stride % width == 0))
-    if not usable:
-        padded = (channels + width - 1) // width * width
-        x = x.new_empty(batch, seqlen, heads, padded)[..., :channels].copy_(x)
-        strides = x.stride()
-    strides = [stride if size > 1 else width for size, stride in zip((batch, seqlen, heads), strides)]
-    return x, (x.data_ptr(), *strides)
-
-
-def _pointer(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
+    if usable or seqlen == 0:
+        return x
+    padded = (channels + width - 1) // width * width
+    return x.new_empty(batch, seqlen, heads, padded)[..., :channels].copy_(x)
 
 
 class _Sizes(NamedTuple):
-    """The dimensions of a call, in the order of csrc/bindings.cpp."""
+    """The dimensions of a call that its memory depends on."""
 
     batch: int
     seqlen: int
@@ -106,79 +91,46 @@ class _Sizes(NamedTuple):
     num_value_heads: int
     dim_k: int
     dim_v: int
-    num_slots: int
+    packed: bool
 
     @classmethod
     def of(cls, q: Tensor, v: Tensor, g: Tensor, cu_seqlens: Tensor | None) -> _Sizes:
         batch, seqlen, num_heads, dim_k = q.shape
-        num_value_heads, dim_v = v.shape[2:]
+        _, _, num_value_heads, dim_v = v.shape
         packed = cu_seqlens is not None
         num_sequences = cu_seqlens.shape[0] - 1 if packed else batch
-        num_slots = num_chunk_slots(batch, seqlen, num_sequences, packed)
         heads = (num_heads, g.shape[2], num_value_heads)
-        return cls(batch, seqlen, num_sequences, *heads, dim_k, dim_v, num_slots)
+        return cls(batch, seqlen, num_sequences, *heads, dim_k, dim_v, packed)
 
     @property
-    def padded_k(self) -> int:
-        return 64 if self.dim_k <= 64 else 128
+    def num_slots(self) -> int:
+        return num_chunk_slots(self.batch, self.seqlen, self.num_sequences, self.packed)
 
-    def state(self, state_v_first: bool) -> tuple[int, int, int]:
-        """Of one sequence or chunk."""
+    def states(self, rows: int, state_v_first: bool) -> tuple[int, int, int, int]:
+        """Of so many sequences or chunks."""
         matrix = (self.dim_v, self.dim_k) if state_v_first else (self.dim_k, self.dim_v)
-        return (self.num_value_heads, *matrix)
+        return (rows, self.num_value_heads, *matrix)
+
+    def workspace(self, q: Tensor, keeps_matrices: bool, backward: bool, use_qk_l2norm: bool) -> Tensor:
+        """Memory that the kernels of a call use among themselves."""
+        num_bytes = cuda_launch._C.chunk_workspace_bytes(
+            self.batch, self.seqlen, self.num_sequences, self.num_gate_heads, self.num_value_heads,
+            self.dim_k, self.dim_v, self.packed, keeps_matrices, backward, use_qk_l2norm,
+        )  # fmt: skip
+        return q.new_empty(num_bytes // q.element_size())
 
 
-def _token_tensors(sizes: _Sizes, *tensors: Tensor) -> tuple[tuple, tuple]:
-    """`_token_tensor` of each; without tokens nothing reads them."""
-    if sizes.seqlen == 0:
-        return (), ((0, 0, 0, 0),) * len(tensors)
-    copies, addresses = zip(*map(_token_tensor, tensors))
-    return copies, addresses
+def _launch(function, tensors: Sequence[Tensor | None], options: Sequence) -> None:
+    """On the device and the stream of the tensors, whatever kind of tensors they are."""
+    device = tensors[0].device
+    with torch.cuda.device(device):
+        stream = torch.cuda.current_stream(device).cuda_stream
+        if not function(None, *map(cuda_launch.as_tuple, tensors), *options, stream):
+            raise RuntimeError("gdn2_ext: the kernels take no tensors as large as these")
 
 
-def _chunk_call(
-    sizes: _Sizes,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    b: Tensor,
-    w: Tensor,
-    A_log: Tensor | None,
-    dt_bias: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    A_minus_I: Tensor,
-    P: Tensor,
-    scale: float,
-    options: GateOptions,
-    state_v_first: bool,
-) -> tuple[object, list]:
-    """A ChunkCall of csrc/api with room for what prepare makes, and what has to live until it is enqueued."""
-    factors = q.new_empty(sizes.num_slots, sizes.num_gate_heads, 3, CHUNK * sizes.padded_k)
-    gamma_last = q.new_empty((sizes.num_slots, sizes.num_gate_heads, sizes.padded_k), dtype=torch.float32)
-    plan_slots = plan_spans = None
-    if cu_seqlens is not None:
-        plan_slots = q.new_empty((sizes.num_slots, 2), dtype=torch.int32)
-        plan_spans = q.new_empty((sizes.num_sequences, 3), dtype=torch.int32)
-    A_log, dt_bias, initial_state, cu_seqlens = (
-        None if x is None else x.contiguous() for x in (A_log, dt_bias, initial_state, cu_seqlens)
-    )
-    copies, tokens = _token_tensors(sizes, q, k, v, g, b, w)
-    decay_gate = _DECAY_NONE
-    if options.use_gate:
-        decay_gate = _DECAY_SOFTPLUS if options.lower_bound is None else _DECAY_LOWER_BOUND
-    call = _C.ChunkCall(
-        _ELEMENTS[q.dtype], _ELEMENTS[g.dtype], *sizes, *tokens,
-        _pointer(A_log), _pointer(dt_bias), _pointer(initial_state),
-        _pointer(cu_seqlens), cu_seqlens is not None and cu_seqlens.dtype == torch.int64,
-        _pointer(plan_slots), _pointer(plan_spans),
-        factors.data_ptr(), gamma_last.data_ptr(), A_minus_I.data_ptr(), P.data_ptr(),
-        scale, options.use_qk_l2norm, decay_gate, options.lower_bound or 0.0,
-        options.use_gate_sigmoid, options.erase_scale, state_v_first,
-    )  # fmt: skip
-    kept = [*copies, A_log, dt_bias, initial_state, cu_seqlens, plan_slots, plan_spans, factors, gamma_last]
-    return call, kept
+def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if x is None else x.contiguous() for x in tensors]
 
 
 def chunk_forward(
@@ -200,36 +152,66 @@ def chunk_forward(
     num_state_chunks: int | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor]:
     """o, final_state (or None), chunk states (or None); A - I and P as `chunk_backward` reads them: images of
-    shared memory (ChunkTiles in csrc/params.h).
+    shared memory (ChunkTiles in csrc/params.h). Everything has been checked.
     """
     sizes = _Sizes.of(q, v, g, cu_seqlens)
-    state = sizes.state(state_v_first)
     o = torch.empty_like(v, memory_format=torch.contiguous_format)
     final_state = chunk_states = None
     if output_final_state:
-        final_state = q.new_empty((sizes.num_sequences, *state), dtype=torch.float32)
+        shape = sizes.states(sizes.num_sequences, state_v_first)
+        final_state = q.new_empty(shape, dtype=torch.float32)
     if num_state_chunks is not None:
-        chunk_states = q.new_empty((sizes.num_slots, *state), dtype=torch.float32)
+        chunk_states = q.new_empty(sizes.states(sizes.num_slots, state_v_first), dtype=torch.float32)
     # Without tokens nothing runs that would write them.
     new = q.new_empty if sizes.seqlen else q.new_zeros
     A_minus_I, P = (new(sizes.num_slots, sizes.num_gate_heads, CHUNK, CHUNK) for _ in range(2))
-
-    call, kept = _chunk_call(
-        sizes, q, k, v, g, b, w, A_log, dt_bias, initial_state, cu_seqlens, A_minus_I, P, scale, options,
-        state_v_first,
-    )  # fmt: skip
-    with torch.cuda.device(q.device):
-        _C.chunk_forward(
-            call, o.data_ptr(), _pointer(final_state), _pointer(chunk_states),
-            torch.cuda.current_stream(q.device).cuda_stream,
-        )  # fmt: skip
-    del kept
+    tensors = [
+        *map(_readable, (q, k, v, g, b, w)), *_contiguous(A_log, dt_bias, initial_state, cu_seqlens),
+        o, final_state, chunk_states, A_minus_I, P, sizes.workspace(q, True, False, options.use_qk_l2norm),
+    ]  # fmt: skip
+    _launch(cuda_launch._C.chunk_forward, tensors, (scale, *options, state_v_first))
     if chunk_states is not None:
         if cu_seqlens is not None:
             tokens = PackedTokens(cu_seqlens, sizes.seqlen)
             chunk_states = tokens.in_sequence_order(chunk_states, num_state_chunks)
         chunk_states = chunk_states.unflatten(0, (sizes.batch, num_state_chunks))
     return o, final_state, chunk_states, A_minus_I, P
+
+
+def _new_gradients(sizes: _Sizes, inputs: Sequence[Tensor | None], needed: Sequence[bool]) -> list:
+    """Where the kernels write the gradients that are needed, and None for the others.
+
+    What they leave to be summed is in float32: dA_log and d_dt_bias of every slot, and with gates per value
+    head dq and dk of every one of them.
+    """
+    q = inputs[0]
+    new = q.new_empty if sizes.seqlen else q.new_zeros  # without tokens nothing writes what is summed
+    out: list[Tensor | None] = [None] * len(inputs)
+    for n, (name, x, asked) in enumerate(zip(Gradients._fields, inputs, needed)):
+        if not asked:
+            continue
+        if name in ("dA_log", "d_dt_bias"):
+            shape = (sizes.num_slots, sizes.num_gate_heads, sizes.dim_k)
+            out[n] = new(shape, dtype=torch.float32)
+        elif name in ("dq", "dk") and sizes.num_gate_heads != sizes.num_heads:
+            shape = (sizes.batch, sizes.seqlen, sizes.num_gate_heads, sizes.dim_k)
+            out[n] = new(shape, dtype=torch.float32)
+        else:
+            out[n] = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return out
+
+
+def _summed(sizes: _Sizes, out: list, dtype: torch.dtype) -> Gradients:
+    """The gradients from what the kernels wrote."""
+    dq, dk, dv, dg, db, dw, dA_log, d_dt_bias, d_initial_state = out
+    groups = (sizes.num_heads, -1)
+    if sizes.num_gate_heads != sizes.num_heads:
+        dq, dk = (x if x is None else x.unflatten(2, groups).sum(3).to(dtype) for x in (dq, dk))
+    if dA_log is not None:
+        dA_log = dA_log.unflatten(1, groups).sum((0, 2, 3))
+    if d_dt_bias is not None:
+        d_dt_bias = d_dt_bias.unflatten(1, groups).sum((0, 2)).flatten()
+    return Gradients(dq, dk, dv, dg, db, dw, dA_log, d_dt_bias, d_initial_state)
 
 
 def chunk_backward(
@@ -255,51 +237,106 @@ def chunk_backward(
 ) -> Gradients:
     """The gradients that are needed, and None for the others; A - I and P come from `chunk_forward`."""
     sizes = _Sizes.of(q, v, g, cu_seqlens)
-    # What the kernels leave to be summed, in float32: dA_log and d_dt_bias of every slot, and with gates per
-    # value head dq and dk of every one of them.
-    per_slot = (sizes.num_slots, sizes.num_gate_heads, sizes.dim_k)
-    parts = {"dA_log": per_slot, "d_dt_bias": per_slot}
-    if sizes.num_gate_heads != sizes.num_heads:
-        per_gate_head = (sizes.batch, sizes.seqlen, sizes.num_gate_heads, sizes.dim_k)
-        parts |= {"dq": per_gate_head, "dk": per_gate_head}
-    new = q.new_empty if sizes.seqlen else q.new_zeros  # without tokens nothing writes the parts
-    inputs = (q, k, v, g, b, w, A_log, dt_bias, initial_state)
-    out: dict[str, Tensor | None] = dict.fromkeys(Gradients._fields)
-    for name, x, asked in zip(Gradients._fields, inputs, needed):
-        if asked and name in parts:
-            out[name] = new(parts[name], dtype=torch.float32)
-        elif asked:
-            out[name] = torch.empty_like(x, memory_format=torch.contiguous_format)
+    out = _new_gradients(sizes, (q, k, v, g, b, w, A_log, dt_bias, initial_state), needed)
+    tensors = [
+        _readable(do), *_contiguous(d_final_state), *map(_readable, (q, k, v, g, b, w)),
+        *_contiguous(A_log, dt_bias, initial_state, cu_seqlens), A_minus_I, P,
+        sizes.workspace(q, True, True, options.use_qk_l2norm), *out,
+    ]  # fmt: skip
+    _launch(cuda_launch._C.chunk_backward, tensors, (scale, *options, state_v_first))
+    return _summed(sizes, out, q.dtype)
 
-    slices = (sizes.num_slots, sizes.num_value_heads, (sizes.dim_v + CHUNK - 1) // CHUNK)
-    S, dS = (q.new_empty(*slices, CHUNK * sizes.padded_k) for _ in range(2))
-    R, dX = (q.new_empty(*slices, CHUNK * CHUNK) for _ in range(2))
-    row_norms = None
-    if options.use_qk_l2norm:
-        rows = (sizes.num_slots, sizes.num_gate_heads, 2, CHUNK)
-        row_norms = q.new_empty(rows, dtype=torch.float32)
-    d_final_state = None if d_final_state is None else d_final_state.contiguous()
-    copy_of_do, [dO] = _token_tensors(sizes, do)
 
-    call, kept = _chunk_call(
-        sizes, q, k, v, g, b, w, A_log, dt_bias, initial_state, cu_seqlens, A_minus_I, P, scale, options,
-        state_v_first,
-    )  # fmt: skip
-    with torch.cuda.device(q.device):
-        _C.chunk_backward(
-            call, dO, _pointer(d_final_state), *map(_pointer, (S, dS, R, dX, row_norms)),
-            *map(_pointer, out.values()), torch.cuda.current_stream(q.device).cuda_stream,
-        )  # fmt: skip
-    del kept, copy_of_do, S, dS, R, dX, row_norms
+# ------------------------------------------------------------------------------------------------------------
+# Without the dispatcher
+# ------------------------------------------------------------------------------------------------------------
 
-    groups = (sizes.num_heads, -1)
-    for name, part in out.items():
-        if part is None or name not in parts:
-            continue
-        if name == "dA_log":
-            out[name] = part.unflatten(1, groups).sum((0, 2, 3))
-        elif name == "d_dt_bias":
-            out[name] = part.unflatten(1, groups).sum((0, 2)).flatten()
-        else:
-            out[name] = part.unflatten(2, groups).sum(3).to(q.dtype)
-    return Gradients(**out)
+
+def _forward_at_once(tensors: tuple, options: tuple, output_final_state: bool, keep: bool) -> tuple | None:
+    """(o, final_state or None, A - I and P where `keep`, else None); None where the extension does not take
+    the call. tensors: q ... cu_seqlens; options: scale ... state_v_first.
+    """
+    q, k, v, g, *_, cu_seqlens = tensors
+    sizes = _Sizes.of(q, v, g, cu_seqlens)
+    if sizes.batch == 0 or sizes.seqlen == 0:
+        return None
+    o = torch.empty_like(v) if v.is_contiguous() else torch.empty_like(v, memory_format=_CONTIGUOUS)
+    final_state = A_minus_I = P = None
+    if output_final_state:
+        shape = sizes.states(sizes.num_sequences, options[-1])
+        final_state = q.new_empty(shape, dtype=torch.float32)
+    if keep:
+        shape = (sizes.num_slots, sizes.num_gate_heads, CHUNK, CHUNK)
+        A_minus_I, P = q.new_empty(shape), q.new_empty(shape)
+    workspace = sizes.workspace(q, keep, False, False)
+    if not cuda_launch._C.chunk_forward(
+        READ_TENSORS, *tensors, o, final_state, None, A_minus_I, P, workspace, *options, 0
+    ):
+        return None
+    return o, final_state, A_minus_I, P
+
+
+class _Chunk(torch.autograd.Function):
+    """Forward and backward at once; the outputs are None where the extension does not take the call."""
+
+    @staticmethod
+    def forward(ctx, output_final_state: bool, options: tuple, *tensors):
+        results = _forward_at_once(tensors, options, output_final_state, keep=True)
+        if results is None:
+            return None, None
+        o, final_state, A_minus_I, P = results
+        ctx.save_for_backward(*tensors, A_minus_I, P)
+        ctx.options = options
+        ctx.set_materialize_grads(False)
+        return o, final_state
+
+    @staticmethod
+    def backward(ctx, do, d_final_state):
+        *inputs, A_minus_I, P = ctx.saved_tensors
+        needed = [asked and x is not None for x, asked in zip(inputs[:9], ctx.needs_input_grad[2:])]
+        q, v, g, cu_seqlens = inputs[0], inputs[2], inputs[3], inputs[9]
+        if do is None:
+            do = v.new_zeros(v.shape)
+        gradients = None
+        if not torch.is_grad_enabled() and nobody_traces():
+            sizes = _Sizes.of(q, v, g, cu_seqlens)
+            out = _new_gradients(sizes, inputs[:9], needed)
+            workspace = sizes.workspace(q, True, True, ctx.options[1])
+            if cuda_launch._C.chunk_backward(
+                READ_TENSORS, do, d_final_state, *inputs, A_minus_I, P, workspace, *out, *ctx.options, 0
+            ):
+                gradients = _summed(sizes, out, q.dtype)
+        if gradients is None:  # a layout to be copied, or a second derivative to be refused
+            gradients = torch.ops.gdn2_ext.chunk_backward(
+                do, d_final_state, *inputs, A_minus_I, P, *ctx.options, needed, 0, "cuda"
+            )
+            gradients = [x if wanted else None for x, wanted in zip(gradients, needed)]
+        return None, None, *gradients, None
+
+
+def chunk_at_once(tensors: tuple, options: tuple, output_final_state: bool) -> tuple | None:
+    """`chunk_gdn2` for plain tensors on the current device, which are checked where their shapes and types
+    are read, in csrc/api/chunk_binding.cpp: (o, final_state or None).
+
+    None, and nothing done, for any other call and for any that is wrong, which ops.py then looks at.
+    tensors: q, k, v, g, b, w, A_log, dt_bias, initial_state, cu_seqlens; options: scale, use_qk_l2norm,
+    use_gate, lower_bound, use_gate_sigmoid, erase_scale, state_v_first.
+    """
+    if READ_TENSORS is None or cuda_launch._C is None or not nobody_traces():
+        return None
+    needs_grad, graph = False, torch.is_grad_enabled()
+    for x in tensors:
+        if x is not None:
+            if type(x) is not Tensor and type(x) is not torch.nn.Parameter:
+                return None
+            needs_grad = needs_grad or (graph and x.requires_grad)
+    q, _, v, g, *_ = tensors
+    if not (q.is_cuda and q.dim() == v.dim() == g.dim() == 4):
+        return None
+    if options[0] is None:
+        options = (q.shape[3] ** -0.5, *options[1:])
+    if needs_grad:
+        o, final_state = _Chunk.apply(output_final_state, options, *tensors)
+        return None if o is None else (o, final_state)
+    results = _forward_at_once(tensors, options, output_final_state, keep=False)
+    return None if results is None else results[:2]

@@ -1,7 +1,7 @@
 """How `fused_recurrent_gdn2` is launched on a GPU, with as little as possible on the host.
 
-A decoding step calls the op once a layer, and the kernel takes a few microseconds. The checks of ops.py and
-torch.library take tens: `recurrent_at_once` goes around both, for calls that need neither.
+A decoding step calls the op once a layer: `recurrent_at_once` goes around the checks of ops.py and around
+torch.library, for calls that need neither.
 """
 
 from __future__ import annotations
@@ -10,46 +10,16 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from . import cuda_backend
+from . import cuda_launch
+from .cuda_launch import READ_TENSORS, are_plain, as_tuple, nobody_watches
 from .torch_backend import GateOptions
 
-# PyTorch 2.10 and newer: the kernel reads tensors by itself.
-_EXCHANGE = getattr(Tensor, "__dlpack_c_exchange_api__", None)
-_READ_TENSORS = None if _EXCHANGE is None else (_EXCHANGE, Tensor, torch.nn.Parameter)
-# Kind of csrc/api/recurrent_binding.cpp
-_KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.int32: 3, torch.int64: 4}
 _CONTIGUOUS = torch.contiguous_format
-
-
-def nobody_watches() -> bool:
-    """Whether the kernels may be launched without going through torch.library, as far as the surroundings are
-    concerned: nobody traces, transforms, casts or watches operators.
-    """
-    return not (
-        torch.is_autocast_enabled("cuda")
-        or torch._C._get_tracing_state()
-        or torch._C._functorch.peek_interpreter_stack()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-    )
-
-
-def are_plain(tensors) -> bool:
-    """The same as far as the tensors are concerned: no subclasses, and none that is differentiated."""
-    graph = torch.is_grad_enabled()
-    for x in tensors:
-        if x is not None and (type(x) not in (Tensor, torch.nn.Parameter) or (graph and x.requires_grad)):
-            return False
-    return True
 
 
 def _new_final_state(q: Tensor, v: Tensor, num_sequences: int, state_v_first: bool) -> Tensor:
     matrix = (v.shape[3], q.shape[3]) if state_v_first else (q.shape[3], v.shape[3])
     return q.new_empty((num_sequences, v.shape[2], *matrix), dtype=torch.float32)
-
-
-def _as_tuple(x: Tensor | None) -> tuple | None:
-    return None if x is None else (x.data_ptr(), tuple(x.shape), x.stride(), _KINDS[x.dtype], x.get_device())
 
 
 def recurrent_forward(
@@ -83,11 +53,11 @@ def recurrent_forward(
     if output_final_state and not inplace_final_state:
         final_state = _new_final_state(q, v, num_sequences, state_v_first)
     A_log, dt_bias = (x if x is None else x.contiguous() for x in (A_log, dt_bias))
-    others = [_as_tuple(x) for x in (final_state, cu_seqlens, state_indices, num_accepted_tokens)]
+    others = [as_tuple(x) for x in (final_state, cu_seqlens, state_indices, num_accepted_tokens)]
 
     def launch(*tensors: Tensor | None) -> bool:
-        return cuda_backend._C.recurrent_forward(
-            None, *(_as_tuple(x) for x in tensors), *others, scale, options.use_qk_l2norm, options.use_gate,
+        return cuda_launch._C.recurrent_forward(
+            None, *(as_tuple(x) for x in tensors), *others, scale, options.use_qk_l2norm, options.use_gate,
             options.lower_bound, options.use_gate_sigmoid, options.erase_scale, state_v_first,
             inplace_final_state, torch.cuda.current_stream(q.device).cuda_stream,
         )  # fmt: skip
@@ -138,7 +108,7 @@ def recurrent_at_once(
 
     None, and nothing done, for any other call and for any that is wrong, which ops.py then looks at.
     """
-    if _READ_TENSORS is None or cuda_backend._C is None:
+    if READ_TENSORS is None or cuda_launch._C is None:
         return None
     if not (type(q) is type(v) is Tensor) or not q.is_cuda or not nobody_watches():
         return None
@@ -160,8 +130,8 @@ def recurrent_at_once(
             final_state = _new_final_state(q, v, cu_seqlens.shape[0] - 1, state_v_first)
         else:
             return None
-    if not cuda_backend._C.recurrent_forward(
-        _READ_TENSORS, q, k, v, g, b, w, o, A_log, dt_bias, initial_state, final_state, cu_seqlens,
+    if not cuda_launch._C.recurrent_forward(
+        READ_TENSORS, q, k, v, g, b, w, o, A_log, dt_bias, initial_state, final_state, cu_seqlens,
         state_indices, num_accepted_tokens, scale, use_qk_l2norm, use_gate, lower_bound, use_gate_sigmoid,
         erase_scale, state_v_first, inplace_final_state, 0,
     ):  # fmt: skip

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import autograd, cuda_backend, cuda_recurrent  # noqa: F401  (autograd registers the gradients)
+from . import autograd, cuda_backend, cuda_launch, cuda_recurrent  # noqa: F401  (autograd registers the gradients)
 from .torch_backend import CHUNK, GateOptions, compute_dtype
 
 _FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -356,6 +356,18 @@ def chunk_gdn2(
         (torch.Size([1, 100, 2, 64]), torch.Size([1, 2, 64, 64]))
     """
     q, k, v, b, w = _autocast(q, k, v, b, w)
+    if (
+        backend in ("auto", "cuda") and chunk_size == CHUNK and sequence_split in (None, 1)
+        and not return_intermediate_states and cu_seqlens_cpu is None and not torch.compiler.is_compiling()
+    ):  # fmt: skip
+        results = cuda_backend.chunk_at_once(
+            (q, k, v, g, b, w, A_log, dt_bias, initial_state, cu_seqlens),
+            (scale, use_qk_l2norm_in_kernel, use_gate_in_kernel, lower_bound, use_gate_sigmoid_in_kernel,
+             erase_scale, state_v_first),
+            output_final_state,
+        )  # fmt: skip
+        if results is not None:
+            return results
     _check_tokens(q, k, v, g, b, w)
     _check_decay_gate(q, use_gate_in_kernel, A_log, dt_bias, lower_bound)
     cu_seqlens, host_offsets = _check_offsets(q, cu_seqlens, cu_seqlens_cpu)
@@ -499,7 +511,7 @@ def fused_recurrent_gdn2(
         call = _Call(*(x if x is None else x.detach() for x in call))
     pool_arguments = (state_indices, num_accepted_tokens)
     launch_at_once = backend == "cuda" and not torch.compiler.is_compiling()
-    if launch_at_once and cuda_recurrent.nobody_watches() and cuda_recurrent.are_plain((*call, out)):
+    if launch_at_once and cuda_launch.nobody_watches() and cuda_launch.are_plain((*call, out)):
         gates = GateOptions(*options[1:-1])
         o, final_state = cuda_recurrent.recurrent_forward(
             *call, *pool_arguments, scale, gates, state_v_first=state_v_first,

@@ -8,7 +8,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gdn2_ext import cuda_backend, cuda_recurrent
+from gdn2_ext import cuda_launch, cuda_recurrent
 from gdn2_ext.torch_backend import GateOptions
 
 B, T, H, HV, K, V = 2, 3, 2, 4, 8, 16
@@ -54,7 +54,7 @@ def launch(monkeypatch):
         others = [arguments.pop(name, None) for name in names]
         flags = {"state_v_first": False, "inplace_final_state": False, "output_final_state": False}
         stand_in = StandIn(*answers)
-        monkeypatch.setattr(cuda_backend, "_C", stand_in)
+        monkeypatch.setattr(cuda_launch, "_C", stand_in)
         results = cuda_recurrent.recurrent_forward(
             *tokens.values(), *others, 0.5, options, **flags | arguments
         )
@@ -114,7 +114,7 @@ def test_what_no_copy_makes_readable_is_an_error(launch):
 
 
 def test_nobody_watches():
-    assert cuda_recurrent.nobody_watches()
+    assert cuda_launch.nobody_watches()
 
 
 @pytest.mark.parametrize(
@@ -124,12 +124,12 @@ def test_somebody_does(watched):
     if watched not in (TorchFunctionMode, TorchDispatchMode) and not torch.cuda.is_available():
         pytest.skip("no GPU: autocast stays off without one")
     with watched():
-        assert not cuda_recurrent.nobody_watches()
+        assert not cuda_launch.nobody_watches()
 
 
 def test_a_transform_watches():
     seen = []
-    torch.vmap(lambda x: seen.append(cuda_recurrent.nobody_watches()) or x)(torch.zeros(2))
+    torch.vmap(lambda x: seen.append(cuda_launch.nobody_watches()) or x)(torch.zeros(2))
     assert seen == [False]
 
 
@@ -138,16 +138,16 @@ def test_tensors_that_need_no_operator():
         pass
 
     plain, leaf = torch.zeros(2), torch.zeros(2, requires_grad=True)
-    assert cuda_recurrent.are_plain((plain, None, torch.nn.Parameter(plain, requires_grad=False)))
-    assert not cuda_recurrent.are_plain((plain, leaf))
-    assert not cuda_recurrent.are_plain((plain, torch.nn.Parameter(plain)))
-    assert not cuda_recurrent.are_plain((plain, plain.as_subclass(Subclass)))
+    assert cuda_launch.are_plain((plain, None, torch.nn.Parameter(plain, requires_grad=False)))
+    assert not cuda_launch.are_plain((plain, leaf))
+    assert not cuda_launch.are_plain((plain, torch.nn.Parameter(plain)))
+    assert not cuda_launch.are_plain((plain, plain.as_subclass(Subclass)))
     with torch.no_grad():
-        assert cuda_recurrent.are_plain((plain, leaf))
+        assert cuda_launch.are_plain((plain, leaf))
 
 
 def test_tensors_of_the_cpu_do_not_go_to_the_kernel_at_once(monkeypatch):
-    monkeypatch.setattr(cuda_backend, "_C", StandIn())
+    monkeypatch.setattr(cuda_launch, "_C", StandIn())
     tokens = [torch.zeros(B, T, H, K, dtype=torch.bfloat16)] * 6
     rest = (
         None,

@@ -1,27 +1,17 @@
-"""What the extension's recurrent_forward lets through to the GPU, tried without one.
+"""What the extension's recurrent_forward lets through to the GPU, tried without one."""
 
-Tensors of the CPU are handed over by a DLPack interface that says they are on a GPU. A right call goes on to
-ask CUDA for its device, which is not there; any other is answered with False before.
-"""
-
-import ctypes
 import importlib
-import importlib.util
 
+import disguise
 import pytest
 import torch
 
-from gdn2_ext import cuda_recurrent
+from gdn2_ext import cuda_launch
 
 B, T, H, HV, K, V, SLOTS = 3, 2, 2, 4, 16, 32, 9
 
-pytestmark = [
-    pytest.mark.skipif(
-        importlib.util.find_spec("gdn2_ext._C") is None, reason="needs an install with kernels (GDN2_CUDA=ON)"
-    ),
-    pytest.mark.skipif(cuda_recurrent._READ_TENSORS is None, reason="needs PyTorch 2.10"),
-    pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: the launch would go through"),
-]
+pytestmark = disguise.MARKS
+read_tensors = disguise.read_tensors
 
 # The arguments of the extension's function, in its order.
 TENSORS = (
@@ -39,60 +29,6 @@ OPTIONS = {
     "inplace": False,
     "stream": 0,
 }
-
-
-class DLTensor(ctypes.Structure):
-    _fields_ = [
-        ("data", ctypes.c_void_p),
-        ("device_type", ctypes.c_int32),
-        ("device_id", ctypes.c_int32),
-        ("ndim", ctypes.c_int32),
-        ("code", ctypes.c_uint8),
-        ("bits", ctypes.c_uint8),
-        ("lanes", ctypes.c_uint16),
-        ("shape", ctypes.POINTER(ctypes.c_int64)),
-        ("strides", ctypes.POINTER(ctypes.c_int64)),
-        ("byte_offset", ctypes.c_uint64),
-    ]
-
-
-View = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.py_object, ctypes.POINTER(DLTensor))
-
-
-class ExchangeApi(ctypes.Structure):
-    _fields_ = [
-        ("major_version", ctypes.c_uint32),
-        ("minor_version", ctypes.c_uint32),
-        ("previous", ctypes.c_void_p),
-        ("others", ctypes.c_void_p * 3),
-        ("view", View),
-        ("current_stream", ctypes.c_void_p),
-    ]
-
-
-@pytest.fixture
-def read_tensors():
-    """As cuda_recurrent._READ_TENSORS, for tensors of the CPU that pass for those of GPU 0."""
-    name = b"dlpack_exchange_api"
-    get_pointer, new_capsule = ctypes.pythonapi.PyCapsule_GetPointer, ctypes.pythonapi.PyCapsule_New
-    get_pointer.restype, get_pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
-    new_capsule.restype = ctypes.py_object
-    new_capsule.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
-    capsule, *types = cuda_recurrent._READ_TENSORS
-    api = ExchangeApi.from_address(get_pointer(capsule, name))
-
-    def view(x, out) -> int:
-        try:
-            status = api.view(x, out)
-        except RuntimeError:  # what DLPack has no word for
-            return -1
-        if status == 0 and out.contents.device_type == 1:
-            out.contents.device_type, out.contents.device_id = 2, 0
-        return status
-
-    disguised = ExchangeApi.from_buffer_copy(api)
-    disguised.view = View(view)
-    yield (new_capsule(ctypes.addressof(disguised), name, None), *types)
 
 
 def plain_call() -> dict:
@@ -130,16 +66,9 @@ def gated_call() -> dict:
 
 
 def lets_through(read_tensors, call: dict) -> bool:
-    extension = importlib.import_module("gdn2_ext._C")
     call = dict.fromkeys(TENSORS) | OPTIONS | call
     assert list(call) == [*TENSORS, *OPTIONS], "an argument that there is not"
-    try:
-        launched = extension.recurrent_forward(read_tensors, *call.values())
-    except RuntimeError as error:
-        assert "recurrent: cudaError" in str(error)
-        return True
-    assert launched is False
-    return False
+    return disguise.gets_to_the_gpu("recurrent_forward", read_tensors, *call.values())
 
 
 CALLS = [plain_call, pool_call, speculative_call, packed_call, gated_call]
@@ -157,7 +86,7 @@ def test_calls_as_the_kernel_needs_them_get_to_the_gpu(read_tensors, call):
 
 @pytest.mark.parametrize("call", CALLS)
 def test_tensors_of_the_cpu_do_not(call):
-    assert not lets_through(cuda_recurrent._READ_TENSORS, call())
+    assert not lets_through(cuda_launch.READ_TENSORS, call())
 
 
 GOOD_CHANGES = {

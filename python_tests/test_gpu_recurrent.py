@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import gdn2_ext
-from gdn2_ext import cuda_recurrent, fused_recurrent_gdn2
+from gdn2_ext import cuda_launch, cuda_recurrent, fused_recurrent_gdn2
 
 pytestmark = pytest.mark.gpu
 
@@ -32,7 +32,7 @@ def hopper_kernels():
 @pytest.fixture
 def at_once_only(monkeypatch):
     """Fails where a call takes the slow way, through all checks or through an operator."""
-    if cuda_recurrent._READ_TENSORS is None:
+    if cuda_launch.READ_TENSORS is None:
         pytest.skip("this PyTorch has no C interface to its tensors (2.10 has)")
 
     def fail(*_, **__):
@@ -323,7 +323,7 @@ def test_every_way_to_the_kernel_gives_the_same_bits(monkeypatch, seed):
     with torch.no_grad():
         outputs = [step(pools[0], *inputs.tensors)]
         outputs.append(torch.compile(step, fullgraph=True, backend="aot_eager")(pools[1], *inputs.tensors))
-        monkeypatch.setattr(cuda_recurrent, "_READ_TENSORS", None)
+        monkeypatch.setattr(cuda_recurrent, "READ_TENSORS", None)
         outputs.append(step(pools[2], *inputs.tensors))
         monkeypatch.setattr(cuda_recurrent, "nobody_watches", lambda: False)
         outputs.append(step(pools[3], *inputs.tensors))

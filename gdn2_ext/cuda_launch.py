@@ -1,0 +1,58 @@
+"""How calls reach the kernels: tensors as the extension reads them, and when torch.library is not needed.
+
+The checks of ops.py and the dispatcher take tens of microseconds of the host, a kernel a few. Plain tensors
+that nobody watches are read and checked by the extension itself (csrc/api/python_tensors.h).
+"""
+
+from __future__ import annotations
+
+import importlib
+
+import torch
+from torch import Tensor
+
+_C, WHY_NO_EXTENSION = None, None
+try:
+    _C = importlib.import_module("gdn2_ext._C")
+except ModuleNotFoundError:
+    WHY_NO_EXTENSION = "gdn2_ext was built without its kernels (GDN2_CUDA=OFF)"
+except ImportError as error:
+    WHY_NO_EXTENSION = f"the kernels of gdn2_ext could not be loaded: {error}"
+
+# PyTorch 2.10 and newer: the extension reads tensors by itself.
+_EXCHANGE = getattr(Tensor, "__dlpack_c_exchange_api__", None)
+READ_TENSORS = None if _EXCHANGE is None else (_EXCHANGE, Tensor, torch.nn.Parameter)
+# Kind of csrc/api/python_tensors.h
+_KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.int32: 3, torch.int64: 4}
+
+
+def as_tuple(x: Tensor | None) -> tuple | None:
+    """A tensor for an extension that does not read it by itself."""
+    return None if x is None else (x.data_ptr(), tuple(x.shape), x.stride(), _KINDS[x.dtype], x.get_device())
+
+
+def nobody_traces() -> bool:
+    """Whether the kernels may be launched without going through torch.library, as far as the surroundings are
+    concerned: nobody compiles, traces, transforms or watches operators.
+    """
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state()
+        or torch._C._functorch.peek_interpreter_stack()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+    )
+
+
+def nobody_watches() -> bool:
+    """`nobody_traces`, and nobody casts either."""
+    return nobody_traces() and not torch.is_autocast_enabled("cuda")
+
+
+def are_plain(tensors) -> bool:
+    """Whether tensors need torch.library: none is of a subclass, and none is differentiated."""
+    graph = torch.is_grad_enabled()
+    for x in tensors:
+        if x is not None and (type(x) not in (Tensor, torch.nn.Parameter) or (graph and x.requires_grad)):
+            return False
+    return True

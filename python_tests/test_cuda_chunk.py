@@ -1,0 +1,202 @@
+"""What the extension's chunk_forward and chunk_backward let through to the GPU, tried without one."""
+
+import disguise
+import pytest
+import torch
+
+from gdn2_ext import cuda_backend, cuda_launch
+
+B, T, H, HV, K, V = 2, 100, 2, 4, 32, 64
+SLOTS = B * 2
+
+pytestmark = disguise.MARKS
+read_tensors = disguise.read_tensors
+
+INPUTS = ("q", "k", "v", "g", "b", "w", "A_log", "dt_bias", "initial_state", "cu_seqlens")
+FORWARD = (*INPUTS, "o", "final_state", "chunk_states", "A_minus_I", "P", "workspace")
+GRADIENTS = ("dq", "dk", "dv", "dg", "db", "dw", "dA_log", "d_dt_bias", "d_initial_state")
+BACKWARD = ("do", "d_final_state", *INPUTS, "A_minus_I", "P", "workspace", *GRADIENTS)
+OPTIONS = {
+    "scale": None, "use_qk_l2norm": False, "use_gate": False, "lower_bound": None, "use_gate_sigmoid": False,
+    "erase_scale": 1.0, "state_v_first": False, "stream": 0,
+}  # fmt: skip
+
+
+def inputs(gate_heads: int = H, **changes) -> dict:
+    bf16 = torch.bfloat16
+    call = {
+        **{name: torch.zeros(B, T, H, K, dtype=bf16) for name in ("q", "k")},
+        **{name: torch.zeros(B, T, HV, V, dtype=bf16) for name in ("v", "w")},
+        "g": torch.zeros(B, T, gate_heads, K),
+        "b": torch.zeros(B, T, gate_heads, K, dtype=bf16),
+        "initial_state": torch.zeros(B, HV, K, V),
+    }
+    return call | changes
+
+
+def packed(call: dict) -> dict:
+    tokens = {name: x.reshape(1, B * T, *x.shape[2:]) for name, x in call.items() if x.shape[:2] == (B, T)}
+    return call | tokens | {"cu_seqlens": torch.tensor([0, 37, B * T])}
+
+
+def gated(call: dict) -> dict:
+    gates = {"A_log": torch.zeros(H), "dt_bias": torch.zeros(H * K), "use_gate": True}
+    return call | gates | {"use_gate_sigmoid": True, "erase_scale": 2, "use_qk_l2norm": True}
+
+
+def sizes(call: dict) -> cuda_backend._Sizes:
+    return cuda_backend._Sizes.of(call["q"], call["v"], call["g"], call.get("cu_seqlens"))
+
+
+def forward(call: dict) -> dict:
+    workspace = sizes(call).workspace(call["q"], False, False, False)
+    o, final_state = torch.zeros_like(call["v"]), torch.zeros(B, HV, K, V)
+    return call | {"o": o, "final_state": final_state, "workspace": workspace}
+
+
+def keeping(call: dict) -> dict:
+    """The forward of training, which keeps A - I and P."""
+    call = forward(call)
+    matrices = torch.zeros(sizes(call).num_slots, call["g"].shape[2], 64, 64, dtype=call["q"].dtype)
+    workspace = sizes(call).workspace(call["q"], True, False, False)
+    return call | {"A_minus_I": matrices, "P": matrices.clone(), "workspace": workspace}
+
+
+def backward(call: dict) -> dict:
+    kept = {name: keeping(call)[name] for name in ("A_minus_I", "P")}
+    given = [call.get(name) for name in INPUTS[:9]]
+    out = cuda_backend._new_gradients(sizes(call), given, [x is not None for x in given])
+    workspace = sizes(call).workspace(call["q"], True, True, call.get("use_qk_l2norm", False))
+    call = call | kept | dict(zip(GRADIENTS, out, strict=True)) | {"workspace": workspace}
+    return call | {"do": torch.zeros_like(call["v"]), "d_final_state": torch.zeros(B, HV, K, V)}
+
+
+def lets_through(read_tensors, call: dict) -> bool:
+    tensors = BACKWARD if "do" in call else FORWARD
+    call = dict.fromkeys(tensors) | OPTIONS | call
+    assert set(call) == {*tensors, *OPTIONS}, "an argument that there is not"
+    arguments = [call[name] for name in (*tensors, *OPTIONS)]
+    name = "chunk_backward" if "do" in call else "chunk_forward"
+    return disguise.gets_to_the_gpu(name, read_tensors, *arguments)
+
+
+KINDS = {
+    "plain": lambda: inputs(),
+    "packed": lambda: packed(inputs()),
+    "gated": lambda: gated(inputs()),
+    "gates of value heads": lambda: inputs(gate_heads=HV),
+    "no state": lambda: inputs(initial_state=None),
+}
+PASSES = {"forward": forward, "keeping": keeping, "backward": backward}
+
+
+@pytest.fixture(params=PASSES)
+def stage(request):
+    return PASSES[request.param]
+
+
+@pytest.fixture(params=KINDS)
+def call(request, stage) -> dict:
+    return stage(KINDS[request.param]())
+
+
+def test_calls_as_the_kernels_need_them_get_to_the_gpu(read_tensors, call):
+    assert lets_through(read_tensors, call)
+
+
+def test_so_do_tensors_that_come_as_tuples(call):
+    """With a device that does not exist, as `cuda_backend._launch` hands them over."""
+    tensors = {
+        name: (*cuda_launch.as_tuple(x)[:4], 0) for name, x in call.items() if isinstance(x, torch.Tensor)
+    }
+    assert lets_through(None, call | tensors)
+
+
+def test_tensors_of_the_cpu_do_not(call):
+    assert not lets_through(cuda_launch.READ_TENSORS, call)
+
+
+def aligned_view(x: torch.Tensor) -> torch.Tensor:
+    """Of a wider tensor: rows start at multiples of 16 bytes."""
+    wide = torch.zeros(*x.shape[:3], x.shape[3] + 16 // x.element_size(), dtype=x.dtype)
+    return wide[..., : x.shape[3]]
+
+
+GOOD = {
+    "float16": dict.fromkeys(("q", "k", "v", "b", "w", "o"), torch.Tensor.half),
+    "g in 16 bits": {"g": torch.Tensor.bfloat16},
+    "views": dict.fromkeys(("q", "k", "v", "g", "b", "w"), aligned_view),
+    "transposed": dict.fromkeys(("q", "g"), lambda x: x.transpose(1, 2).contiguous().transpose(1, 2)),
+    "a scale": {"scale": lambda _: 0.3},
+    "nobody asks": {"final_state": lambda _: None},
+    "v first": {
+        "state_v_first": lambda _: True,
+        **{name: (lambda x: torch.zeros(B, HV, V, K)) for name in ("initial_state", "final_state")},
+    },
+}
+
+
+@pytest.mark.parametrize("changes", GOOD.values(), ids=GOOD)
+def test_variants_get_to_the_gpu(read_tensors, changes):
+    call = forward(inputs())
+    assert lets_through(
+        read_tensors, call | {name: change(call.get(name)) for name, change in changes.items()}
+    )
+
+
+def shifted(x: torch.Tensor) -> torch.Tensor:
+    """The same at an address that is no multiple of 16 bytes."""
+    return torch.zeros(x.numel() + 1, dtype=x.dtype)[1:].view(x.shape)
+
+
+BAD = {
+    "float32": ("q", torch.Tensor.float),
+    "another dtype": ("k", torch.Tensor.half),
+    "another length": ("v", lambda x: x[:, 1:]),
+    "other heads": ("w", lambda x: x[:, :, 1:]),
+    "too many channels": ("q", lambda x: torch.zeros(B, T, H, 192, dtype=x.dtype)),
+    "channels with gaps": ("b", lambda x: x.repeat_interleave(2, -1)[..., ::2]),
+    "an odd address": ("q", shifted),
+    "rows of odd strides": ("k", lambda x: torch.zeros(B, T, H, K + 1, dtype=x.dtype)[..., :K]),
+    "expanded tokens": ("v", lambda x: x[:, :1].expand(x.shape)),
+    "three dimensions": ("g", lambda x: x[0]),
+    "no tensor": ("q", lambda _: 3),
+    "a list": ("g", lambda x: x.tolist()[:1]),
+    "a state in 16 bits": ("initial_state", torch.Tensor.bfloat16),
+    "a transposed state": ("initial_state", lambda x: x.transpose(2, 3).contiguous().transpose(2, 3)),
+    "too few states": ("initial_state", lambda x: x[1:]),
+    "a short workspace": ("workspace", lambda x: x[:-16]),
+    "no workspace": ("workspace", lambda _: None),
+    "A_log without a gate": ("A_log", lambda _: torch.zeros(H)),
+    "a gate without A_log": ("use_gate", lambda _: True),
+    "a bound without a gate": ("lower_bound", lambda _: -1.0),
+    "an erase scale without sigmoids": ("erase_scale", lambda _: 2.0),
+    "a scale that is none": ("scale", lambda _: "large"),
+    "offsets of a batch": ("cu_seqlens", lambda _: torch.tensor([0, T])),
+}
+
+
+@pytest.mark.parametrize(("name", "change"), BAD.values(), ids=BAD)
+def test_wrong_calls_do_not(read_tensors, stage, name, change):
+    call = stage(inputs())
+    assert lets_through(read_tensors, call)
+    assert not lets_through(read_tensors, call | {name: change(call.get(name))})
+
+
+@pytest.mark.parametrize("name", ["o", "final_state", "A_minus_I", "P", *GRADIENTS[:6], "d_initial_state"])
+def test_outputs_have_the_right_shape_and_no_gaps(read_tensors, name):
+    call = backward(inputs()) if name.startswith("d") else keeping(inputs())
+    x = call[name]
+    assert not lets_through(read_tensors, call | {name: x[..., :-1].contiguous()})
+    assert not lets_through(read_tensors, call | {name: x.transpose(0, 1).contiguous().transpose(0, 1)})
+    assert not lets_through(read_tensors, call | {name: x.to(torch.float64)})
+
+
+def test_the_workspace_grows_with_what_is_in_it():
+    call, flags = (
+        inputs(),
+        ((True, False, False), (False, False, False), (True, True, False), (True, True, True)),
+    )
+    numbers = [sizes(call).workspace(call["q"], *x).numel() for x in flags]
+    assert numbers == sorted(set(numbers))
+    assert sizes(packed(call)).workspace(call["q"], *flags[0]).numel() > numbers[0]
