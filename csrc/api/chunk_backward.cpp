@@ -4,7 +4,7 @@ namespace gdn2 {
 
 void chunk_backward(ChunkBackwardParams const& params, cudaStream_t stream) {
   ChunkCall const& call = params.call;
-  plan_and_prepare(call, /*factors_only=*/true, params.row_norms, stream);
+  plan_and_prepare(call, {.factors_only = true, .row_norms = params.row_norms}, stream);
   run_scan_backward({.shape = call.shape,
                      .v = call.v,
                      .w = call.w,

@@ -67,6 +67,7 @@ void take_call_room(Workspace& room, CallShape const& shape, bool packed, bool k
   std::int64_t const slot_heads = std::int64_t{shape.num_slots} * shape.num_gate_heads;
   call.tiles.factors = room.take(slot_heads * 3 * kChunk * padded_k(shape) * kElementBytes);
   call.tiles.gamma_last = room.take<float>(slot_heads * padded_k(shape) * sizeof(float));
+  call.ready = room.take<std::uint32_t>(slot_heads * sizeof(std::uint32_t));
   if (packed) {
     call.plan.slots = room.take<ChunkSlot>(shape.num_slots * sizeof(ChunkSlot));
     call.plan.spans = room.take<SequenceSpan>(shape.num_sequences * sizeof(SequenceSpan));

@@ -2,7 +2,7 @@
 
 namespace gdn2 {
 
-void plan_and_prepare(ChunkCall const& call, bool factors_only, float* row_norms, cudaStream_t stream) {
+void plan_and_prepare(ChunkCall const& call, Preparation const& how, cudaStream_t stream) {
   if (call.cu_seqlens != nullptr) {
     run_plan({.cu_seqlens = call.cu_seqlens,
               .offsets_are_64_bit = call.offsets_are_64_bit,
@@ -22,8 +22,10 @@ void plan_and_prepare(ChunkCall const& call, bool factors_only, float* row_norms
                .scale = call.scale,
                .plan = call.plan,
                .tiles = call.tiles,
-               .row_norms = row_norms,
-               .factors_only = factors_only},
+               .row_norms = how.row_norms,
+               .factors_only = how.factors_only,
+               .ready = how.num_sms > 0 ? call.ready : nullptr,
+               .num_sms = how.num_sms},
               stream);
 }
 

@@ -18,12 +18,18 @@ struct ChunkCall {
   bool offsets_are_64_bit;
   PackedPlan plan;  // room for it where cu_seqlens is given, else null pointers
   ChunkTiles tiles;
+  std::uint32_t* ready;  // room for PrepareParams::ready
   float const* initial_state;
   bool state_v_first;
 };
 
-// plan (packed calls) and prepare; see PrepareParams for the last two of its arguments.
-void plan_and_prepare(ChunkCall const& call, bool factors_only, float* row_norms, cudaStream_t stream);
+// plan (packed calls) and prepare.
+struct Preparation {
+  bool factors_only = false;   // see PrepareParams
+  float* row_norms = nullptr;  // likewise
+  int num_sms = 0;             // of a prepare beside its walk, or 0: the walk comes after
+};
+void plan_and_prepare(ChunkCall const& call, Preparation const& how, cudaStream_t stream);
 
 // The stages, csrc/sm90.
 void run_plan(PlanParams const& params, cudaStream_t stream);

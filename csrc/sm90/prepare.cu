@@ -73,7 +73,7 @@ struct LevelOperands {
 
 // What a CTA works on at a time.
 struct Work {
-  int order;  // among the team's: the earlier chunks of all sequences come first
+  int order;                         // among the team's: the earlier chunks of all sequences come first
   int batch, first_token, num_rows;  // rows beyond num_rows belong to nobody here
   int head, gate_head;
   int tile;  // index of the slot and gate head among the output tiles

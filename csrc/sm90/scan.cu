@@ -17,6 +17,8 @@
 // (16 KB a warpgroup, float32, in the order of the accumulators), gamma*E (16 KB), scale*gamma*q and A-I (24 KB), Kt
 // and P (24 KB); O 8 KB a warpgroup.
 //
+// Beside prepare (few heads): the loads of a chunk's tiles wait for its flag.
+//
 // Tensor cores, one chunk (cycles at full rate) and what the math warps do behind them:
 //     X 256        | O = S q 256        | R 128        |         | S' 256    | O += R P 128
 //     last O out   | round X            |              | round R | Z of c+1  | round and decay S
@@ -25,6 +27,8 @@
 #include "api/chunk_forward.h"
 #include "api/cuda_error.h"
 #include "sm90/scan_parts.cuh"
+#include "tile/launch_order.cuh"
+#include "tile/ready_flag.cuh"
 #include "tile/tensor_map.h"
 
 namespace gdn2 {
@@ -120,6 +124,9 @@ __device__ void load(SharedStorage<Cfg>& smem, ScanParams const& params, TensorM
     at_values.advance();
 
     FullBarrier& full_E = smem.ring_E.begin_fill(at_E, kTile + kGammaBytes);
+    if (params.ready != nullptr) {
+      wait_ready(params.ready + tile);
+    }
     bulk_load(smem.gamma_E[at_E.stage], factors + 2 * kTile, kTile, full_E);
     bulk_load(smem.gamma_last[at_E.stage], tiles.gamma_last + tile * Cfg::kDimK, kGammaBytes, full_E);
     at_E.advance();
@@ -136,6 +143,9 @@ __device__ void load(SharedStorage<Cfg>& smem, ScanParams const& params, TensorM
     bulk_load(factors_k.Kt, factors + kTile, kTile, full_k);
     bulk_load(factors_k.P, static_cast<std::uint8_t const*>(tiles.P) + tile * kBoxBytes, kBoxBytes, full_k);
     at_k.advance();
+  }
+  if (params.ready != nullptr) {
+    wait_for_earlier_kernels();  // what comes after this one may rely on both
   }
 }
 
@@ -396,8 +406,17 @@ void launch(ScanParams const& params, cudaStream_t stream) {
   constexpr int kColumnsPerCta = Cfg::kWarpgroups * kColumns;
   dim3 const grid(static_cast<unsigned>(shape.num_sequences) * shape.num_value_heads,
                   (shape.dim_v + kColumnsPerCta - 1) / kColumnsPerCta);
-  kernel<<<grid, Cfg::kThreads, kSmemBytes, stream>>>(params, maps);
-  throw_on_error(cudaGetLastError(), "scan: launch");
+  cudaLaunchAttribute beside{};  // a prepare that is still running
+  beside.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  beside.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(Cfg::kThreads);
+  config.dynamicSmemBytes = kSmemBytes;
+  config.stream = stream;
+  config.attrs = &beside;
+  config.numAttrs = params.ready != nullptr ? 1 : 0;
+  throw_on_error(cudaLaunchKernelEx(&config, kernel, params, maps), "scan: launch");
 }
 
 template <class Element, int kDimK>
