@@ -11,16 +11,17 @@
 namespace gdn2::recurrent {
 
 // kVFirst: states are [V, K] in memory. kOneToken: no sequence has more, and bfloat16 states go back as bfloat16.
-// kAligned: rows are whole pieces, at addresses of whole pieces.
+// kAligned: rows are whole pieces, at addresses of whole pieces. kSlices: of a CTA, each with threads of its own.
 //
 // Results do not depend on the number of sequences, to the bit: whatever that decides (kColumns, kOneToken) leaves the
 // order of the sums over channels as it is.
-template <class State_, bool kVFirst_, int kDimK_, int kColumns_, bool kOneToken_, bool kAligned_>
+template <class State_, bool kVFirst_, int kDimK_, int kColumns_, bool kOneToken_, bool kAligned_,
+          int kSlices_ = 1>
 struct Config {
   using State = State_;
   static constexpr bool kVFirst = kVFirst_, kOneToken = kOneToken_, kAligned = kAligned_;
-  static constexpr int kDimK = kDimK_, kColumns = kColumns_;
-  static constexpr int kThreads = kDimK;  // one a channel
+  static constexpr int kDimK = kDimK_, kColumns = kColumns_, kSlices = kSlices_;
+  static constexpr int kThreads = kDimK;  // of a slice: one a channel
   static constexpr int kWarps = kThreads / kWarpThreads;
   // One token: wide slices of bfloat16 states stay as they are in 32 registers, and are unpacked and decayed in both
   // passes. That is twice the bytes in flight of an unpacked slice.
@@ -66,8 +67,8 @@ struct StateSlice {
   using Bits = typename PieceBits<kVector * sizeof(State)>::Type;
   std::conditional_t<Cfg::kPacked, Bits, float[kVector]> pieces[kVectors];
 
-  __device__ static int piece() { return threadIdx.x % Cfg::kPieces; }
-  __device__ static int first_row() { return threadIdx.x / Cfg::kPieces; }
+  __device__ static int piece() { return thread_of_slice<Cfg>() % Cfg::kPieces; }
+  __device__ static int first_row() { return thread_of_slice<Cfg>() / Cfg::kPieces; }
 
   __device__ void get(float (&x)[kVector], int j) const {
     if constexpr (Cfg::kPacked) {
@@ -168,6 +169,20 @@ struct StateSlice {
     }
   }
 
+  // From and to all of a matrix in shared memory, kSlices * kColumns wide, its rows one after the other.
+  __device__ void read_tile(std::uint8_t const* tile, int first_column) {
+#pragma unroll
+    for (int j = 0; j < kVectors; ++j) {
+      unpack_piece(pieces[j], *reinterpret_cast<Bits const*>(tile + tile_offset(first_column, j)));
+    }
+  }
+  __device__ void write_tile(std::uint8_t* tile, int first_column) const {
+#pragma unroll
+    for (int j = 0; j < kVectors; ++j) {
+      *reinterpret_cast<Bits*>(tile + tile_offset(first_column, j)) = pack_piece<State>(pieces[j]);
+    }
+  }
+
   // To a matrix of State or of float.
   template <class Out>
   __device__ void store(std::uint8_t* address, std::int32_t stride_row, CallShape const& shape,
@@ -190,6 +205,13 @@ struct StateSlice {
   }
 
  private:
+  __device__ static int tile_offset(int first_column, int j) {
+    constexpr int kRowLength = Cfg::kVFirst ? Cfg::kDimK : Cfg::kSlices * Cfg::kColumns;
+    int const row = first_row() + j * Cfg::kRowsAtOnce + (Cfg::kVFirst ? first_column : 0);
+    int const first = piece() * kVector + (Cfg::kVFirst ? 0 : first_column);
+    return (row * kRowLength + first) * static_cast<int>(sizeof(State));
+  }
+
   template <class Out>
   __device__ static Out rounded(float x) {
     if constexpr (sizeof(Out) == sizeof(float)) {

@@ -1,6 +1,8 @@
 // What recurrent.cu needs of a token: where a CTA works, the token's inputs from memory to shared memory, outputs back.
 #pragma once
 
+#include <cutlass/arch/barrier.h>
+
 #include "api/recurrent.h"
 #include "tile/convert.cuh"
 #include "tile/exact_activation.cuh"
@@ -10,7 +12,23 @@ namespace gdn2::recurrent {
 constexpr unsigned kAllLanes = 0xffffffff;
 constexpr int kNoSlot = -1;
 
-// Where a CTA works. Tokens and slot come from memory, where sequences are packed or slots are given.
+// The thread's index among those of its slice of value columns.
+template <class Cfg>
+__device__ int thread_of_slice() {
+  return Cfg::kSlices == 1 ? threadIdx.x : threadIdx.x % Cfg::kThreads;
+}
+
+// A barrier of the threads of a slice.
+template <class Cfg>
+__device__ void sync_slice() {
+  if constexpr (Cfg::kSlices == 1) {
+    __syncthreads();
+  } else {
+    cutlass::arch::NamedBarrier::sync(Cfg::kThreads, threadIdx.x / Cfg::kThreads);
+  }
+}
+
+// Where a slice's threads work. Tokens and slot come from memory, where sequences are packed or slots are given.
 struct Work {
   int sequence, value_head, head, gate_head, first_column, batch;
   int first_token = 0, num_tokens = 0;
@@ -34,12 +52,13 @@ __device__ inline int slot_of_index(RecurrentParams const& params, std::int64_t 
 }
 
 // What follows from the parameters alone.
-__device__ inline Work find_work(RecurrentParams const& params, int columns_per_cta, int first_sequence) {
+__device__ inline Work find_work(RecurrentParams const& params, int sequence, int value_head,
+                                 int first_column) {
   CallShape const& shape = params.shape;
   Work work;
-  work.first_column = blockIdx.x * columns_per_cta;
-  work.value_head = blockIdx.y;
-  work.sequence = first_sequence + blockIdx.z;
+  work.first_column = first_column;
+  work.value_head = value_head;
+  work.sequence = sequence;
   bool const grouped = shape.num_heads != shape.num_value_heads;
   work.head = grouped ? work.value_head / (shape.num_value_heads / shape.num_heads) : work.value_head;
   work.gate_head = shape.num_gate_heads == shape.num_value_heads ? work.value_head : work.head;
@@ -117,13 +136,14 @@ __device__ inline std::uint32_t load_16_bits(std::uint8_t const* address) {
 struct TokenAddresses {
   std::uint8_t *q, *k, *b, *g, *v, *w;
 
-  __device__ TokenAddresses(RecurrentParams const& params, Work const& work)
-      : q(address(params.q, work.batch, 0, work.head, threadIdx.x)),
-        k(address(params.k, work.batch, 0, work.head, threadIdx.x)),
-        b(address(params.b, work.batch, 0, work.gate_head, threadIdx.x)),
-        g(address(params.g, work.batch, 0, work.gate_head, threadIdx.x)),
-        v(address(params.v, work.batch, 0, work.value_head, work.first_column + threadIdx.x)),
-        w(address(params.w, work.batch, 0, work.value_head, work.first_column + threadIdx.x)) {}
+  // thread: of the slice
+  __device__ TokenAddresses(RecurrentParams const& params, Work const& work, int thread)
+      : q(address(params.q, work.batch, 0, work.head, thread)),
+        k(address(params.k, work.batch, 0, work.head, thread)),
+        b(address(params.b, work.batch, 0, work.gate_head, thread)),
+        g(address(params.g, work.batch, 0, work.gate_head, thread)),
+        v(address(params.v, work.batch, 0, work.value_head, work.first_column + thread)),
+        w(address(params.w, work.batch, 0, work.value_head, work.first_column + thread)) {}
 
   __device__ void advance(RecurrentParams const& params, int num_tokens) {
     q += wide_product(num_tokens, params.q.stride_token);
@@ -146,7 +166,7 @@ template <class Cfg>
 __device__ RawToken load_token(TokenAddresses const& at, RecurrentParams const& params, Work const& work,
                                int t) {
   RawToken raw;
-  int const channel = threadIdx.x, column = threadIdx.x;
+  int const channel = thread_of_slice<Cfg>(), column = channel;
   if (channel < params.shape.dim_k) {
     raw.q = load_16_bits(at.q);
     raw.k = load_16_bits(at.k);
@@ -168,9 +188,8 @@ __device__ RawToken load_token(TokenAddresses const& at, RecurrentParams const& 
 struct DecayRate {
   float rate = 1.f, bias = 0.f;
 
-  __device__ DecayRate(RecurrentParams const& params, Work const& work) {
+  __device__ DecayRate(RecurrentParams const& params, Work const& work, int channel) {
     GateParams const& gates = params.gates;
-    int const channel = threadIdx.x;
     if (gates.decay_gate == DecayGate::kNone || channel >= params.shape.dim_k) {
       return;
     }
@@ -215,7 +234,7 @@ __device__ void publish(TokenStorage<Cfg>& out, RawToken const& raw, DecayRate c
                         RecurrentParams const& params) {
   ElementType const element = params.shape.element;
   GateParams const& gates = params.gates;
-  int const channel = threadIdx.x, column = threadIdx.x;
+  int const channel = thread_of_slice<Cfg>(), column = channel;
   float const q = to_float(raw.q, element), k = to_float(raw.k, element);
   float b = to_float(raw.b, element);
   if (gates.use_gate_sigmoid) {
@@ -284,8 +303,8 @@ template <class Cfg>
 __device__ void fill_outputs(RecurrentParams const& params, Work const& work, int first, int end,
                              float value) {
   constexpr int kRows = Cfg::kThreads / Cfg::kColumns;
-  for (int token = first + threadIdx.x / Cfg::kColumns; token < end; token += kRows) {
-    store_output(params, work, token, threadIdx.x % Cfg::kColumns, value);
+  for (int token = first + thread_of_slice<Cfg>() / Cfg::kColumns; token < end; token += kRows) {
+    store_output(params, work, token, thread_of_slice<Cfg>() % Cfg::kColumns, value);
   }
 }
 

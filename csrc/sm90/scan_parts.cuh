@@ -58,11 +58,6 @@ inline CUtensorMap value_map(TokenTensor const& x, CallShape const& shape) {
   return token_map(x, shape, shape.num_value_heads, shape.dim_v, shape.element);
 }
 
-// Copies contiguous bytes from global to shared memory and counts them on the barrier.
-__device__ inline void bulk_load(void* smem, void const* global, std::uint32_t bytes, FullBarrier& full) {
-  cute::SM90_BULK_COPY_G2S::copy(global, reinterpret_cast<std::uint64_t*>(&full), smem, bytes);
-}
-
 // Z of a chunk and warpgroup: four accumulators of every thread at a time.
 using FragmentsZ = float4[kColumns * kChunk / 4 / kWarpgroupThreads][kWarpgroupThreads];
 

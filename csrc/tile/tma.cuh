@@ -28,6 +28,12 @@ __device__ void tma_load(CUtensorMap const& map, cutlass::arch::ClusterTransacti
                             static_cast<std::int32_t>(coordinates)...);
 }
 
+// Copies contiguous bytes, a multiple of 16, from global to shared memory and counts them on the barrier.
+__device__ inline void bulk_load(void* smem, void const* global, std::uint32_t bytes,
+                                 cutlass::arch::ClusterTransactionBarrier& full) {
+  cute::SM90_BULK_COPY_G2S::copy(global, reinterpret_cast<std::uint64_t*>(&full), smem, bytes);
+}
+
 // Byte offset, inside a box that starts at a multiple of kSwizzleAtomBytes, of the 16-byte piece `piece` of `row`.
 __host__ __device__ constexpr std::uint32_t swizzled_offset(int row, int piece) {
   return row * kBoxRowBytes + ((piece ^ (row & 7)) << 4);
