@@ -213,7 +213,7 @@ class GatedDeltaNet2(nn.Module):
         if self.gates.decay != "none":
             decays = self.key_dim if self.gates.decay == "channel" else num_heads
             self.f_proj = low_rank(decays, bias=False) if self.gates.decay == "channel" else linear(decays)
-            self.A_log, self.dt_bias = _decay_parameters(num_heads, decays)
+            self.A_log, self.dt_bias = nn.Parameter(torch.empty(num_heads)), nn.Parameter(torch.empty(decays))
         if self.gates.erase != "none":
             self.b_proj = linear(self.key_dim if self.gates.erase == "channel" else num_heads)
         if self.gates.write == "channel":
@@ -224,6 +224,15 @@ class GatedDeltaNet2(nn.Module):
         for parameter in self.parameters():
             if parameter.dim() == 1:
                 parameter._no_weight_decay = True
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """The decay's: A = exp(A_log) in U[1, 16], softplus(dt_bias) log-uniform in [1e-3, 0.1]."""
+        if self.gates.decay != "none":
+            self.A_log.uniform_(1, 16).log_()
+            dt = self.dt_bias.uniform_(math.log(1e-3), math.log(0.1)).exp_()
+            self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))
 
     def forward(
         self,
@@ -347,13 +356,6 @@ class GatedDeltaNet2(nn.Module):
     def extra_repr(self) -> str:
         heads = f"num_heads={self.num_heads}, num_v_heads={self.num_v_heads}"
         return f"variant={self.variant}, {heads}, K={self.head_k_dim}, V={self.head_v_dim}"
-
-
-def _decay_parameters(num_heads: int, decays: int) -> tuple[nn.Parameter, nn.Parameter]:
-    """A_log [num_heads] with A in U[1, 16]; dt_bias [decays], softplus of it log-uniform in [1e-3, 0.1]."""
-    A = torch.empty(num_heads).uniform_(1, 16)
-    dt = torch.exp(torch.empty(decays).uniform_(math.log(1e-3), math.log(0.1)))
-    return nn.Parameter(A.log()), nn.Parameter(dt + torch.log(-torch.expm1(-dt)))
 
 
 def _last_rows(x: Tensor, history: Tensor | None, is_token: Tensor | None, count: int) -> Tensor:

@@ -88,7 +88,7 @@ class ShortConvolution(nn.Conv1d):
         return _convolve(x, weight, self.bias, history, positions)
 
 
-def _sequence_of_token(cu_seqlens: Tensor, seqlen: int) -> Tensor:
+def sequence_of_token(cu_seqlens: Tensor, seqlen: int) -> Tensor:
     """[1, T] int32"""
     tokens = torch.arange(seqlen, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
     return torch.searchsorted(cu_seqlens[1:], tokens, right=True, out_int32=True).unsqueeze(0)
@@ -98,7 +98,7 @@ def _positions(cu_seqlens: Tensor, seqlen: int) -> Tensor:
     """[1, T]: how many tokens of its sequence a token has before it."""
     tokens = torch.arange(seqlen, device=cu_seqlens.device)
     last = cu_seqlens.shape[0] - 2
-    return tokens - cu_seqlens[_sequence_of_token(cu_seqlens, seqlen).clamp(max=last)]
+    return tokens - cu_seqlens[sequence_of_token(cu_seqlens, seqlen).clamp(max=last)]
 
 
 def _causal_conv1d(x, weight, bias, history, cu_seqlens) -> Tensor:
@@ -108,7 +108,7 @@ def _causal_conv1d(x, weight, bias, history, cu_seqlens) -> Tensor:
         x.transpose(1, 2),
         weight.to(x.dtype),
         bias if bias is None else bias.to(x.dtype),
-        seq_idx=None if cu_seqlens is None else _sequence_of_token(cu_seqlens, x.shape[1]),
+        seq_idx=None if cu_seqlens is None else sequence_of_token(cu_seqlens, x.shape[1]),
         initial_states=None if history is None else history.to(x.dtype).transpose(1, 2),
         activation="silu",
     )
