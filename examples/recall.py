@@ -131,6 +131,11 @@ def loss_and_hits(model: torch.nn.Module, batch: Batch, device: torch.device) ->
     return functional.cross_entropy(logits, answers), logits.argmax(-1) == answers
 
 
+def numbers(task: str, options: argparse.Namespace) -> tuple[int, ...]:
+    """Of pairs or needles."""
+    return tuple(options.pairs) if options.pairs and task != "needle" else PAIRS[task]
+
+
 def train_and_score(run: Run, options: argparse.Namespace) -> dict:
     """Trains one model and scores it: accuracy for every number of pairs or needles."""
     torch.set_num_threads(options.threads)
@@ -147,8 +152,7 @@ def train_and_score(run: Run, options: argparse.Namespace) -> dict:
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, options.lr, total_steps=options.steps, pct_start=0.1, cycle_momentum=False
     )
-    counts = options.pairs or PAIRS[run.task]
-    counts = (1,) if run.task == "needle" else counts
+    counts = numbers(run.task, options)
     generator = torch.Generator().manual_seed(run.seed)
     begin = time.perf_counter()
     for step in range(options.steps):
@@ -269,11 +273,12 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=max(1, torch.get_num_threads()), help="of a job")
     parser.add_argument("--out", type=Path, default=Path("recall"))
     options = parser.parse_args(arguments)
-    largest = max(max(options.pairs or PAIRS[task]) for task in options.tasks)
-    if largest > NUM_KEYS or (set(options.tasks) - {"mqar"} and 3 * largest > options.length):
-        parser.error(
-            f"--pairs: {largest} pairs need as many of {NUM_KEYS} keys, and 3 tokens of --length each"
-        )
+    for task in options.tasks:
+        largest = max(numbers(task, options))
+        if largest > (NUM_KEYS if task == "mqar" else min(NUM_KEYS, options.length // 3)):
+            parser.error(
+                f"--pairs: {largest} need as many of {NUM_KEYS} keys, needles 3 tokens of --length each"
+            )
     if min(options.steps, options.batch, options.test_batches, options.jobs) < 1:
         parser.error("--steps, --batch, --test-batches and --jobs: expected at least 1")
     return options
