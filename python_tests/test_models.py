@@ -1,0 +1,207 @@
+"""The language model in Hugging Face's conventions."""
+
+import compare
+import pytest
+import torch
+from torch.nn import functional
+
+pytest.importorskip("transformers", reason="the models need transformers")
+
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from gdn2_ext import GatedDeltaNet2
+from gdn2_ext.models import GatedDeltaNet2Cache, GatedDeltaNet2Config, GatedDeltaNet2ForCausalLM
+from gdn2_ext.models.attention import SlidingWindowAttention
+
+HYBRID = {"attention_every": 2, "sliding_window": 16, "num_attention_heads": 4, "num_key_value_heads": 2}
+KINDS = {
+    "recurrent": {},
+    "hybrid": HYBRID,
+    "attention_first": {**HYBRID, "layer_types": ["sliding_attention", "linear_attention"]},
+    "tied": {"tie_word_embeddings": True, "variant": "kda", "num_v_heads": 4},
+}
+GENERATION = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+
+
+@pytest.fixture(params=KINDS)
+def model(request, backend, seed) -> GatedDeltaNet2ForCausalLM:
+    torch.manual_seed(seed)
+    config = GatedDeltaNet2Config.named("tiny", backend=backend.name, **KINDS[request.param])
+    return AutoModelForCausalLM.from_config(config).to(backend.device, backend.dtype).eval()
+
+
+@pytest.fixture
+def tokens(backend, seed) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, 257, (3, 40), generator=generator).to(backend.device)
+
+
+def assert_same_tokens(backend, model, actual, expected, prompt: int) -> None:
+    """In 16 bits two ways to compute the logits may choose another token where two are nearly as likely."""
+    if backend.dtype not in (torch.bfloat16, torch.float16):
+        assert torch.equal(actual, expected)
+        return
+    for row, (a, b) in enumerate(zip(actual, expected)):
+        differing = (a != b).nonzero()
+        if len(differing):
+            first = int(differing[0])
+            assert first >= prompt, f"row {row}: the prompt changed"
+            logits = model(b[None, :first], use_cache=False).logits[0, -1].float()
+            gap = (logits[b[first]] - logits[a[first]]).abs()
+            assert gap < 0.02 * logits.std(), (
+                f"row {row}, token {first}: {int(a[first])} instead of {int(b[first])}"
+            )
+
+
+def recomputed(model, tokens: torch.Tensor, count: int) -> torch.Tensor:
+    """Greedy tokens, each from the whole sequence before it."""
+    with torch.no_grad():
+        for _ in range(count):
+            logits = model(tokens, use_cache=False).logits[:, -1:]
+            tokens = torch.cat([tokens, logits.argmax(-1)], 1)
+    return tokens
+
+
+# -- generation ----------------------------------------------------------------------------------------------
+
+
+def test_generation_is_full_recomputation(backend, model, tokens):
+    generated = model.generate(tokens, max_new_tokens=24, **GENERATION)
+    assert_same_tokens(backend, model, generated, recomputed(model, tokens, 24), 40)
+
+
+def test_padded_prompts_generate_what_they_generate_alone(backend, model, tokens):
+    mask = torch.ones_like(tokens)
+    mask[0, :13] = 0
+    together = model.generate(tokens, attention_mask=mask, max_new_tokens=20, **GENERATION)
+    alone = model.generate(tokens[:1, 13:], max_new_tokens=20, **GENERATION)
+    assert_same_tokens(backend, model, together[:1, 13:], alone, 27)
+    without = model.generate(tokens[1:], max_new_tokens=20, **GENERATION)
+    assert_same_tokens(backend, model, together[1:], without, 40)
+
+
+@pytest.mark.most_exact_dtype
+def test_beams_carry_their_states(backend, model, tokens):
+    if backend.name == "cuda":
+        pytest.skip("beams part where two are nearly as likely: compared on the torch backend")
+    options = {"max_new_tokens": 10, "num_beams": 3, **GENERATION}
+    cached, whole = (model.generate(tokens, use_cache=use, **options) for use in (True, False))
+    assert torch.equal(cached, whole)
+
+
+@torch.no_grad()
+def test_a_prompt_in_segments_gives_the_same_logits(backend, model, tokens):
+    cache, parts = GatedDeltaNet2Cache(model.config), []
+    for begin, end in ((0, 25), (25, 26), (26, 40)):
+        parts.append(model(tokens[:, begin:end], past_key_values=cache, use_cache=True).logits)
+    assert cache.get_seq_length() == 40
+    bar = 3e-2 if backend.dtype in (torch.bfloat16, torch.float16) else 1e-5
+    compare.assert_close(torch.cat(parts, 1), model(tokens).logits, bar, "logits")
+
+
+@torch.no_grad()
+def test_packed_sequences_do_not_see_each_other(backend, model, tokens):
+    offsets = torch.tensor([0, 11, 11, 40])
+    packed = model(tokens[:1], cu_seqlens=offsets.to(backend.device), cu_seqlens_cpu=offsets).logits
+    alone = [model(tokens[:1, begin:end]).logits for begin, end in ((0, 11), (11, 40))]
+    bar = 3e-2 if backend.dtype in (torch.bfloat16, torch.float16) else 1e-5
+    compare.assert_close(packed, torch.cat(alone, 1), bar, "logits")
+
+
+def test_a_recurrent_state_does_not_go_back(model):
+    with pytest.raises(NotImplementedError, match="cannot go back"):
+        GatedDeltaNet2Cache(model.config).crop(-1)
+
+
+# -- checkpoints and training --------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_a_saved_model_loads_as_it_was(backend, model, tokens, tmp_path):
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").exists()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).to(backend.device, backend.dtype)
+    assert isinstance(loaded, GatedDeltaNet2ForCausalLM)
+    elsewhere = {"dtype": None, "_name_or_path": None}
+    assert loaded.config.to_dict() | elsewhere == model.config.to_dict() | elsewhere
+    for name, x in model.state_dict().items():
+        compare.assert_bitwise_equal(loaded.state_dict()[name], x, name)
+    compare.assert_bitwise_equal(loaded.eval()(tokens).logits, model(tokens).logits, "logits")
+
+
+def gradients(model, tokens, **options) -> tuple[torch.Tensor, dict]:
+    model.zero_grad()
+    loss = model(tokens, labels=tokens, **options).loss
+    loss.backward()
+    return loss.detach(), {name: x.grad.clone() for name, x in model.named_parameters()}
+
+
+@pytest.mark.parametrize("change", ["whole_loss", "checkpointing", "num_items"])
+def test_ways_to_train_give_the_same_gradients(backend, model, tokens, change):
+    model.train()
+    expected, expected_gradients = gradients(model, tokens)
+    options = {}
+    if change == "whole_loss":
+        model.config.use_chunked_loss = False
+    elif change == "checkpointing":
+        model.gradient_checkpointing_enable()
+    else:
+        options["num_items_in_batch"] = tokens.shape[0] * (tokens.shape[1] - 1)
+    loss, actual = gradients(model, tokens, **options)
+    bar = 2e-2 if backend.dtype in (torch.bfloat16, torch.float16) else 1e-5
+    compare.assert_close(loss, expected, bar, "loss")
+    for name, x in actual.items():
+        compare.assert_close(x, expected_gradients[name], bar, name)
+
+
+def test_the_loss_is_that_of_the_next_token(backend, model, tokens):
+    labels = tokens.clone()
+    labels[0, :20] = -100
+    output = model(tokens, labels=labels)
+    expected = functional.cross_entropy(output.logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten())
+    compare.assert_close(output.loss.detach(), expected.detach(), 1e-6, "loss")
+    assert model(tokens, logits_to_keep=2).logits.shape == (3, 2, 257)
+
+
+# -- configuration -------------------------------------------------------------------------------------------
+
+
+def test_the_configuration_is_known_by_its_type():
+    config = AutoConfig.for_model("gated_deltanet2", num_hidden_layers=4, attention_every=2)
+    assert config.layer_types == ["linear_attention", "sliding_attention"] * 2
+    with torch.device("meta"):
+        layers = AutoModelForCausalLM.from_config(config).model.layers
+    assert [type(layer.attn) for layer in layers] == [GatedDeltaNet2, SlidingWindowAttention] * 2
+
+
+@pytest.mark.parametrize("name", ["1.3b", "1.3b-hybrid"])
+def test_the_papers_sizes(name):
+    config = GatedDeltaNet2Config.named(name)
+    with torch.device("meta"):
+        parameters = sum(x.numel() for x in GatedDeltaNet2ForCausalLM(config).parameters())
+    assert parameters == pytest.approx(1.33e9, rel=0.03)
+    assert config.num_heads * config.head_dim**2 == 262144 and config.sliding_window == 2048
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"layer_types": ["attention"] * 2}, "layer_types: expected 2 of 'linear_attention' or"),
+        ({"layer_types": ["linear_attention"]}, "layer_types: expected 2 of"),
+        ({**HYBRID, "num_attention_heads": 3}, "num_attention_heads: expected heads of an even size in 64"),
+        ({**HYBRID, "num_key_value_heads": 3}, "num_key_value_heads: expected a divisor of 4, got 3"),
+        ({**HYBRID, "sliding_window": 0}, "sliding_window: expected at least 1 token, got 0"),
+    ],
+)
+def test_bad_configurations_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        GatedDeltaNet2Config.named("tiny", **options)
+    with pytest.raises(ValueError, match="name: expected one of"):
+        GatedDeltaNet2Config.named("13b")
+
+
+def test_bad_calls_are_refused(model, tokens):
+    with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
+        model()
+    with pytest.raises(ValueError, match="logits_to_keep: expected 0 with labels"):
+        model(tokens, labels=tokens, logits_to_keep=1)
