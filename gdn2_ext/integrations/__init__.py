@@ -1,0 +1,1 @@
+"""gdn2_ext inside other libraries."""
