@@ -249,7 +249,7 @@ def _is_default(value: object, default: object) -> bool:
 def _report(name: str, reason: str, refused: bool) -> None:
     """Log that a call goes to FLA, at most once a reason.
 
-    refused: the reason is the text of an error, which names sizes; those that differ in numbers alone are one.
+    refused: the reason is the text of an error, which names sizes; two that differ in numbers alone are one.
     """
     if not logger.isEnabledFor(logging.INFO):
         return
