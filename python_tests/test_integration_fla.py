@@ -667,13 +667,14 @@ def theirs(installed, monkeypatch) -> list[str]:
 
 @pytest.fixture
 def own(monkeypatch) -> list[str]:
-    """The names of this package's functions that get called, one entry a call."""
+    """The names of this package's functions that get called, once each: torch.compile guards on the list."""
     calls = []
 
     def counted(function):
         @functools.wraps(function)
         def call(*args, **kwargs):
-            calls.append(function.__name__)
+            if function.__name__ not in calls:
+                calls.append(function.__name__)
             return function(*args, **kwargs)
 
         return call
@@ -752,7 +753,7 @@ def test_flas_layer_trains_on_these_kernels(hopper, installed, theirs, own, comp
             optimizer.step()
             optimizer.zero_grad()
             losses.append(loss.item())
-    assert theirs == ["chunk_gdn2"] and own and set(own) == {"chunk_gdn2"}
+    assert theirs == own == ["chunk_gdn2"]
     assert losses[-1] < losses[0]
 
 
