@@ -396,6 +396,9 @@ def chunk_gdn2(
     return (o, final_state, h) if return_intermediate_states else (o, final_state)
 
 
+_CHUNK_SIGNATURE = inspect.signature(chunk_gdn2)  # once: it takes 26 us
+
+
 def _num_state_chunks(q: Tensor, cu_seqlens: Tensor | None, host_offsets: Tensor | None) -> int:
     seqlen = q.shape[1]
     if cu_seqlens is None:
@@ -597,7 +600,7 @@ def supports(
         (True, "") or (False, reason). Nothing is launched; tensors that `chunk_gdn2` itself would refuse
         raise the same errors as there.
     """
-    inspect.signature(chunk_gdn2).bind(q, k, v, g, b, w, **options)
+    _CHUNK_SIGNATURE.bind(q, k, v, g, b, w, **options)
     _check_tokens(q, k, v, g, b, w)
     reason = cuda_backend.why_not_chunk(q, v)
     return reason is None, reason or ""
