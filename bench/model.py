@@ -109,8 +109,8 @@ def measure_layer(repeats: int, fla: bool, seed: int) -> list[dict]:
     for name, time in times.items():
         error = compare.relative_error(results[name][0].float(), results["gdn2_ext"][0].float())
         rows.append(
-            {"what": "layer", "shape": "B{}xT{}".format(*LAYER_SHAPE), "implementation": name, "ms": time.median,
-             "ms_p10": time.low, "ms_p90": time.high,
+            {"what": "layer", "shape": "B{}xT{}".format(*LAYER_SHAPE), "implementation": name,
+             "ms": time.median, "ms_p10": time.low, "ms_p90": time.high,
              "graph_ms": graph_times[name].median if name in graph_times else None,
              "tokens_per_second": LAYER_SHAPE[0] * LAYER_SHAPE[1] / time.median * 1e3,
              "peak_mib": timing.peak_bytes(steps[name]) / 2**20, "difference_of_o": error}
