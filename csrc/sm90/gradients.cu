@@ -30,6 +30,7 @@
 #include "sm90/token_map.h"
 #include "tile/activation.cuh"
 #include "tile/convert.cuh"
+#include "tile/launch_order.cuh"
 #include "tile/wgmma.cuh"
 
 namespace gdn2 {
@@ -835,6 +836,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   using Element = typename Cfg::Element;
   extern __shared__ std::uint8_t smem_bytes[];
   auto& smem = *reinterpret_cast<GradientsStorage*>(smem_bytes);
+  wait_for_earlier_kernels();  // scan_backward
   if (threadIdx.x == 0) {
     smem.work = GradientsWork(params);
   }
@@ -974,16 +976,16 @@ void launch(GradientsParams const& params, cudaStream_t stream) {
   throw_on_error(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSmemBytes),
                  "gradients: shared memory");
   unsigned const boxes = shape.dim_k > kChannels ? 2 : 1;
-  cudaLaunchAttribute cluster;
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim = {Cfg::kFused && params.gates.use_qk_l2norm ? boxes : 1, 1, 1};
+  cudaLaunchAttribute attributes[2] = {overlapping_launch()};
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim = {Cfg::kFused && params.gates.use_qk_l2norm ? boxes : 1, 1, 1};
   cudaLaunchConfig_t config{};
   config.gridDim = static_cast<unsigned>(shape.num_slots) * shape.num_gate_heads * boxes;
   config.blockDim = kThreads;
   config.dynamicSmemBytes = kSmemBytes;
   config.stream = stream;
-  config.attrs = &cluster;
-  config.numAttrs = 1;
+  config.attrs = attributes;
+  config.numAttrs = 2;
   throw_on_error(cudaLaunchKernelEx(&config, kernel, params, maps), "gradients: launch");
 }
 

@@ -837,6 +837,8 @@ __global__ void __launch_bounds__(Cfg::kThreads, Cfg::kCtasPerSm)
   }
   if constexpr (Cfg::kTeams > 1) {
     clear_ready<Cfg>(params, first_order);
+  } else {
+    let_next_kernel_start();  // where there is room; it waits for the end of this one
   }
   sync_team<Cfg>();
   for (unsigned round = 0; has_order(params, smem.work[round % 4].order); ++round) {

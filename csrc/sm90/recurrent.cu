@@ -133,9 +133,7 @@ void launch(RecurrentParams const& params, cudaStream_t stream) {
   constexpr int kMaxGridZ = 65535;
   CallShape const& shape = params.shape;
   unsigned const slices = (shape.dim_v + Cfg::kColumns - 1) / Cfg::kColumns;
-  cudaLaunchAttribute overlap{};
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchAttribute overlap = overlapping_launch();
   for (int first = 0; first < shape.num_sequences; first += kMaxGridZ) {
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(slices, shape.num_value_heads, min(shape.num_sequences - first, kMaxGridZ));

@@ -194,9 +194,7 @@ int num_multiprocessors() {
 
 template <class Cfg>
 void launch(RecurrentParams const& params, cudaStream_t stream) {
-  cudaLaunchAttribute overlap{};
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchAttribute overlap = overlapping_launch();
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(num_multiprocessors());
   config.blockDim = dim3(kSliceThreads<Cfg> + kWarpThreads);

@@ -109,6 +109,9 @@ __device__ void load(SharedStorage<Cfg>& smem, ScanParams const& params, TensorM
   RingPosition<Cfg::kStagesE> at_E;
   RingPosition<Cfg::kStagesQ> at_q;
   RingPosition<Cfg::kStagesK> at_k;
+  if (params.ready == nullptr) {
+    wait_for_earlier_kernels();  // prepare
+  }
   for (int chunk = 0; chunk < work.num_chunks; ++chunk) {
     std::int64_t const tile = work.first_tile + static_cast<std::int64_t>(chunk) * work.tile_stride;
     auto const* const factors = static_cast<std::uint8_t const*>(tiles.factors) + tile * 3 * kTile;
@@ -145,7 +148,7 @@ __device__ void load(SharedStorage<Cfg>& smem, ScanParams const& params, TensorM
     at_k.advance();
   }
   if (params.ready != nullptr) {
-    wait_for_earlier_kernels();  // what comes after this one may rely on both
+    wait_for_earlier_kernels();  // prepare, which has nothing left to do: what comes next may rely on both
   }
 }
 
@@ -406,16 +409,14 @@ void launch(ScanParams const& params, cudaStream_t stream) {
   constexpr int kColumnsPerCta = Cfg::kWarpgroups * kColumns;
   dim3 const grid(static_cast<unsigned>(shape.num_sequences) * shape.num_value_heads,
                   (shape.dim_v + kColumnsPerCta - 1) / kColumnsPerCta);
-  cudaLaunchAttribute beside{};  // a prepare that is still running
-  beside.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  beside.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchAttribute overlap = overlapping_launch();
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = dim3(Cfg::kThreads);
   config.dynamicSmemBytes = kSmemBytes;
   config.stream = stream;
-  config.attrs = &beside;
-  config.numAttrs = params.ready != nullptr ? 1 : 0;
+  config.attrs = &overlap;
+  config.numAttrs = shape.seqlen > 0 ? 1 : 0;  // else there has been no prepare
   throw_on_error(cudaLaunchKernelEx(&config, kernel, params, maps), "scan: launch");
 }
 

@@ -34,6 +34,7 @@
 #include "api/chunk_backward.h"
 #include "api/cuda_error.h"
 #include "sm90/scan_parts.cuh"
+#include "tile/launch_order.cuh"
 #include "tile/tensor_map.h"
 
 namespace gdn2 {
@@ -178,6 +179,7 @@ __device__ void load(RecomputeStorage<Cfg>& smem, ScanBackwardParams const& para
   RingPosition<Cfg::kStagesRecomputeE> at_E;
   RingPosition<Cfg::kStagesA> at_A;
   RingPosition<Cfg::kStagesKt> at_Kt;
+  wait_for_earlier_kernels();  // prepare
   for (int chunk = 0; chunk < work.num_chunks; ++chunk) {
     ChunkFactors<Cfg> const factors(params.tiles, work, chunk);
     int const token = work.first_token + chunk * kChunk;
@@ -215,6 +217,7 @@ __device__ void load(ReverseStorage<Cfg>& smem, ScanBackwardParams const& params
   RingPosition<Cfg::kStagesK> at_k;
   RingPosition<Cfg::kStagesQ> at_q;
   RingPosition<Cfg::kStagesE> at_E;
+  wait_for_earlier_kernels();  // prepare
   for (int chunk = work.num_chunks - 1; chunk >= 0; --chunk) {
     ChunkFactors<Cfg> const factors(params.tiles, work, chunk);
     int const token = work.first_token + chunk * kChunk;
@@ -565,6 +568,7 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
     forwards ? recompute.init_barriers() : reverse.init_barriers();
   }
   __syncthreads();
+  let_next_kernel_start();
   int const wg = warpgroup_index();
   if (wg < Cfg::kWarpgroups) {
     claim_registers<Cfg::kMathRegisters>();
@@ -609,8 +613,15 @@ void launch(ScanBackwardParams const& params, cudaStream_t stream) {
   constexpr int kColumnsPerCta = Cfg::kWarpgroups * kColumns;
   dim3 const grid(static_cast<unsigned>(shape.num_sequences) * shape.num_value_heads,
                   (shape.dim_v + kColumnsPerCta - 1) / kColumnsPerCta, 2);
-  kernel<<<grid, Cfg::kThreads, kSharedBytes<Cfg>, stream>>>(params, maps);
-  throw_on_error(cudaGetLastError(), "scan_backward: launch");
+  cudaLaunchAttribute overlap = overlapping_launch();
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(Cfg::kThreads);
+  config.dynamicSmemBytes = kSharedBytes<Cfg>;
+  config.stream = stream;
+  config.attrs = &overlap;
+  config.numAttrs = shape.seqlen > 0 ? 1 : 0;  // else there has been no prepare
+  throw_on_error(cudaLaunchKernelEx(&config, kernel, params, maps), "scan_backward: launch");
 }
 
 template <class Element, int kDimK>

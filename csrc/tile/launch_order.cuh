@@ -1,9 +1,19 @@
 // Programmatic dependent launch: a kernel that is launched to overlap with the one before it on its stream.
 #pragma once
 
+#include <cuda_runtime_api.h>
+
 #include "tile/arch.cuh"
 
 namespace gdn2 {
+
+// Of a launch that may begin before the kernel before it on the stream has ended.
+inline cudaLaunchAttribute overlapping_launch() {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  return attribute;
+}
 
 // A value that is known from here on, as far as the compiler can tell.
 template <class T>
