@@ -79,7 +79,9 @@ def measure(
     shape: Shape, passes: list[str], l2norm: bool, repeats: int, fla: Callable | None, seed: int
 ) -> list[dict]:
     inputs = make_inputs(shape, seed)
-    options = {"use_qk_l2norm_in_kernel": True} if l2norm else {}
+    options: dict = {"use_qk_l2norm_in_kernel": True} if l2norm else {}
+    if shape.lengths is not None:
+        options["cu_seqlens"] = cases.packed_offsets(shape.lengths, dtype=torch.int64, device="cuda")
     forward = forward_calls(inputs, options, fla)
     for x in inputs.tensors:
         x.requires_grad_()
