@@ -8,7 +8,7 @@
     linear         nanoseconds a token and head at T = 262144 beside T = 16384
 
 The calls of a topic take turns in one process: medians of eager calls, and of CUDA graphs. The table goes to
-the screen, and with versions, GPU and a digest of the sources to bench/results/variants.csv and variants.json.
+the screen, and with versions, GPU and a digest of the sources to bench/results/variants.csv and .json.
 """
 
 from __future__ import annotations

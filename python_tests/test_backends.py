@@ -207,7 +207,8 @@ def test_other_views_are_copied_to_aligned_rows(x):
 
 
 def test_the_package_says_what_it_has():
-    assert set(gdn2_ext.__all__) == {"chunk_gdn2", "fused_recurrent_gdn2", "supports"}
+    names = {"chunk_gdn2", "fused_recurrent_gdn2", "supports", "GatedDeltaNet2", "RecurrentCache"}
+    assert set(gdn2_ext.__all__) == names
     assert all(getattr(gdn2_ext, name).__doc__ for name in gdn2_ext.__all__)
     assert gdn2_ext.__version__[0].isdigit()
 
