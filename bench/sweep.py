@@ -4,7 +4,7 @@ Over sequence lengths from 1K to 256K (16 heads) and over 1 to 128 heads (T = 81
 groups of value heads, and packed sequences: ours, flash-linear-attention's chunk_gdn2 and its Kimi Delta
 Attention, and PyTorch's causal attention (scaled_dot_product_attention), forward and forward with backward,
 bfloat16, as medians of eager calls that take turns in one process. What would take more memory than there is,
-or longer than --longest, is left out. Everything goes to bench/results/sweep.csv and sweep.json, with versions,
+or longer than --longest, is left out. Everything goes to bench/results/sweep.csv and .json, with versions,
 GPU and a digest of the sources, and to plots in docs/: time a token against T, times faster than Triton, and
 the share of the byte floor. `--plot` draws them anew from sweep.json.
 """
