@@ -26,12 +26,13 @@ struct Work {
   bool malformed;
 };
 
-// columns_per_cta: how many value columns the CTA owns, by blockIdx.y.
-__device__ inline Work find_work(CallShape const& shape, PackedPlan const& plan, int columns_per_cta) {
+// All chunks of a sequence and value head.
+__device__ inline Work find_work(CallShape const& shape, PackedPlan const& plan, int sequence, int value_head,
+                                 int first_column) {
   Work work;
-  work.value_head = blockIdx.x % shape.num_value_heads;
-  work.sequence = blockIdx.x / shape.num_value_heads;
-  work.first_column = blockIdx.y * columns_per_cta;
+  work.value_head = value_head;
+  work.sequence = sequence;
+  work.first_column = first_column;
   work.malformed = false;
   if (plan.spans != nullptr) {
     SequenceSpan const span = plan.spans[work.sequence];
@@ -51,6 +52,25 @@ __device__ inline Work find_work(CallShape const& shape, PackedPlan const& plan,
   work.first_tile = static_cast<std::int64_t>(work.first_slot) * shape.num_gate_heads + gate_head;
   work.tile_stride = shape.num_gate_heads;
   return work;
+}
+
+// Heads fastest; columns_per_cta: how many value columns the CTA owns, by blockIdx.y.
+__device__ inline Work find_work(CallShape const& shape, PackedPlan const& plan, int columns_per_cta) {
+  return find_work(shape, plan, blockIdx.x / shape.num_value_heads, blockIdx.x % shape.num_value_heads,
+                   blockIdx.y * columns_per_cta);
+}
+
+// Narrows the work to a segment of its sequence. Segments have equally many chunks but for the last ones, which may have
+// fewer or none.
+__device__ inline void take_segment(Work& work, int segment, int num_segments) {
+  int const chunks = (work.num_chunks + num_segments - 1) / num_segments;
+  int const first = min(segment * chunks, work.num_chunks),
+            first_token = min(first * kChunk, work.num_tokens);
+  work.first_token += first_token;
+  work.num_tokens = min(work.num_tokens - first_token, chunks * kChunk);
+  work.num_chunks = min(work.num_chunks - first, chunks);
+  work.first_slot += first;
+  work.first_tile += static_cast<std::int64_t>(first) * work.tile_stride;
 }
 
 // v, w, o or dO: a copy brings 64 value columns of a chunk.

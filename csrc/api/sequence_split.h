@@ -1,0 +1,38 @@
+// The exact split of sequences into segments that are walked side by side: every segment is an affine map of the state,
+// S' = M S + N. The maps one after the other give the states that the segments start from.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "params.h"
+
+namespace gdn2 {
+
+// Float32; M, N and states lie transposed, channels side by side, kDimK of them: dim_k rounded up to 64 or 128, missing
+// channels are zero. Segments are numbered along their sequence; the last one of a sequence has no map.
+struct SegmentMapsParams {
+  CallShape shape;
+  TokenTensor v, w;  // see ScanParams
+  GateParams gates;
+  PackedPlan plan;
+  ChunkTiles tiles;  // read
+  int num_segments;  // of every sequence, at least 2
+  float* M;          // [num_sequences, num_segments - 1, num_gate_heads, kDimK, kDimK]
+  float* N;          // [num_sequences, num_segments - 1, num_value_heads, dim_v, kDimK]
+};
+
+struct SegmentStatesParams {
+  CallShape shape;
+  int num_segments;
+  float const *M, *N;
+  float const* initial_state;  // as in ScanParams
+  bool state_v_first;          // of the initial state
+  float*
+      states;  // [num_sequences, num_segments - 1, num_value_heads, dim_v, kDimK]: where segments 1, 2, .. start
+};
+
+void run_segment_maps(SegmentMapsParams const& params, cudaStream_t stream);  // csrc/sm90/segment_maps.cu
+void run_segment_states(SegmentStatesParams const& params,
+                        cudaStream_t stream);  // csrc/sm90/segment_states.cu
+
+}  // namespace gdn2

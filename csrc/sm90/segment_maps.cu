@@ -1,0 +1,314 @@
+// segment_maps: what a segment of a sequence makes of any state: S' = M S + N.
+//
+//     N: the walk of scan from a state of zero         M: the same walk with Z = 0 from the unit matrix
+//     X^T = Z^T - S^T (gamma*E)^T     R^T = X^T + X^T (A-I)^T     S^T = S^T Diag(gamma[C-1]) + R^T Kt
+//
+// Nothing comes out but the last state, in float32: [N^T] and [M^T], channels side by side. M is that of a gate head,
+// for all of its value heads.
+//
+// Grid: one CTA for 64 columns of N (of a sequence and value head) or of M (of a sequence and gate head), and a segment;
+// the last segment of a sequence needs none.
+// Roles: a math warpgroup (S 64, X 32 accumulators; 32 rounded S, 16 rounded X or R a thread); one that makes Z (idle for
+// M); one whose first warp loads.
+// Shared memory (K 128): v and w 2 x 16 KB, Z 2 x 16 KB, gamma*E and gamma[C-1] 3 x 16.5 KB, A-I 3 x 8 KB, Kt 3 x 16 KB.
+//
+// Tensor cores, one chunk: X 256 | R 128 | S' 256 cycles, one after the other.
+#include <cutlass/arch/barrier.h>
+
+#include "api/cuda_error.h"
+#include "api/sequence_split.h"
+#include "sm90/scan_parts.cuh"
+#include "tile/launch_order.cuh"
+#include "tile/tensor_map.h"
+
+namespace gdn2 {
+namespace {
+
+template <class Element_, int kDimK_>
+struct Config {
+  using Element = Element_;
+  static constexpr int kDimK = kDimK_;
+  static constexpr int kWarpgroups = 1;  // of math
+  static constexpr int kTileBytes = kDimK / kBoxColumns * kBoxBytes;
+  static constexpr int kGammaBytes = kDimK * sizeof(float);
+  static constexpr int kSteps = kDimK / 16;  // fragments of a rounded state
+  static constexpr int kStagesValues = 2, kStagesZ = 2, kStagesE = 3, kStagesA = 3, kStagesKt = 3;
+  static constexpr int kThreads = 3 * kWarpgroupThreads;
+  static constexpr int kMathRegisters = 240, kValuesRegisters = 40, kCopyRegisters = 40;
+};
+
+template <class Cfg>
+struct SharedStorage {
+  struct Values {
+    std::uint8_t v[1][kBoxBytes], w[1][kBoxBytes];
+  };
+  alignas(kSwizzleAtomBytes) Values values[Cfg::kStagesValues];
+  std::uint8_t gamma_E[Cfg::kStagesE][Cfg::kTileBytes];
+  std::uint8_t A_minus_I[Cfg::kStagesA][kBoxBytes];
+  std::uint8_t Kt[Cfg::kStagesKt][Cfg::kTileBytes];
+  FragmentsZ Z[Cfg::kStagesZ][1];
+  float gamma_last[Cfg::kStagesE][Cfg::kDimK];  // in the ring of gamma_E
+  RingBarriers<Cfg::kStagesValues> ring_values;
+  RingBarriers<Cfg::kStagesZ> ring_Z;
+  RingBarriers<Cfg::kStagesE> ring_E;
+  RingBarriers<Cfg::kStagesA> ring_A;
+  RingBarriers<Cfg::kStagesKt> ring_Kt;
+
+  // By one thread.
+  __device__ void init_barriers() {
+    constexpr int kCopyEngine = 1, kWarpgroupWarps = kWarpgroupThreads / kWarpThreads;
+    ring_values.init(kCopyEngine, kWarpgroupWarps);
+    ring_Z.init(kWarpgroupWarps, kWarpgroupWarps);
+    ring_E.init(kCopyEngine, kWarpgroupWarps);
+    ring_A.init(kCopyEngine, kWarpgroupWarps);
+    ring_Kt.init(kCopyEngine, kWarpgroupWarps);
+    cutlass::arch::fence_barrier_init();  // orders the inits before the copy engine's use of them
+  }
+};
+
+struct TensorMaps {
+  CUtensorMap v, w;
+};
+
+// A segment of a walk, and which map.
+struct MapWork : Work {
+  bool is_M;
+  int segment;
+};
+
+__device__ MapWork find_map(SegmentMapsParams const& params) {
+  CallShape const& shape = params.shape;
+  int const slices = (shape.dim_v + kColumns - 1) / kColumns;
+  int const num_N = shape.num_sequences * shape.num_value_heads * slices;
+  bool const is_M = static_cast<int>(blockIdx.x) >= num_N;
+  // Columns slowest, as in scan.
+  int const index = blockIdx.x - (is_M ? num_N : 0);
+  int const heads = is_M ? shape.num_gate_heads : shape.num_value_heads;
+  int const lane = index % (shape.num_sequences * heads),
+            column = index / (shape.num_sequences * heads) * kColumns;
+  int const group = shape.num_value_heads / shape.num_gate_heads;
+  MapWork work;
+  static_cast<Work&>(work) =
+      find_work(shape, params.plan, lane / heads, is_M ? lane % heads * group : lane % heads, column);
+  work.is_M = is_M;
+  work.segment = blockIdx.y;
+  take_segment(work, work.segment, params.num_segments);
+  return work;
+}
+
+// ---- load role ---------------------------------------------------------------------------------------------
+
+template <class Cfg>
+__device__ void load(SharedStorage<Cfg>& smem, SegmentMapsParams const& params, TensorMaps const& maps,
+                     MapWork const& work) {
+  ChunkTiles const& tiles = params.tiles;
+  RingPosition<Cfg::kStagesValues> at_values;
+  RingPosition<Cfg::kStagesE> at_E;
+  RingPosition<Cfg::kStagesA> at_A;
+  RingPosition<Cfg::kStagesKt> at_Kt;
+  wait_for_earlier_kernels();  // prepare
+  for (int chunk = 0; chunk < work.num_chunks; ++chunk) {
+    std::int64_t const tile = work.first_tile + static_cast<std::int64_t>(chunk) * work.tile_stride;
+    auto const* const factors = static_cast<std::uint8_t const*>(tiles.factors) + tile * 3 * Cfg::kTileBytes;
+
+    if (!work.is_M) {
+      auto& values = smem.values[at_values.stage];
+      FullBarrier& full_values = smem.ring_values.begin_fill(at_values, sizeof(values));
+      int const token = work.first_token + chunk * kChunk;
+      tma_load(maps.v, full_values, values.v[0], work.first_column, work.value_head, token, work.batch);
+      tma_load(maps.w, full_values, values.w[0], work.first_column, work.value_head, token, work.batch);
+      at_values.advance();
+    }
+    FullBarrier& full_E = smem.ring_E.begin_fill(at_E, Cfg::kTileBytes + Cfg::kGammaBytes);
+    bulk_load(smem.gamma_E[at_E.stage], factors + 2 * Cfg::kTileBytes, Cfg::kTileBytes, full_E);
+    bulk_load(smem.gamma_last[at_E.stage], tiles.gamma_last + tile * Cfg::kDimK, Cfg::kGammaBytes, full_E);
+    at_E.advance();
+
+    FullBarrier& full_A = smem.ring_A.begin_fill(at_A, kBoxBytes);
+    bulk_load(smem.A_minus_I[at_A.stage],
+              static_cast<std::uint8_t const*>(tiles.A_minus_I) + tile * kBoxBytes, kBoxBytes, full_A);
+    at_A.advance();
+
+    FullBarrier& full_Kt = smem.ring_Kt.begin_fill(at_Kt, Cfg::kTileBytes);
+    bulk_load(smem.Kt[at_Kt.stage], factors + Cfg::kTileBytes, Cfg::kTileBytes, full_Kt);
+    at_Kt.advance();
+  }
+}
+
+// ---- math role ---------------------------------------------------------------------------------------------
+
+template <class Cfg>
+struct Walk {
+  using Element = typename Cfg::Element;
+
+  SharedStorage<Cfg>& smem;
+  MapWork const& work;
+  RingPosition<Cfg::kStagesZ> at_Z;
+  RingPosition<Cfg::kStagesE> at_E;
+  RingPosition<Cfg::kStagesA> at_A;
+  RingPosition<Cfg::kStagesKt> at_Kt;
+  float S[Cfg::kDimK / 2], X[32];
+
+  // Calls body(accumulator, channel, column) for this thread's part of S^T.
+  template <class Body>
+  __device__ void for_each(Body body) {
+    int const lane = lane_index(), warp = threadIdx.x % kWarpgroupThreads / kWarpThreads;
+#pragma unroll
+    for (int acc = 0; acc < Cfg::kDimK / 2; ++acc) {
+      int const channel = acc / 4 * 8 + 2 * (lane % 4) + acc % 2;
+      body(acc, channel, work.first_column + 16 * warp + lane / 4 + acc / 2 % 2 * 8);
+    }
+  }
+
+  // Z^T of the next chunk into X.
+  __device__ void begin_Z() {
+    if (work.is_M) {
+#pragma unroll
+      for (float& x : X) {
+        x = 0.f;
+      }
+      return;
+    }
+    smem.ring_Z.wait_full(at_Z);
+    read_Z(X, smem.Z[at_Z.stage][0]);
+    smem.ring_Z.release(at_Z);
+    at_Z.advance();
+  }
+
+  // X^T = Z^T - S^T (gamma*E)^T, and behind it S goes on as S Diag(gamma[C-1]).
+  __device__ void make_X() {
+    smem.ring_E.wait_full(at_E);
+    FragmentA S_rounded[Cfg::kSteps];
+    round_fragments<Element>(S_rounded, S);
+    decay_state(S, smem.gamma_last[at_E.stage]);
+    wgmma_fence();
+    multiply_transposed<Element, ScaleIn::Neg>(X, S_rounded, smem.gamma_E[at_E.stage], true);
+    wgmma_wait<0>();
+    smem.ring_E.release(at_E);
+    at_E.advance();
+  }
+
+  // R^T = X^T + X^T (A-I)^T
+  __device__ void make_R() {
+    FragmentA X_rounded[4];
+    round_fragments<Element>(X_rounded, X);
+    smem.ring_A.wait_full(at_A);
+    wgmma_fence();
+    multiply_transposed<Element, ScaleIn::One>(X, X_rounded, smem.A_minus_I[at_A.stage], true);
+    wgmma_wait<0>();
+    smem.ring_A.release(at_A);
+    at_A.advance();
+  }
+
+  // S'^T = S^T Diag(gamma[C-1]) + R^T Kt, while Z of the next chunk comes.
+  __device__ void make_S(bool is_last) {
+    FragmentA R_rounded[4];
+    round_fragments<Element>(R_rounded, X);
+    smem.ring_Kt.wait_full(at_Kt);
+    wgmma_fence();
+    multiply<Element, ScaleIn::One>(S, R_rounded, smem.Kt[at_Kt.stage], true);
+    if (!is_last) {
+      begin_Z();
+    }
+    wgmma_wait<0>();
+    smem.ring_Kt.release(at_Kt);
+    at_Kt.advance();
+  }
+
+  __device__ void run() {
+    for_each([&](int acc, int channel, int column) { S[acc] = work.is_M && channel == column ? 1.f : 0.f; });
+    if (work.num_chunks > 0) {
+      begin_Z();
+    }
+    for (int chunk = 0; chunk < work.num_chunks; ++chunk) {
+      make_X();
+      make_R();
+      make_S(chunk + 1 == work.num_chunks);
+    }
+  }
+
+  __device__ void store(SegmentMapsParams const& params) {
+    CallShape const& shape = params.shape;
+    int const group = shape.num_value_heads / shape.num_gate_heads;
+    int const heads = work.is_M ? shape.num_gate_heads : shape.num_value_heads;
+    int const head = work.is_M ? work.value_head / group : work.value_head;
+    int const columns = work.is_M ? Cfg::kDimK : shape.dim_v;
+    std::int64_t const row =
+        (static_cast<std::int64_t>(work.sequence) * (params.num_segments - 1) + work.segment) * heads + head;
+    float* const map = (work.is_M ? params.M : params.N) + row * columns * Cfg::kDimK;
+    for_each([&](int acc, int channel, int column) {
+      if (column < columns) {
+        map[column * Cfg::kDimK + channel] = S[acc];
+      }
+    });
+  }
+};
+
+template <class Cfg>
+__global__ void __launch_bounds__(Cfg::kThreads, 1)
+    segment_maps_kernel(__grid_constant__ SegmentMapsParams const params,
+                        __grid_constant__ TensorMaps const maps) {
+  extern __shared__ std::uint8_t smem_bytes[];
+  auto& smem = *reinterpret_cast<SharedStorage<Cfg>*>(smem_bytes);
+  MapWork const work = find_map(params);
+  if (threadIdx.x == 0) {
+    smem.init_barriers();
+  }
+  __syncthreads();
+  let_next_kernel_start();
+  int const wg = warpgroup_index();
+  if (wg == 0) {
+    claim_registers<Cfg::kMathRegisters>();
+    Walk<Cfg> walk{smem, work};
+    walk.run();
+    walk.store(params);
+  } else if (wg == 1) {
+    give_up_registers<Cfg::kValuesRegisters>();
+    if (!work.is_M) {
+      make_values<Cfg>(smem, params.gates, work);
+    }
+  } else {
+    give_up_registers<Cfg::kCopyRegisters>();
+    if (__shfl_sync(0xffffffff, threadIdx.x % kWarpgroupThreads / kWarpThreads, 0) == 0 && elect_one()) {
+      load(smem, params, maps, work);
+    }
+  }
+}
+
+template <class Cfg>
+void launch(SegmentMapsParams const& params, cudaStream_t stream) {
+  CallShape const& shape = params.shape;
+  TensorMaps const maps{.v = value_map(params.v, shape), .w = value_map(params.w, shape)};
+  auto const kernel = segment_maps_kernel<Cfg>;
+  constexpr int kSmemBytes = sizeof(SharedStorage<Cfg>);
+  static_assert(kSmemBytes <= 227 * 1024);
+  throw_on_error(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSmemBytes),
+                 "segment_maps: shared memory");
+  auto const slices = [](int columns) { return (columns + kColumns - 1) / kColumns; };
+  int const maps_of_a_segment = shape.num_sequences * (shape.num_value_heads * slices(shape.dim_v) +
+                                                       shape.num_gate_heads * slices(shape.dim_k));
+  cudaLaunchAttribute overlap = overlapping_launch();
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(maps_of_a_segment, params.num_segments - 1);
+  config.blockDim = dim3(Cfg::kThreads);
+  config.dynamicSmemBytes = kSmemBytes;
+  config.stream = stream;
+  config.attrs = &overlap;
+  config.numAttrs = 1;
+  throw_on_error(cudaLaunchKernelEx(&config, kernel, params, maps), "segment_maps: launch");
+}
+
+template <class Element>
+void dispatch(SegmentMapsParams const& params, cudaStream_t stream) {
+  params.shape.dim_k > 64 ? launch<Config<Element, 128>>(params, stream)
+                          : launch<Config<Element, 64>>(params, stream);
+}
+
+}  // namespace
+
+void run_segment_maps(SegmentMapsParams const& params, cudaStream_t stream) {
+  params.shape.element == ElementType::kFloat16 ? dispatch<__half>(params, stream)
+                                                : dispatch<__nv_bfloat16>(params, stream);
+}
+
+}  // namespace gdn2
