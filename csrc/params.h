@@ -112,6 +112,9 @@ struct ScanParams {
   float* final_state;          // or null
   float* chunk_states;         // [num_slots, num_value_heads, dim_k, dim_v] (or V, K), or null
   std::uint32_t const* ready;  // as in PrepareParams
+  int num_segments;            // of a sequence, walked side by side
+  float const*
+      segment_states;  // where segments 1, 2, .. start: see SegmentStatesParams; null where there is one segment
   bool state_v_first;
 };
 

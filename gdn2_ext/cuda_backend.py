@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from . import cuda_launch
 from .cuda_launch import READ_TENSORS, nobody_traces
+from .sequence_split import num_segments
 from .torch_backend import CHUNK, GateOptions, Gradients, PackedTokens, num_chunk_slots
 
 MAX_DIM_K = 128
@@ -80,6 +82,11 @@ def _readable(x: Tensor) -> Tensor:
     return x.new_empty(batch, seqlen, heads, padded)[..., :channels].copy_(x)
 
 
+@functools.cache
+def _num_multiprocessors(index: int | None) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
 class _Sizes(NamedTuple):
     """The dimensions of a call that its memory depends on."""
 
@@ -111,11 +118,20 @@ class _Sizes(NamedTuple):
         matrix = (self.dim_v, self.dim_k) if state_v_first else (self.dim_k, self.dim_v)
         return (rows, self.num_value_heads, *matrix)
 
-    def workspace(self, q: Tensor, keeps_matrices: bool, backward: bool, use_qk_l2norm: bool) -> Tensor:
+    def num_segments(self, requested: int, device: torch.device) -> int:
+        """Of every sequence in the forward; requested: 0 for whatever is quickest."""
+        return num_segments(
+            requested, self.seqlen, self.num_sequences, self.num_gate_heads, self.num_value_heads, self.dim_k,
+            self.dim_v, self.packed, _num_multiprocessors(device.index),
+        )  # fmt: skip
+
+    def workspace(
+        self, q: Tensor, keeps_matrices: bool, backward: bool, use_qk_l2norm: bool, num_segments: int = 1
+    ) -> Tensor:
         """Memory that the kernels of a call use among themselves."""
         num_bytes = cuda_launch._C.chunk_workspace_bytes(
             self.batch, self.seqlen, self.num_sequences, self.num_gate_heads, self.num_value_heads,
-            self.dim_k, self.dim_v, self.packed, keeps_matrices, backward, use_qk_l2norm,
+            self.dim_k, self.dim_v, self.packed, keeps_matrices, backward, use_qk_l2norm, num_segments,
         )  # fmt: skip
         return q.new_empty(num_bytes // q.element_size())
 
@@ -150,6 +166,7 @@ def chunk_forward(
     state_v_first: bool,
     output_final_state: bool,
     num_state_chunks: int | None,
+    sequence_split: int = 0,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor]:
     """o, final_state (or None), chunk states (or None); A - I and P as `chunk_backward` reads them: images of
     shared memory (ChunkTiles in csrc/params.h). Everything has been checked.
@@ -165,11 +182,12 @@ def chunk_forward(
     # Without tokens nothing runs that would write them.
     new = q.new_empty if sizes.seqlen else q.new_zeros
     A_minus_I, P = (new(sizes.num_slots, sizes.num_gate_heads, CHUNK, CHUNK) for _ in range(2))
+    segments = sizes.num_segments(sequence_split, q.device)
     tensors = [
         *map(_readable, (q, k, v, g, b, w)), *_contiguous(A_log, dt_bias, initial_state, cu_seqlens),
-        o, final_state, chunk_states, A_minus_I, P, sizes.workspace(q, True, False, options.use_qk_l2norm),
+        o, final_state, chunk_states, A_minus_I, P, sizes.workspace(q, True, False, False, segments),
     ]  # fmt: skip
-    _launch(cuda_launch._C.chunk_forward, tensors, (scale, *options, state_v_first))
+    _launch(cuda_launch._C.chunk_forward, tensors, (scale, *options, state_v_first, segments))
     if chunk_states is not None:
         if cu_seqlens is not None:
             tokens = PackedTokens(cu_seqlens, sizes.seqlen)
@@ -243,7 +261,7 @@ def chunk_backward(
         *_contiguous(A_log, dt_bias, initial_state, cu_seqlens), A_minus_I, P,
         sizes.workspace(q, True, True, options.use_qk_l2norm), *out,
     ]  # fmt: skip
-    _launch(cuda_launch._C.chunk_backward, tensors, (scale, *options, state_v_first))
+    _launch(cuda_launch._C.chunk_backward, tensors, (scale, *options, state_v_first, 1))
     return _summed(sizes, out, q.dtype)
 
 
@@ -252,7 +270,9 @@ def chunk_backward(
 # ------------------------------------------------------------------------------------------------------------
 
 
-def _forward_at_once(tensors: tuple, options: tuple, output_final_state: bool, keep: bool) -> tuple | None:
+def _forward_at_once(
+    tensors: tuple, options: tuple, output_final_state: bool, sequence_split: int, keep: bool
+) -> tuple | None:
     """(o, final_state or None, A - I and P where `keep`, else None); None where the extension does not take
     the call. tensors: q ... cu_seqlens; options: scale ... state_v_first.
     """
@@ -268,9 +288,10 @@ def _forward_at_once(tensors: tuple, options: tuple, output_final_state: bool, k
     if keep:
         shape = (sizes.num_slots, sizes.num_gate_heads, CHUNK, CHUNK)
         A_minus_I, P = q.new_empty(shape), q.new_empty(shape)
-    workspace = sizes.workspace(q, keep, False, False)
+    segments = sizes.num_segments(sequence_split, q.device)
+    workspace = sizes.workspace(q, keep, False, False, segments)
     if not cuda_launch._C.chunk_forward(
-        READ_TENSORS, *tensors, o, final_state, None, A_minus_I, P, workspace, *options, 0
+        READ_TENSORS, *tensors, o, final_state, None, A_minus_I, P, workspace, *options, segments, 0
     ):
         return None
     return o, final_state, A_minus_I, P
@@ -280,8 +301,8 @@ class _Chunk(torch.autograd.Function):
     """Forward and backward at once; the outputs are None where the extension does not take the call."""
 
     @staticmethod
-    def forward(ctx, output_final_state: bool, options: tuple, *tensors):
-        results = _forward_at_once(tensors, options, output_final_state, keep=True)
+    def forward(ctx, output_final_state: bool, sequence_split: int, options: tuple, *tensors):
+        results = _forward_at_once(tensors, options, output_final_state, sequence_split, keep=True)
         if results is None:
             return None, None
         o, final_state, A_minus_I, P = results
@@ -293,7 +314,7 @@ class _Chunk(torch.autograd.Function):
     @staticmethod
     def backward(ctx, do, d_final_state):
         *inputs, A_minus_I, P = ctx.saved_tensors
-        needed = [asked and x is not None for x, asked in zip(inputs[:9], ctx.needs_input_grad[2:])]
+        needed = [asked and x is not None for x, asked in zip(inputs[:9], ctx.needs_input_grad[3:])]
         q, v, g, cu_seqlens = inputs[0], inputs[2], inputs[3], inputs[9]
         if do is None:
             do = v.new_zeros(v.shape)
@@ -303,7 +324,7 @@ class _Chunk(torch.autograd.Function):
             out = _new_gradients(sizes, inputs[:9], needed)
             workspace = sizes.workspace(q, True, True, ctx.options[1])
             if cuda_launch._C.chunk_backward(
-                READ_TENSORS, do, d_final_state, *inputs, A_minus_I, P, workspace, *out, *ctx.options, 0
+                READ_TENSORS, do, d_final_state, *inputs, A_minus_I, P, workspace, *out, *ctx.options, 1, 0
             ):
                 gradients = _summed(sizes, out, q.dtype)
         if gradients is None:  # a layout to be copied, or a second derivative to be refused
@@ -311,10 +332,12 @@ class _Chunk(torch.autograd.Function):
                 do, d_final_state, *inputs, A_minus_I, P, *ctx.options, needed, 0, "cuda"
             )
             gradients = [x if wanted else None for x, wanted in zip(gradients, needed)]
-        return None, None, *gradients, None
+        return None, None, None, *gradients, None
 
 
-def chunk_at_once(tensors: tuple, options: tuple, output_final_state: bool) -> tuple | None:
+def chunk_at_once(
+    tensors: tuple, options: tuple, output_final_state: bool, sequence_split: int
+) -> tuple | None:
     """`chunk_gdn2` for plain tensors on the current device, which are checked where their shapes and types
     are read, in csrc/api/chunk_binding.cpp: (o, final_state or None).
 
@@ -336,7 +359,7 @@ def chunk_at_once(tensors: tuple, options: tuple, output_final_state: bool) -> t
     if options[0] is None:
         options = (q.shape[3] ** -0.5, *options[1:])
     if needs_grad:
-        o, final_state = _Chunk.apply(output_final_state, options, *tensors)
+        o, final_state = _Chunk.apply(output_final_state, sequence_split, options, *tensors)
         return None if o is None else (o, final_state)
-    results = _forward_at_once(tensors, options, output_final_state, keep=False)
+    results = _forward_at_once(tensors, options, output_final_state, sequence_split, keep=False)
     return None if results is None else results[:2]

@@ -90,11 +90,17 @@ def _chunk_forward(
             output_final_state, num_state_chunks, save_for_backward, sequence_split, backend,
         )  # fmt: skip
     options = GateOptions(use_qk_l2norm, use_gate, lower_bound, use_gate_sigmoid, erase_scale)
-    module = cuda_backend if backend == "cuda" else torch_backend
-    o, final_state, h, A_minus_I, P = module.chunk_forward(
-        q, k, v, g, b, w, A_log, dt_bias, initial_state, cu_seqlens, scale, options,
-        state_v_first=state_v_first, output_final_state=output_final_state, num_state_chunks=num_state_chunks,
-    )  # fmt: skip
+    arguments = {
+        "state_v_first": state_v_first, "output_final_state": output_final_state,
+        "num_state_chunks": num_state_chunks,
+    }  # fmt: skip
+    if backend == "cuda":
+        forward, arguments["sequence_split"] = cuda_backend.chunk_forward, sequence_split
+    else:
+        forward = torch_backend.chunk_forward
+    o, final_state, h, A_minus_I, P = forward(
+        q, k, v, g, b, w, A_log, dt_bias, initial_state, cu_seqlens, scale, options, **arguments
+    )
     return (
         o,
         _empty(q) if final_state is None else final_state,

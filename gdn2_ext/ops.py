@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import autograd, cuda_backend, cuda_launch, cuda_recurrent  # noqa: F401  (autograd registers the gradients)
+from .sequence_split import MAX_SEGMENTS
 from .torch_backend import CHUNK, GateOptions, compute_dtype
 
 _FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -222,8 +223,10 @@ def _check_scalars(
 ) -> float:  # fmt: skip
     if chunk_size != CHUNK:
         raise ValueError(f"chunk_size: expected {CHUNK}, got {chunk_size}")
-    if sequence_split is not None and (not isinstance(sequence_split, int) or sequence_split < 1):
-        raise ValueError(f"sequence_split: expected None or a whole number from 1, got {sequence_split}")
+    if not _is_split(sequence_split):
+        raise ValueError(
+            f"sequence_split: expected None or a whole number from 1 to {MAX_SEGMENTS}, got {sequence_split}"
+        )
     if erase_scale not in (1, 2):
         raise ValueError(f"erase_scale: expected 1 or 2, got {erase_scale}")
     if erase_scale != 1 and not use_gate_sigmoid:
@@ -231,6 +234,11 @@ def _check_scalars(
     if scale is not None and not isinstance(scale, numbers.Real):
         raise TypeError(f"scale: expected a number or None, got {type(scale).__name__}")
     return q.shape[-1] ** -0.5 if scale is None else float(scale)
+
+
+def _is_split(sequence_split: object) -> bool:
+    """Whether it is None, or a number of segments."""
+    return sequence_split is None or (type(sequence_split) is int and 1 <= sequence_split <= MAX_SEGMENTS)
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -329,8 +337,8 @@ def chunk_gdn2(
         chunk_size: 64; anything else is refused.
         use_gate_sigmoid_in_kernel: b and w are raw; b = erase_scale * sigmoid(b), w = sigmoid(w).
         erase_scale: 1 or 2, with `use_gate_sigmoid_in_kernel`.
-        sequence_split: 1 never splits a sequence, n runs n segments of it side by side, None chooses by
-            shape.
+        sequence_split: 1 never splits a sequence, n (up to 64) walks n segments of it side by side, exactly,
+            None chooses by shape. The torch backend needs none.
         backend: "cuda", "torch", or "auto": cuda where `supports` says yes, else torch.
 
     Returns:
@@ -357,14 +365,14 @@ def chunk_gdn2(
     """
     q, k, v, b, w = _autocast(q, k, v, b, w)
     if (
-        backend in ("auto", "cuda") and chunk_size == CHUNK and sequence_split in (None, 1)
+        backend in ("auto", "cuda") and chunk_size == CHUNK and _is_split(sequence_split)
         and not return_intermediate_states and cu_seqlens_cpu is None and not torch.compiler.is_compiling()
     ):  # fmt: skip
         results = cuda_backend.chunk_at_once(
             (q, k, v, g, b, w, A_log, dt_bias, initial_state, cu_seqlens),
             (scale, use_qk_l2norm_in_kernel, use_gate_in_kernel, lower_bound, use_gate_sigmoid_in_kernel,
              erase_scale, state_v_first),
-            output_final_state,
+            output_final_state, sequence_split or 0,
         )  # fmt: skip
         if results is not None:
             return results

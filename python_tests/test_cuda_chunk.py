@@ -18,7 +18,7 @@ GRADIENTS = ("dq", "dk", "dv", "dg", "db", "dw", "dA_log", "d_dt_bias", "d_initi
 BACKWARD = ("do", "d_final_state", *INPUTS, "A_minus_I", "P", "workspace", *GRADIENTS)
 OPTIONS = {
     "scale": None, "use_qk_l2norm": False, "use_gate": False, "lower_bound": None, "use_gate_sigmoid": False,
-    "erase_scale": 1.0, "state_v_first": False, "stream": 0,
+    "erase_scale": 1.0, "state_v_first": False, "num_segments": 1, "stream": 0,
 }  # fmt: skip
 
 
@@ -54,6 +54,12 @@ def forward(call: dict) -> dict:
     return call | {"o": o, "final_state": final_state, "workspace": workspace}
 
 
+def split(call: dict) -> dict:
+    """The forward in three segments."""
+    call = forward(call) | {"num_segments": 3}
+    return call | {"workspace": sizes(call).workspace(call["q"], False, False, False, 3)}
+
+
 def keeping(call: dict) -> dict:
     """The forward of training, which keeps A - I and P."""
     call = forward(call)
@@ -87,7 +93,7 @@ KINDS = {
     "gates of value heads": lambda: inputs(gate_heads=HV),
     "no state": lambda: inputs(initial_state=None),
 }
-PASSES = {"forward": forward, "keeping": keeping, "backward": backward}
+PASSES = {"forward": forward, "split": split, "keeping": keeping, "backward": backward}
 
 
 @pytest.fixture(params=PASSES)
@@ -172,12 +178,15 @@ BAD = {
     "a bound without a gate": ("lower_bound", lambda _: -1.0),
     "an erase scale without sigmoids": ("erase_scale", lambda _: 2.0),
     "a scale that is none": ("scale", lambda _: "large"),
+    "no segments": ("num_segments", lambda _: 0),
     "offsets of a batch": ("cu_seqlens", lambda _: torch.tensor([0, T])),
 }
 
 
 @pytest.mark.parametrize(("name", "change"), BAD.values(), ids=BAD)
 def test_wrong_calls_do_not(read_tensors, stage, name, change):
+    if name == "num_segments" and stage is backward:
+        pytest.skip("the backward has none")
     call = stage(inputs())
     assert lets_through(read_tensors, call)
     assert not lets_through(read_tensors, call | {name: change(call.get(name))})
@@ -200,3 +209,9 @@ def test_the_workspace_grows_with_what_is_in_it():
     numbers = [sizes(call).workspace(call["q"], *x).numel() for x in flags]
     assert numbers == sorted(set(numbers))
     assert sizes(packed(call)).workspace(call["q"], *flags[0]).numel() > numbers[0]
+
+
+def test_segments_need_room_of_their_own():
+    call = inputs()
+    numbers = [sizes(call).workspace(call["q"], True, False, False, n).numel() for n in (1, 2, 3)]
+    assert numbers == sorted(set(numbers))

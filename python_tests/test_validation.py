@@ -353,7 +353,7 @@ BAD_CHUNK_OPTIONS = [
         case(
             give(sequence_split=split),
             ValueError,
-            f"sequence_split: expected None or a whole number from 1, got {split}",
+            f"sequence_split: expected None or a whole number from 1 to 64, got {split}",
         )
         for split in (0, -1, 1.5, "2")
     ),

@@ -14,6 +14,7 @@ using namespace python;
 constexpr std::int64_t kChunk = 64, kSlice = 64;
 constexpr std::int64_t kAlignment = 16;       // bytes: what a bulk tensor copy asks of addresses and strides
 constexpr std::int64_t kRoomAlignment = 256;  // of what is carved out of the workspace
+constexpr std::int64_t kMaxSegments = 65535;  // a grid's height
 constexpr std::int64_t kElementBytes = 2;     // of q, and of all tiles
 
 struct CallViews : TokenViews {
@@ -31,8 +32,10 @@ struct BackwardViews : CallViews {
 
 struct Options : GateOptions {
   bool state_v_first;
+  std::int64_t num_segments;
 
-  explicit Options(Arguments& from) : GateOptions(from), state_v_first(from.flag()) {}
+  explicit Options(Arguments& from)
+      : GateOptions(from), state_v_first(from.flag()), num_segments(from.integer()) {}
 };
 
 // Carves room out of one allocation. Without an address it only counts.
@@ -78,6 +81,18 @@ void take_call_room(Workspace& room, CallShape const& shape, bool packed, bool k
   }
 }
 
+// Room for the maps of segments and the states that they start from.
+void take_split_room(Workspace& room, CallShape const& shape, std::int64_t num_segments, float*& M, float*& N,
+                     float*& states) {
+  M = N = states = nullptr;
+  if (num_segments > 1) {
+    std::int64_t const maps = shape.num_sequences * (num_segments - 1), row = padded_k(shape) * sizeof(float);
+    M = room.take<float>(maps * shape.num_gate_heads * padded_k(shape) * row);
+    N = room.take<float>(maps * shape.num_value_heads * shape.dim_v * row);
+    states = room.take<float>(maps * shape.num_value_heads * shape.dim_v * row);
+  }
+}
+
 void take_backward_room(Workspace& room, CallShape const& shape, bool use_qk_l2norm, BackwardTiles& tiles,
                         float*& row_norms) {
   std::int64_t const slices =
@@ -109,6 +124,11 @@ class Parameters : public CallChecks {
     params.o = contiguous(x.o);
     params.final_state = states(x.final_state, shape.num_sequences, shape);
     params.chunk_states = states(x.chunk_states, shape.num_slots, shape);
+    // Without tokens there is nothing to split.
+    params.call.num_segments = shape.seqlen > 0 ? small(options_.num_segments) : 1;
+    need(options_.num_segments >= 1 && options_.num_segments <= kMaxSegments);
+    take_split_room(room, shape, params.call.num_segments, params.segment_M, params.segment_N,
+                    params.segment_states);
     need_room(room);
     return good();
   }
@@ -344,7 +364,7 @@ constexpr View B::* kBackwardOrder[] = {&B::o,
                                         &B::d_dt_bias,
                                         &B::d_initial_state};
 
-constexpr Py_ssize_t kNumOthers = 9;  // how tensors are read, 7 options, the stream
+constexpr Py_ssize_t kNumOthers = 10;  // how tensors are read, 8 options, the stream
 
 PyObject* chunk_forward_of_python(PyObject*, PyObject* const* arguments, Py_ssize_t number) {
   return call_kernel("chunk_forward", arguments, number, std::size(kForwardOrder) + kNumOthers,
@@ -356,10 +376,11 @@ PyObject* chunk_backward_of_python(PyObject*, PyObject* const* arguments, Py_ssi
                      [](Arguments& from) { return launch<B>(from, kBackwardOrder, chunk_backward); });
 }
 
-// (batch, seqlen, num_sequences, gate heads, value heads, K, V, packed, keeps A - I and P, backward, L2 norm) to bytes.
+// (batch, seqlen, num_sequences, gate heads, value heads, K, V, packed, keeps A - I and P, backward, L2 norm, segments)
+// to bytes.
 PyObject* workspace_bytes(PyObject*, PyObject* const* arguments, Py_ssize_t number) {
-  if (number != 11) {
-    return PyErr_Format(PyExc_TypeError, "chunk_workspace_bytes: expected 11 arguments, got %zd", number);
+  if (number != 12) {
+    return PyErr_Format(PyExc_TypeError, "chunk_workspace_bytes: expected 12 arguments, got %zd", number);
   }
   Arguments from(arguments);
   std::int64_t const batch = from.integer(), seqlen = from.integer(), sequences = from.integer();
@@ -370,6 +391,7 @@ PyObject* workspace_bytes(PyObject*, PyObject* const* arguments, Py_ssize_t numb
   shape.dim_k = static_cast<std::int32_t>(from.integer());
   shape.dim_v = static_cast<std::int32_t>(from.integer());
   bool const packed = from.flag(), keeps_matrices = from.flag(), backward = from.flag(), norms = from.flag();
+  std::int64_t const num_segments = from.integer();
   if (PyErr_Occurred()) {
     return nullptr;
   }
@@ -381,6 +403,9 @@ PyObject* workspace_bytes(PyObject*, PyObject* const* arguments, Py_ssize_t numb
     BackwardTiles tiles;
     float* row_norms;
     take_backward_room(room, shape, norms, tiles, row_norms);
+  } else {
+    float *M, *N, *states;
+    take_split_room(room, shape, num_segments, M, N, states);
   }
   return PyLong_FromLongLong(room.size());
 }

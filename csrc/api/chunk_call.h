@@ -19,6 +19,7 @@ struct ChunkCall {
   PackedPlan plan;  // room for it where cu_seqlens is given, else null pointers
   ChunkTiles tiles;
   std::uint32_t* ready;  // room for PrepareParams::ready
+  int num_segments;      // of a sequence, in the forward
   float const* initial_state;
   bool state_v_first;
 };

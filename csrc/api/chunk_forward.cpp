@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "api/cuda_error.h"
+#include "api/sequence_split.h"
 
 namespace gdn2 {
 namespace {
@@ -36,8 +37,29 @@ int sms_beside_scan(ChunkCall const& call) {
 
 void chunk_forward(ChunkForwardParams const& params, cudaStream_t stream) {
   ChunkCall const& call = params.call;
-  int const num_sms = params.chunk_states == nullptr ? sms_beside_scan(call) : 0;
+  bool const split = call.num_segments > 1;
+  int const num_sms = params.chunk_states == nullptr && !split ? sms_beside_scan(call) : 0;
   plan_and_prepare(call, {.num_sms = num_sms}, stream);
+  if (split) {
+    run_segment_maps({.shape = call.shape,
+                      .v = call.v,
+                      .w = call.w,
+                      .gates = call.gates,
+                      .plan = call.plan,
+                      .tiles = call.tiles,
+                      .num_segments = call.num_segments,
+                      .M = params.segment_M,
+                      .N = params.segment_N},
+                     stream);
+    run_segment_states({.shape = call.shape,
+                        .num_segments = call.num_segments,
+                        .M = params.segment_M,
+                        .N = params.segment_N,
+                        .initial_state = call.initial_state,
+                        .state_v_first = call.state_v_first,
+                        .states = params.segment_states},
+                       stream);
+  }
   run_scan({.shape = call.shape,
             .v = call.v,
             .w = call.w,
@@ -49,6 +71,8 @@ void chunk_forward(ChunkForwardParams const& params, cudaStream_t stream) {
             .final_state = params.final_state,
             .chunk_states = params.chunk_states,
             .ready = num_sms > 0 ? call.ready : nullptr,
+            .num_segments = call.num_segments,
+            .segment_states = params.segment_states,
             .state_v_first = call.state_v_first},
            stream);
 }

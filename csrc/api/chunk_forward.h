@@ -13,6 +13,8 @@ struct ChunkForwardParams {
   void* o;
   float* final_state;
   float* chunk_states;
+  // Room where num_segments > 1: see SegmentMapsParams and SegmentStatesParams.
+  float *segment_M, *segment_N, *segment_states;
 };
 
 // Launches only: arguments are the caller's business. std::runtime_error names the CUDA error of a failed launch.

@@ -9,7 +9,8 @@
 // rounded accumulator of the one before it, in the registers where it is, and neither state nor residual passes
 // through shared memory.
 //
-// Grid: one CTA for a sequence, value head and kWarpgroups * 64 value columns, heads fastest.
+// Grid: one CTA for a sequence, value head, kWarpgroups * 64 value columns and segment, heads fastest, segments slowest.
+// A sequence is one segment, or several whose first states segment_states has made.
 // Roles: kWarpgroups math warpgroups of 64 value columns each (S 64, X 32, O 32 accumulators; 32 rounded S, 16 rounded
 // X or R or O a thread); one warpgroup that makes Z; one whose first warp loads and whose next ones store O, one a math
 // warpgroup. A math warp has its scheduler nearly to itself, so that every instruction it is spared shortens the chain.
@@ -349,10 +350,21 @@ struct Walk {
 template <class Cfg>
 __device__ void compute(SharedStorage<Cfg>& smem, ScanParams const& params, Work const& work, int wg) {
   int const first_column = work.first_column + wg * kColumns;
+  int const segment = blockIdx.z, last_segment = params.num_segments - 1;
   Walk<Cfg> walk{smem, params, work, wg};
-  read_state<Cfg::kDimK>(walk.S, params.initial_state, params.shape, params.state_v_first, work,
-                         first_column);
+  if (segment == 0) {
+    read_state<Cfg::kDimK>(walk.S, params.initial_state, params.shape, params.state_v_first, work,
+                           first_column);
+  } else {
+    wait_for_earlier_kernels();  // segment_states
+    std::int64_t const row = static_cast<std::int64_t>(work.sequence) * last_segment + segment - 1;
+    read_segment_state<Cfg::kDimK>(walk.S, params.segment_states, params.shape, row, work.value_head,
+                                   first_column);
+  }
   walk.run();
+  if (segment != last_segment) {
+    return;
+  }
   write_state<Cfg::kDimK>(walk.S, params.final_state, params.shape, params.state_v_first, work, first_column);
   if (params.plan.spans != nullptr && work.sequence == params.shape.num_sequences - 1) {
     poison_unowned_rows<Cfg>(params, work, wg);
@@ -364,7 +376,8 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
     scan_kernel(__grid_constant__ ScanParams const params, __grid_constant__ TensorMaps const maps) {
   extern __shared__ std::uint8_t smem_bytes[];
   auto& smem = *reinterpret_cast<SharedStorage<Cfg>*>(smem_bytes);
-  Work const work = find_work(params.shape, params.plan, Cfg::kWarpgroups * kColumns);
+  Work work = find_work(params.shape, params.plan, Cfg::kWarpgroups * kColumns);
+  take_segment(work, blockIdx.z, params.num_segments);
   if (threadIdx.x == 0) {
     smem.init_barriers();
   }
@@ -408,7 +421,7 @@ void launch(ScanParams const& params, cudaStream_t stream) {
                  "scan: shared memory");
   constexpr int kColumnsPerCta = Cfg::kWarpgroups * kColumns;
   dim3 const grid(static_cast<unsigned>(shape.num_sequences) * shape.num_value_heads,
-                  (shape.dim_v + kColumnsPerCta - 1) / kColumnsPerCta);
+                  (shape.dim_v + kColumnsPerCta - 1) / kColumnsPerCta, params.num_segments);
   cudaLaunchAttribute overlap = overlapping_launch();
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
@@ -429,7 +442,8 @@ void dispatch(ScanParams const& params, cudaStream_t stream) {
   throw_on_error(cudaGetDevice(&device), "scan");
   throw_on_error(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device), "scan");
   std::int64_t const slices = (shape.dim_v + kColumns - 1) / kColumns;
-  bool const share = slices > 1 && shape.num_sequences * shape.num_value_heads * slices > num_sms;
+  std::int64_t const walks = std::int64_t{shape.num_sequences} * shape.num_value_heads * params.num_segments;
+  bool const share = slices > 1 && walks * slices > num_sms;
   if (params.chunk_states != nullptr) {
     launch<Config<Element, kDimK, 1, true>>(params, stream);
   } else if (share) {

@@ -227,20 +227,27 @@ __device__ inline void store_token_rows(FragmentA const (&a)[4], std::uint8_t* b
 
 // ---- states ------------------------------------------------------------------------------------------------
 
-// Calls body(element of S, index among [K, V] or [V, K]) for what of this thread's state lies inside.
+// Calls body(element of S, channel, value column) for this thread's state.
 template <int kDimK, class Body>
-__device__ void for_each_state(CallShape const& shape, bool state_v_first, int first_column, Body body) {
+__device__ void for_each_element(int first_column, Body body) {
   int const lane = lane_index(), warp = threadIdx.x % kWarpgroupThreads / kWarpThreads;
-  int const dim_k = shape.dim_k, dim_v = shape.dim_v;
-  int const stride_k = state_v_first ? 1 : dim_v, stride_v = state_v_first ? dim_k : 1;
 #pragma unroll
   for (int acc = 0; acc < kDimK / 2; ++acc) {
     int const k = acc / 4 * 8 + 2 * (lane % 4) + acc % 2;
-    int const v = first_column + 16 * warp + lane / 4 + acc / 2 % 2 * 8;
+    body(acc, k, first_column + 16 * warp + lane / 4 + acc / 2 % 2 * 8);
+  }
+}
+
+// Calls body(element of S, index among [K, V] or [V, K]) for what of this thread's state lies inside.
+template <int kDimK, class Body>
+__device__ void for_each_state(CallShape const& shape, bool state_v_first, int first_column, Body body) {
+  int const dim_k = shape.dim_k, dim_v = shape.dim_v;
+  int const stride_k = state_v_first ? 1 : dim_v, stride_v = state_v_first ? dim_k : 1;
+  for_each_element<kDimK>(first_column, [&](int acc, int k, int v) {
     if (k < dim_k && v < dim_v) {
       body(acc, k * stride_k + v * stride_v);
     }
-  }
+  });
 }
 
 __device__ inline std::int64_t state_offset(CallShape const& shape, std::int64_t row, int value_head) {
@@ -260,6 +267,15 @@ __device__ void read_state(float (&S)[kDimK / 2], float const* states, CallShape
     for_each_state<kDimK>(shape, state_v_first, first_column,
                           [&](int acc, int place) { S[acc] = state[place]; });
   }
+}
+
+// S^T of a segment from states [.., dim_v, kDimK] of segments; row: which segment of which sequence.
+template <int kDimK>
+__device__ void read_segment_state(float (&S)[kDimK / 2], float const* states, CallShape const& shape,
+                                   std::int64_t row, int value_head, int first_column) {
+  float const* const state = states + (row * shape.num_value_heads + value_head) * shape.dim_v * kDimK;
+  for_each_element<kDimK>(
+      first_column, [&](int acc, int k, int v) { S[acc] = v < shape.dim_v ? state[v * kDimK + k] : 0.f; });
 }
 
 // S^T to the work's sequence of states that may be null; NaN for a malformed sequence.

@@ -149,17 +149,6 @@ struct Walk {
   RingPosition<Cfg::kStagesKt> at_Kt;
   float S[Cfg::kDimK / 2], X[32];
 
-  // Calls body(accumulator, channel, column) for this thread's part of S^T.
-  template <class Body>
-  __device__ void for_each(Body body) {
-    int const lane = lane_index(), warp = threadIdx.x % kWarpgroupThreads / kWarpThreads;
-#pragma unroll
-    for (int acc = 0; acc < Cfg::kDimK / 2; ++acc) {
-      int const channel = acc / 4 * 8 + 2 * (lane % 4) + acc % 2;
-      body(acc, channel, work.first_column + 16 * warp + lane / 4 + acc / 2 % 2 * 8);
-    }
-  }
-
   // Z^T of the next chunk into X.
   __device__ void begin_Z() {
     if (work.is_M) {
@@ -216,7 +205,9 @@ struct Walk {
   }
 
   __device__ void run() {
-    for_each([&](int acc, int channel, int column) { S[acc] = work.is_M && channel == column ? 1.f : 0.f; });
+    for_each_element<Cfg::kDimK>(work.first_column, [&](int acc, int channel, int column) {
+      S[acc] = work.is_M && channel == column ? 1.f : 0.f;
+    });
     if (work.num_chunks > 0) {
       begin_Z();
     }
@@ -236,7 +227,7 @@ struct Walk {
     std::int64_t const row =
         (static_cast<std::int64_t>(work.sequence) * (params.num_segments - 1) + work.segment) * heads + head;
     float* const map = (work.is_M ? params.M : params.N) + row * columns * Cfg::kDimK;
-    for_each([&](int acc, int channel, int column) {
+    for_each_element<Cfg::kDimK>(work.first_column, [&](int acc, int channel, int column) {
       if (column < columns) {
         map[column * Cfg::kDimK + channel] = S[acc];
       }

@@ -1,0 +1,135 @@
+"""Sequences cut into segments: when, and that nothing but time changes."""
+
+import cases
+import compare
+import pytest
+import torch
+
+from gdn2_ext.sequence_split import MAX_SEGMENTS, num_segments
+
+H200_SMS = 132
+
+
+def automatic(seqlen: int, heads: int, sequences: int = 1, num_sms: int = H200_SMS, **changes) -> int:
+    call = {
+        "requested": 0, "seqlen": seqlen, "num_sequences": sequences, "gate_heads": heads,
+        "value_heads": heads, "dim_k": 128, "dim_v": 128, "packed": False, "num_sms": num_sms,
+    }  # fmt: skip
+    return num_segments(**call | changes)
+
+
+# -- the choice ----------------------------------------------------------------------------------------------
+
+
+def test_few_heads_and_long_sequences_are_split():
+    assert automatic(65536, 4) > 2
+    assert automatic(131072, 2) >= automatic(65536, 4)
+
+
+@pytest.mark.parametrize(
+    ("seqlen", "heads", "sequences"), [(4096, 16, 4), (2048, 16, 8), (8192, 64, 1), (64, 4, 1)]
+)
+def test_what_fills_the_chip_or_is_short_is_not(seqlen, heads, sequences):
+    assert automatic(seqlen, heads, sequences) == 1
+
+
+def test_the_number_is_bounded_and_what_was_asked_for_is_given():
+    assert automatic(1 << 24, 1) <= MAX_SEGMENTS
+    assert automatic(0, 1) == 1
+    assert automatic(128, 1, num_sms=1000) <= 2
+    assert [automatic(64, 64, requested=n) for n in (1, 2, 64)] == [1, 2, 64]
+
+
+def test_packed_sequences_count_as_long_as_the_average():
+    assert automatic(65536, 4, 64, packed=True) == automatic(1024, 4, 64)
+
+
+# -- the results ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("regime", cases.REGIMES)
+@pytest.mark.parametrize("split", [2, 3, 16, 64])
+def test_split_sequences_meet_the_bar_of_their_regime(hopper, regime, split, seed):
+    """17 chunks, so that segments are unequal, and for 64 mostly empty."""
+    inputs = hopper.inputs(regime, seqlen=1050, heads=2, seed=seed)
+    hopper.check_against_reference(inputs, regime, sequence_split=split)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("v_first", [False, True])
+@pytest.mark.parametrize(("dim_k", "dim_v"), [(128, 128), (64, 256), (48, 40)])
+def test_states_groups_and_sizes(hopper, dim_k, dim_v, v_first, seed):
+    sizes = {"heads": 2, "value_heads": 4, "dim_k": dim_k, "dim_v": dim_v}
+    inputs = hopper.inputs("slow", batch=2, seqlen=500, seed=seed, **sizes)
+    initial_state, d_final_state = hopper.states(inputs, seed=seed, v_first=v_first)
+    hopper.check_against_reference(
+        inputs,
+        initial_state=initial_state,
+        d_final_state=d_final_state,
+        state_v_first=v_first,
+        sequence_split=3,
+    )
+
+
+@pytest.mark.gpu
+def test_states_that_are_forgotten_at_the_borders_of_segments(hopper, seed):
+    """Decays of -inf in the first and the last token of a segment, and everywhere in one of them."""
+    inputs = hopper.inputs("slow", seqlen=512, heads=2, seed=seed)
+    for token in (127, 128, 255, 256):
+        inputs.g[:, token] = -float("inf")
+    inputs.g[:, 384:448] = -float("inf")
+    hopper.check_against_reference(inputs, sequence_split=4)
+
+
+@pytest.mark.gpu
+def test_packed_sequences_each_in_segments(hopper, seed):
+    lengths = (0, 1, 63, 64, 700, 0, 17, 320)
+    inputs = hopper.inputs("layer_init", seqlen=sum(lengths), heads=2, dim_k=64, seed=seed)
+    initial_state, d_final_state = hopper.states(inputs, seed=seed, number=len(lengths))
+    hopper.check_against_reference(
+        inputs, initial_state=initial_state, d_final_state=d_final_state, sequence_split=3,
+        cu_seqlens=cases.packed_offsets(lengths, device=hopper.device),
+    )  # fmt: skip
+
+
+@pytest.mark.gpu
+def test_two_runs_agree_bit_for_bit_and_whole_ones_nearly(hopper, seed):
+    inputs = hopper.inputs("layer_init", seqlen=2000, heads=2, seed=seed)
+    runs = [hopper.run(inputs, sequence_split=8, poisoned=False) for _ in range(2)]
+    whole = hopper.run(inputs, sequence_split=1)
+    for name, x in runs[0].items():
+        compare.assert_bitwise_equal(runs[1][name], x, name)
+        compare.assert_close(x, whole[name], 2 * hopper.bar(name, "layer_init"), name)
+
+
+@pytest.mark.gpu
+def test_later_tokens_change_no_bit_of_earlier_outputs(hopper, seed):
+    inputs = hopper.inputs("layer_init", seqlen=1024, heads=2, seed=seed)
+    o, _ = hopper.forward(inputs, sequence_split=4)
+    for x in inputs.tensors:
+        x[:, 600:] = 0.5 * x[:, 600:] if x is not inputs.g else -1.0
+    changed, _ = hopper.forward(inputs, sequence_split=4)
+    compare.assert_bitwise_equal(changed[:, :600], o[:, :600], "o")
+
+
+@pytest.mark.gpu
+def test_states_of_all_chunks_come_out_of_segments_too(hopper, seed):
+    inputs = hopper.inputs("slow", seqlen=700, heads=2, seed=seed)
+    *_, h = hopper.forward(inputs, sequence_split=3, return_intermediate_states=True)
+    exact = hopper.expected(inputs)["h"]
+    compare.assert_close(h, exact.reshape(tuple(h.shape)), hopper.bar("S", "slow"), "h")
+
+
+@pytest.mark.gpu
+def test_a_captured_split_call_follows_its_inputs(hopper, seed):
+    inputs, others = (hopper.inputs("layer_init", seqlen=1024, heads=2, seed=seed + n) for n in range(2))
+    hopper.forward(inputs, sequence_split=4)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        o, _ = hopper.forward(inputs, sequence_split=4)
+    for x, y in zip(inputs.tensors, others.tensors, strict=True):
+        x.copy_(y)
+    graph.replay()
+    expected, _ = hopper.forward(others, sequence_split=4)
+    compare.assert_bitwise_equal(o, expected, "o")
