@@ -34,7 +34,7 @@ def num_segments(
     if requested > 0:
         return requested
     walks = num_sequences * value_heads * ((dim_v + _COLUMNS - 1) // _COLUMNS)
-    maps = walks + num_sequences * gate_heads * ((dim_k + _COLUMNS - 1) // _COLUMNS)
+    matrices = num_sequences * gate_heads * ((dim_k + _COLUMNS - 1) // _COLUMNS)
 
     def microseconds(segments: int) -> float:
         def walk(number: int, chunk: float, shared: float) -> float:
@@ -43,7 +43,10 @@ def num_segments(
 
         time = walk(segments * walks, _SCAN, _SCAN_SHARED)
         if segments > 1:
-            time += walk((segments - 1) * maps, _MAPS, _MAPS_SHARED) + _LAUNCHES + _STATE * (segments - 1)
+            maps = (segments - 1) * walks + (
+                segments - 2
+            ) * matrices  # the first segment starts in one state only
+            time += walk(maps, _MAPS, _MAPS_SHARED) + _LAUNCHES + _STATE * (segments - 1)
         return time
 
     # As many as there is room for, or fewer. Where it would save less than a tenth, none.

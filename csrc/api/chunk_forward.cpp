@@ -47,6 +47,8 @@ void chunk_forward(ChunkForwardParams const& params, cudaStream_t stream) {
                       .gates = call.gates,
                       .plan = call.plan,
                       .tiles = call.tiles,
+                      .initial_state = call.initial_state,
+                      .state_v_first = call.state_v_first,
                       .num_segments = call.num_segments,
                       .M = params.segment_M,
                       .N = params.segment_N},
@@ -55,8 +57,6 @@ void chunk_forward(ChunkForwardParams const& params, cudaStream_t stream) {
                         .num_segments = call.num_segments,
                         .M = params.segment_M,
                         .N = params.segment_N,
-                        .initial_state = call.initial_state,
-                        .state_v_first = call.state_v_first,
                         .states = params.segment_states},
                        stream);
   }

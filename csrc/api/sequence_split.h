@@ -15,18 +15,19 @@ struct SegmentMapsParams {
   TokenTensor v, w;  // see ScanParams
   GateParams gates;
   PackedPlan plan;
-  ChunkTiles tiles;  // read
-  int num_segments;  // of every sequence, at least 2
-  float* M;          // [num_sequences, num_segments - 1, num_gate_heads, kDimK, kDimK]
-  float* N;          // [num_sequences, num_segments - 1, num_value_heads, dim_v, kDimK]
+  ChunkTiles tiles;            // read
+  float const* initial_state;  // as in ScanParams
+  bool state_v_first;          // of the initial state
+  int num_segments;            // of every sequence, at least 2
+  float*
+      M;  // [num_sequences, num_segments - 1, num_gate_heads, kDimK, kDimK], not written for the first segment
+  float* N;  // [num_sequences, num_segments - 1, num_value_heads, dim_v, kDimK]
 };
 
 struct SegmentStatesParams {
   CallShape shape;
   int num_segments;
-  float const *M, *N;
-  float const* initial_state;  // as in ScanParams
-  bool state_v_first;          // of the initial state
+  float const *M, *N;  // N of the first segment is the state that it ends in
   float*
       states;  // [num_sequences, num_segments - 1, num_value_heads, dim_v, kDimK]: where segments 1, 2, .. start
 };

@@ -1,6 +1,7 @@
 // segment_maps: what a segment of a sequence makes of any state: S' = M S + N.
 //
 //     N: the walk of scan from a state of zero         M: the same walk with Z = 0 from the unit matrix
+//     (the first segment's from the initial state: it starts nowhere else, and needs no M)
 //     X^T = Z^T - S^T (gamma*E)^T     R^T = X^T + X^T (A-I)^T     S^T = S^T Diag(gamma[C-1]) + R^T Kt
 //
 // Nothing comes out but the last state, in float32: [N^T] and [M^T], channels side by side. M is that of a gate head,
@@ -204,10 +205,14 @@ struct Walk {
     at_Kt.advance();
   }
 
-  __device__ void run() {
+  __device__ void run(SegmentMapsParams const& params) {
     for_each_element<Cfg::kDimK>(work.first_column, [&](int acc, int channel, int column) {
       S[acc] = work.is_M && channel == column ? 1.f : 0.f;
     });
+    if (work.segment == 0) {
+      read_state<Cfg::kDimK>(S, params.initial_state, params.shape, params.state_v_first, work,
+                             work.first_column);
+    }
     if (work.num_chunks > 0) {
       begin_Z();
     }
@@ -224,8 +229,8 @@ struct Walk {
     int const heads = work.is_M ? shape.num_gate_heads : shape.num_value_heads;
     int const head = work.is_M ? work.value_head / group : work.value_head;
     int const columns = work.is_M ? Cfg::kDimK : shape.dim_v;
-    std::int64_t const row =
-        (static_cast<std::int64_t>(work.sequence) * (params.num_segments - 1) + work.segment) * heads + head;
+    std::int64_t const in_sequence = static_cast<std::int64_t>(work.sequence) * (params.num_segments - 1);
+    std::int64_t const row = (in_sequence + work.segment) * heads + head;
     float* const map = (work.is_M ? params.M : params.N) + row * columns * Cfg::kDimK;
     for_each_element<Cfg::kDimK>(work.first_column, [&](int acc, int channel, int column) {
       if (column < columns) {
@@ -247,11 +252,14 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
   }
   __syncthreads();
   let_next_kernel_start();
+  if (work.is_M && work.segment == 0) {
+    return;
+  }
   int const wg = warpgroup_index();
   if (wg == 0) {
     claim_registers<Cfg::kMathRegisters>();
     Walk<Cfg> walk{smem, work};
-    walk.run();
+    walk.run(params);
     walk.store(params);
   } else if (wg == 1) {
     give_up_registers<Cfg::kValuesRegisters>();

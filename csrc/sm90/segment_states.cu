@@ -24,6 +24,28 @@ struct SharedStorage {
   FullBarrier full[kStages];
 };
 
+// S = M S of the columns; one barrier a segment.
+template <int kDimK>
+__device__ void multiply(float (&S)[kColumns], SharedStorage<kDimK>& smem, int segment, int channel) {
+  auto& state = smem.S[segment % 2];
+#pragma unroll
+  for (int i = 0; i < kColumns; ++i) {
+    state[channel][i] = S[i];
+    S[i] = 0.f;
+  }
+  __syncthreads();
+  smem.full[segment % kStages].wait((segment - 1) / kStages % 2);
+  auto const& M = smem.M[segment % kStages];
+#pragma unroll 16
+  for (int before = 0; before < kDimK; ++before) {
+    float const m = M[before][channel];
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) {
+      S[i] = fmaf(m, state[before][i], S[i]);
+    }
+  }
+}
+
 template <int kDimK>
 __global__ void __launch_bounds__(kDimK)
     segment_states_kernel(__grid_constant__ SegmentStatesParams const params) {
@@ -54,41 +76,19 @@ __global__ void __launch_bounds__(kDimK)
       full.init(1);
     }
     cutlass::arch::fence_barrier_init();
-    for (int segment = 0; segment < min(kStages, num_maps); ++segment) {
+    for (int segment = 1; segment < min(1 + kStages, num_maps); ++segment) {
       load(segment);
     }
   }
   float S[kColumns] = {};
-  if (params.initial_state != nullptr && channel < shape.dim_k) {
-    std::int64_t const matrix = static_cast<std::int64_t>(blockIdx.x) * shape.dim_k * shape.dim_v;
-    int const stride_k = params.state_v_first ? 1 : shape.dim_v,
-              stride_v = params.state_v_first ? shape.dim_k : 1;
-#pragma unroll
-    for (int i = 0; i < kColumns; ++i) {
-      int const v = first_column + i;
-      S[i] = v < shape.dim_v ? params.initial_state[matrix + channel * stride_k + v * stride_v] : 0.f;
-    }
-  }
   for (int segment = 0; segment < num_maps; ++segment) {
-    auto& state = smem.S[segment % 2];
     float N[kColumns];
 #pragma unroll
     for (int i = 0; i < kColumns; ++i) {
-      state[channel][i] = S[i];
       N[i] = first_column + i < shape.dim_v ? params.N[place(segment, first_column + i)] : 0.f;
-      S[i] = 0.f;
     }
-    // Orders the state's writes before their reads, and the reads of the map before last before its place is filled.
-    __syncthreads();
-    smem.full[segment % kStages].wait(segment / kStages % 2);
-    auto const& M = smem.M[segment % kStages];
-#pragma unroll 16
-    for (int before = 0; before < kDimK; ++before) {
-      float const m = M[before][channel];
-#pragma unroll
-      for (int i = 0; i < kColumns; ++i) {
-        S[i] = fmaf(m, state[before][i], S[i]);
-      }
+    if (segment > 0) {  // the first one's N is its last state
+      multiply(S, smem, segment, channel);
     }
 #pragma unroll
     for (int i = 0; i < kColumns; ++i) {
@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(kDimK)
         params.states[place(segment, first_column + i)] = S[i];
       }
     }
-    if (segment + kStages < num_maps) {
+    if (segment > 0 && segment + kStages < num_maps) {
       __syncthreads();  // everybody has read the map
       if (threadIdx.x == 0) {
         load(segment + kStages);
