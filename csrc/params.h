@@ -140,6 +140,13 @@ struct ScanBackwardParams {
   float const* d_final_state;
   float* d_initial_state;
   bool state_v_first;
+  int num_segments;  // of a sequence, walked side by side
+  // Where segments 1, 2, .. start, and the gradients of the states that segments 0, 1, .. but the last end in: see
+  // SegmentStatesParams; null where there is one segment.
+  float const *segment_states, *segment_gradients;
+  // Not null: the reverse walk alone, of all segments but the first, from a gradient of zero (the last one's is
+  // d_final_state). Nothing comes out but the gradients of their first states, here, as in SegmentStatesParams.
+  float* segment_N;
 };
 
 struct GradientsParams {

@@ -16,11 +16,11 @@ _NUM_OPTIONS = 7  # scale ... state_v_first
 
 
 def _save_chunk_forward(ctx, inputs, output):
-    _, final_state, h, A_minus_I, P = output
-    ctx.save_for_backward(*inputs[:_NUM_INPUTS], A_minus_I, P)
+    _, final_state, h, A_minus_I, P, split = output
+    ctx.save_for_backward(*inputs[:_NUM_INPUTS], A_minus_I, P, split if split.numel() else None)
     ctx.options = inputs[_NUM_INPUTS : _NUM_INPUTS + _NUM_OPTIONS]
     *_, ctx.save_for_backward_asked, ctx.sequence_split, ctx.backend = inputs[_NUM_INPUTS + _NUM_OPTIONS :]
-    ctx.mark_non_differentiable(h, A_minus_I, P)
+    ctx.mark_non_differentiable(h, A_minus_I, P, split)
     ctx.set_materialize_grads(False)
 
 
@@ -29,7 +29,7 @@ def _chunk_gradients(ctx, do, d_final_state, *_):
         raise RuntimeError(
             "gdn2_ext::chunk_forward was called with save_for_backward=False: it has no backward"
         )
-    *inputs, A_minus_I, P = ctx.saved_tensors
+    *inputs, A_minus_I, P, split = ctx.saved_tensors
     needed = [
         asked and tensor is not None for tensor, asked in zip(inputs[: len(_TENSORS)], ctx.needs_input_grad)
     ]
@@ -39,7 +39,7 @@ def _chunk_gradients(ctx, do, d_final_state, *_):
     if d_final_state is not None and d_final_state.numel() == 0:
         d_final_state = None
     gradients = torch.ops.gdn2_ext.chunk_backward(
-        do, d_final_state, *inputs, A_minus_I, P, *ctx.options, needed, ctx.sequence_split, ctx.backend
+        do, d_final_state, *inputs, A_minus_I, P, split, *ctx.options, needed, ctx.sequence_split, ctx.backend
     )
     gradients = [x if wanted else None for x, wanted in zip(gradients, needed)]
     num_others = 1 + _NUM_OPTIONS + 5  # cu_seqlens, the options, output_final_state ... backend

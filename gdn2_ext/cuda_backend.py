@@ -82,6 +82,18 @@ def _readable(x: Tensor) -> Tensor:
     return x.new_empty(batch, seqlen, heads, padded)[..., :channels].copy_(x)
 
 
+def _split_size(sizes: _Sizes, num_segments: int) -> int:
+    """Of what `_Sizes.split` makes: SplitSizes of csrc/api/chunk_binding.cpp."""
+    padded_k = 64 if sizes.dim_k <= 64 else 128
+    rows = sizes.num_sequences * (num_segments - 1)
+    return rows * padded_k * (sizes.num_gate_heads * padded_k + sizes.num_value_heads * sizes.dim_v)
+
+
+def split_size(q: Tensor, v: Tensor, g: Tensor, cu_seqlens: Tensor | None, num_segments: int) -> int:
+    """How many floats a call keeps for its backward, beside A - I and P, where it is split."""
+    return _split_size(_Sizes.of(q, v, g, cu_seqlens), num_segments)
+
+
 @functools.cache
 def _num_multiprocessors(index: int | None) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
@@ -125,6 +137,12 @@ class _Sizes(NamedTuple):
             self.dim_v, self.packed, _num_multiprocessors(device.index),
         )  # fmt: skip
 
+    def split(self, q: Tensor, num_segments: int) -> Tensor | None:
+        """Where a split call keeps the maps of its segments, and the states that they start from."""
+        if num_segments == 1:
+            return None
+        return q.new_empty(_split_size(self, num_segments), dtype=torch.float32)
+
     def workspace(
         self, q: Tensor, keeps_matrices: bool, backward: bool, use_qk_l2norm: bool, num_segments: int = 1
     ) -> Tensor:
@@ -167,9 +185,9 @@ def chunk_forward(
     output_final_state: bool,
     num_state_chunks: int | None,
     sequence_split: int = 0,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor, Tensor | None]:
     """o, final_state (or None), chunk states (or None); A - I and P as `chunk_backward` reads them: images of
-    shared memory (ChunkTiles in csrc/params.h). Everything has been checked.
+    shared memory (ChunkTiles in csrc/params.h); and what a split keeps, or None. Everything has been checked.
     """
     sizes = _Sizes.of(q, v, g, cu_seqlens)
     o = torch.empty_like(v, memory_format=torch.contiguous_format)
@@ -183,9 +201,11 @@ def chunk_forward(
     new = q.new_empty if sizes.seqlen else q.new_zeros
     A_minus_I, P = (new(sizes.num_slots, sizes.num_gate_heads, CHUNK, CHUNK) for _ in range(2))
     segments = sizes.num_segments(sequence_split, q.device)
+    split = sizes.split(q, segments)
     tensors = [
         *map(_readable, (q, k, v, g, b, w)), *_contiguous(A_log, dt_bias, initial_state, cu_seqlens),
-        o, final_state, chunk_states, A_minus_I, P, sizes.workspace(q, True, False, False, segments),
+        o, final_state, chunk_states, A_minus_I, P, split,
+        sizes.workspace(q, True, False, False, segments),
     ]  # fmt: skip
     _launch(cuda_launch._C.chunk_forward, tensors, (scale, *options, state_v_first, segments))
     if chunk_states is not None:
@@ -193,7 +213,7 @@ def chunk_forward(
             tokens = PackedTokens(cu_seqlens, sizes.seqlen)
             chunk_states = tokens.in_sequence_order(chunk_states, num_state_chunks)
         chunk_states = chunk_states.unflatten(0, (sizes.batch, num_state_chunks))
-    return o, final_state, chunk_states, A_minus_I, P
+    return o, final_state, chunk_states, A_minus_I, P, split
 
 
 def _new_gradients(sizes: _Sizes, inputs: Sequence[Tensor | None], needed: Sequence[bool]) -> list:
@@ -247,21 +267,24 @@ def chunk_backward(
     cu_seqlens: Tensor | None,
     A_minus_I: Tensor,
     P: Tensor,
+    split: Tensor | None,
     scale: float,
     options: GateOptions,
     *,
     state_v_first: bool,
     needed: Sequence[bool],
+    sequence_split: int = 0,
 ) -> Gradients:
-    """The gradients that are needed, and None for the others; A - I and P come from `chunk_forward`."""
+    """The gradients that are needed, None for the others; A - I, P and split come from `chunk_forward`."""
     sizes = _Sizes.of(q, v, g, cu_seqlens)
     out = _new_gradients(sizes, (q, k, v, g, b, w, A_log, dt_bias, initial_state), needed)
+    segments = 1 if split is None else sizes.num_segments(sequence_split, q.device)
     tensors = [
         _readable(do), *_contiguous(d_final_state), *map(_readable, (q, k, v, g, b, w)),
-        *_contiguous(A_log, dt_bias, initial_state, cu_seqlens), A_minus_I, P,
-        sizes.workspace(q, True, True, options.use_qk_l2norm), *out,
+        *_contiguous(A_log, dt_bias, initial_state, cu_seqlens), A_minus_I, P, split,
+        sizes.workspace(q, True, True, options.use_qk_l2norm, segments), *out,
     ]  # fmt: skip
-    _launch(cuda_launch._C.chunk_backward, tensors, (scale, *options, state_v_first, 1))
+    _launch(cuda_launch._C.chunk_backward, tensors, (scale, *options, state_v_first, segments))
     return _summed(sizes, out, q.dtype)
 
 
@@ -273,8 +296,8 @@ def chunk_backward(
 def _forward_at_once(
     tensors: tuple, options: tuple, output_final_state: bool, sequence_split: int, keep: bool
 ) -> tuple | None:
-    """(o, final_state or None, A - I and P where `keep`, else None); None where the extension does not take
-    the call. tensors: q ... cu_seqlens; options: scale ... state_v_first.
+    """(o, final_state or None; A - I, P and what a split keeps, or None each); None where the extension does
+    not take the call. tensors: q ... cu_seqlens; options: scale ... state_v_first; keep: A - I and P.
     """
     q, k, v, g, *_, cu_seqlens = tensors
     sizes = _Sizes.of(q, v, g, cu_seqlens)
@@ -289,12 +312,12 @@ def _forward_at_once(
         shape = (sizes.num_slots, sizes.num_gate_heads, CHUNK, CHUNK)
         A_minus_I, P = q.new_empty(shape), q.new_empty(shape)
     segments = sizes.num_segments(sequence_split, q.device)
-    workspace = sizes.workspace(q, keep, False, False, segments)
+    split, workspace = sizes.split(q, segments), sizes.workspace(q, keep, False, False, segments)
     if not cuda_launch._C.chunk_forward(
-        READ_TENSORS, *tensors, o, final_state, None, A_minus_I, P, workspace, *options, segments, 0
+        READ_TENSORS, *tensors, o, final_state, None, A_minus_I, P, split, workspace, *options, segments, 0
     ):
         return None
-    return o, final_state, A_minus_I, P
+    return o, final_state, A_minus_I, P, split
 
 
 class _Chunk(torch.autograd.Function):
@@ -305,15 +328,15 @@ class _Chunk(torch.autograd.Function):
         results = _forward_at_once(tensors, options, output_final_state, sequence_split, keep=True)
         if results is None:
             return None, None
-        o, final_state, A_minus_I, P = results
-        ctx.save_for_backward(*tensors, A_minus_I, P)
-        ctx.options = options
+        o, final_state, *kept = results
+        ctx.save_for_backward(*tensors, *kept)
+        ctx.options, ctx.sequence_split = options, sequence_split
         ctx.set_materialize_grads(False)
         return o, final_state
 
     @staticmethod
     def backward(ctx, do, d_final_state):
-        *inputs, A_minus_I, P = ctx.saved_tensors
+        *inputs, A_minus_I, P, split = ctx.saved_tensors
         needed = [asked and x is not None for x, asked in zip(inputs[:9], ctx.needs_input_grad[3:])]
         q, v, g, cu_seqlens = inputs[0], inputs[2], inputs[3], inputs[9]
         if do is None:
@@ -322,15 +345,18 @@ class _Chunk(torch.autograd.Function):
         if not torch.is_grad_enabled() and nobody_traces():
             sizes = _Sizes.of(q, v, g, cu_seqlens)
             out = _new_gradients(sizes, inputs[:9], needed)
-            workspace = sizes.workspace(q, True, True, ctx.options[1])
+            segments = 1 if split is None else sizes.num_segments(ctx.sequence_split, q.device)
+            workspace = sizes.workspace(q, True, True, ctx.options[1], segments)
             if cuda_launch._C.chunk_backward(
-                READ_TENSORS, do, d_final_state, *inputs, A_minus_I, P, workspace, *out, *ctx.options, 1, 0
-            ):
+                READ_TENSORS, do, d_final_state, *inputs, A_minus_I, P, split, workspace, *out, *ctx.options,
+                segments, 0,
+            ):  # fmt: skip
                 gradients = _summed(sizes, out, q.dtype)
         if gradients is None:  # a layout to be copied, or a second derivative to be refused
             gradients = torch.ops.gdn2_ext.chunk_backward(
-                do, d_final_state, *inputs, A_minus_I, P, *ctx.options, needed, 0, "cuda"
-            )
+                do, d_final_state, *inputs, A_minus_I, P, split, *ctx.options, needed, ctx.sequence_split,
+                "cuda",
+            )  # fmt: skip
             gradients = [x if wanted else None for x, wanted in zip(gradients, needed)]
         return None, None, None, *gradients, None
 

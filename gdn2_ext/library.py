@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import cuda_backend, cuda_recurrent, torch_backend
+from .cuda_backend import split_size
 from .torch_backend import CHUNK, GateOptions, compute_dtype, num_chunk_slots
 
 _INPUTS = (
@@ -28,10 +29,11 @@ lib = torch.library.Library("gdn2_ext", "DEF")
 lib.define(
     f"chunk_forward({_INPUTS}, {_OPTIONS}, bool output_final_state, SymInt? num_state_chunks, "
     "bool save_for_backward, int sequence_split, str backend) "
-    "-> (Tensor o, Tensor final_state, Tensor h, Tensor A_minus_I, Tensor P)"
+    "-> (Tensor o, Tensor final_state, Tensor h, Tensor A_minus_I, Tensor P, Tensor split)"
 )
 lib.define(
-    f"chunk_backward(Tensor do, Tensor? d_final_state, {_INPUTS}, Tensor A_minus_I, Tensor P, {_OPTIONS}, "
+    f"chunk_backward(Tensor do, Tensor? d_final_state, {_INPUTS}, Tensor A_minus_I, Tensor P, Tensor? split, "
+    f"{_OPTIONS}, "
     "bool[] needed, int sequence_split, str backend) "
     "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dg, Tensor db, Tensor dw, Tensor dA_log, Tensor d_dt_bias, "
     "Tensor d_initial_state)"
@@ -90,23 +92,24 @@ def _chunk_forward(
             output_final_state, num_state_chunks, save_for_backward, sequence_split, backend,
         )  # fmt: skip
     options = GateOptions(use_qk_l2norm, use_gate, lower_bound, use_gate_sigmoid, erase_scale)
+    inputs = (q, k, v, g, b, w, A_log, dt_bias, initial_state, cu_seqlens, scale, options)
     arguments = {
         "state_v_first": state_v_first, "output_final_state": output_final_state,
         "num_state_chunks": num_state_chunks,
     }  # fmt: skip
+    split = None
     if backend == "cuda":
-        forward, arguments["sequence_split"] = cuda_backend.chunk_forward, sequence_split
+        arguments["sequence_split"] = sequence_split
+        o, final_state, h, A_minus_I, P, split = cuda_backend.chunk_forward(*inputs, **arguments)
     else:
-        forward = torch_backend.chunk_forward
-    o, final_state, h, A_minus_I, P = forward(
-        q, k, v, g, b, w, A_log, dt_bias, initial_state, cu_seqlens, scale, options, **arguments
-    )
+        o, final_state, h, A_minus_I, P = torch_backend.chunk_forward(*inputs, **arguments)
     return (
         o,
         _empty(q) if final_state is None else final_state,
         _empty(q) if h is None else h,
         A_minus_I if save_for_backward else _empty(q),
         P if save_for_backward else _empty(q),
+        split if save_for_backward and split is not None else _empty(q),
     )
 
 
@@ -125,11 +128,15 @@ def _chunk_forward_fake(
         h = q.new_empty((q.shape[0], num_state_chunks, *state[1:]), dtype=dtype)
     matrix = _chunk_matrix_shape(q, g, cu_seqlens) if save_for_backward else (0,)
     matrix_dtype = dtype if save_for_backward and backend == "torch" else q.dtype
-    return o, final_state, h, q.new_empty(matrix, dtype=matrix_dtype), q.new_empty(matrix, dtype=matrix_dtype)
+    A_minus_I, P = (q.new_empty(matrix, dtype=matrix_dtype) for _ in range(2))
+    split = _empty(q)
+    if save_for_backward and backend == "cuda" and sequence_split > 1:
+        split = q.new_empty(split_size(q, v, g, cu_seqlens, sequence_split), dtype=torch.float32)
+    return o, final_state, h, A_minus_I, P, split
 
 
 def _chunk_backward(
-    do, d_final_state, q, k, v, g, b, w, A_log, dt_bias, initial_state, cu_seqlens, A_minus_I, P,
+    do, d_final_state, q, k, v, g, b, w, A_log, dt_bias, initial_state, cu_seqlens, A_minus_I, P, split,
     scale, use_qk_l2norm, use_gate, lower_bound, use_gate_sigmoid, erase_scale, state_v_first,
     needed, sequence_split, backend,
 ):  # fmt: skip
@@ -138,18 +145,20 @@ def _chunk_backward(
         return tuple(torch.zeros_like(x) if wanted else _empty(q) for x, wanted in zip(inputs, needed))
     options = GateOptions(use_qk_l2norm, use_gate, lower_bound, use_gate_sigmoid, erase_scale)
     arguments = (
-        do, d_final_state, q, k, v, g, b, w, A_log, dt_bias, initial_state, cu_seqlens, A_minus_I, P, scale,
-        options,
+        do, d_final_state, q, k, v, g, b, w, A_log, dt_bias, initial_state, cu_seqlens, A_minus_I, P,
     )  # fmt: skip
     if backend == "cuda":
-        gradients = cuda_backend.chunk_backward(*arguments, state_v_first=state_v_first, needed=needed)
+        gradients = cuda_backend.chunk_backward(
+            *arguments, split, scale, options, state_v_first=state_v_first,
+            needed=needed, sequence_split=sequence_split,
+        )  # fmt: skip
     else:
-        gradients = torch_backend.chunk_backward(*arguments, state_v_first=state_v_first)
+        gradients = torch_backend.chunk_backward(*arguments, scale, options, state_v_first=state_v_first)
     return tuple(x.contiguous() if wanted else _empty(q) for x, wanted in zip(gradients, needed))
 
 
 def _chunk_backward_fake(
-    do, d_final_state, q, k, v, g, b, w, A_log, dt_bias, initial_state, cu_seqlens, A_minus_I, P,
+    do, d_final_state, q, k, v, g, b, w, A_log, dt_bias, initial_state, cu_seqlens, A_minus_I, P, split,
     scale, use_qk_l2norm, use_gate, lower_bound, use_gate_sigmoid, erase_scale, state_v_first,
     needed, sequence_split, backend,
 ):  # fmt: skip

@@ -397,8 +397,10 @@ def chunk_gdn2(
     num_state_chunks = _num_state_chunks(q, cu_seqlens, host_offsets) if return_intermediate_states else None
     backend = _choose_backend(backend, q.device, cuda_backend.why_not_chunk(q, v))
 
-    o, final_state, h, _, _ = torch.ops.gdn2_ext.chunk_forward(
-        *call, *options, output_final_state, num_state_chunks, needs_grad, sequence_split or 0, backend
+    # A compiled graph may serve many shapes: it chooses nothing by them.
+    default = 1 if torch.compiler.is_compiling() else 0
+    o, final_state, h, *_ = torch.ops.gdn2_ext.chunk_forward(
+        *call, *options, output_final_state, num_state_chunks, needs_grad, sequence_split or default, backend
     )
     final_state = final_state if output_final_state else None
     return (o, final_state, h) if return_intermediate_states else (o, final_state)

@@ -13,9 +13,9 @@ pytestmark = disguise.MARKS
 read_tensors = disguise.read_tensors
 
 INPUTS = ("q", "k", "v", "g", "b", "w", "A_log", "dt_bias", "initial_state", "cu_seqlens")
-FORWARD = (*INPUTS, "o", "final_state", "chunk_states", "A_minus_I", "P", "workspace")
+FORWARD = (*INPUTS, "o", "final_state", "chunk_states", "A_minus_I", "P", "split", "workspace")
 GRADIENTS = ("dq", "dk", "dv", "dg", "db", "dw", "dA_log", "d_dt_bias", "d_initial_state")
-BACKWARD = ("do", "d_final_state", *INPUTS, "A_minus_I", "P", "workspace", *GRADIENTS)
+BACKWARD = ("do", "d_final_state", *INPUTS, "A_minus_I", "P", "split", "workspace", *GRADIENTS)
 OPTIONS = {
     "scale": None, "use_qk_l2norm": False, "use_gate": False, "lower_bound": None, "use_gate_sigmoid": False,
     "erase_scale": 1.0, "state_v_first": False, "num_segments": 1, "stream": 0,
@@ -56,8 +56,14 @@ def forward(call: dict) -> dict:
 
 def split(call: dict) -> dict:
     """The forward in three segments."""
-    call = forward(call) | {"num_segments": 3}
+    call = forward(call) | {"num_segments": 3, "split": sizes(call).split(call["q"], 3)}
     return call | {"workspace": sizes(call).workspace(call["q"], False, False, False, 3)}
+
+
+def split_backward(call: dict) -> dict:
+    call = backward(call) | {"num_segments": 3, "split": sizes(call).split(call["q"], 3)}
+    norms = call.get("use_qk_l2norm", False)
+    return call | {"workspace": sizes(call).workspace(call["q"], True, True, norms, 3)}
 
 
 def keeping(call: dict) -> dict:
@@ -93,7 +99,13 @@ KINDS = {
     "gates of value heads": lambda: inputs(gate_heads=HV),
     "no state": lambda: inputs(initial_state=None),
 }
-PASSES = {"forward": forward, "split": split, "keeping": keeping, "backward": backward}
+PASSES = {
+    "forward": forward,
+    "split": split,
+    "keeping": keeping,
+    "backward": backward,
+    "split_backward": split_backward,
+}
 
 
 @pytest.fixture(params=PASSES)
@@ -179,15 +191,16 @@ BAD = {
     "an erase scale without sigmoids": ("erase_scale", lambda _: 2.0),
     "a scale that is none": ("scale", lambda _: "large"),
     "no segments": ("num_segments", lambda _: 0),
+    "segments that nothing was kept of": ("split", lambda x: torch.zeros(8)),
     "offsets of a batch": ("cu_seqlens", lambda _: torch.tensor([0, T])),
 }
 
 
 @pytest.mark.parametrize(("name", "change"), BAD.values(), ids=BAD)
 def test_wrong_calls_do_not(read_tensors, stage, name, change):
-    if name == "num_segments" and stage is backward:
-        pytest.skip("the backward has none")
     call = stage(inputs())
+    if name == "split" and call.get("num_segments", 1) == 1:
+        pytest.skip("there is one segment")
     assert lets_through(read_tensors, call)
     assert not lets_through(read_tensors, call | {name: change(call.get(name))})
 

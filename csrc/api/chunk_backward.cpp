@@ -1,23 +1,40 @@
 #include "api/chunk_backward.h"
 
+#include "api/sequence_split.h"
+
 namespace gdn2 {
 
 void chunk_backward(ChunkBackwardParams const& params, cudaStream_t stream) {
   ChunkCall const& call = params.call;
   plan_and_prepare(call, {.factors_only = true, .row_norms = params.row_norms}, stream);
-  run_scan_backward({.shape = call.shape,
-                     .v = call.v,
-                     .w = call.w,
-                     .dO = params.dO,
-                     .gates = call.gates,
-                     .plan = call.plan,
-                     .tiles = call.tiles,
-                     .out = params.tiles,
-                     .initial_state = call.initial_state,
-                     .d_final_state = params.d_final_state,
-                     .d_initial_state = params.d_initial_state,
-                     .state_v_first = call.state_v_first},
-                    stream);
+  ScanBackwardParams walks{.shape = call.shape,
+                           .v = call.v,
+                           .w = call.w,
+                           .dO = params.dO,
+                           .gates = call.gates,
+                           .plan = call.plan,
+                           .tiles = call.tiles,
+                           .initial_state = call.initial_state,
+                           .d_final_state = params.d_final_state,
+                           .state_v_first = call.state_v_first,
+                           .num_segments = call.num_segments};
+  if (call.num_segments > 1) {
+    walks.segment_N = params.segment_N;
+    run_scan_backward(walks, stream);
+    run_segment_states({.shape = call.shape,
+                        .num_segments = call.num_segments,
+                        .M = params.segment_M,
+                        .N = params.segment_N,
+                        .reverse = true,
+                        .states = params.segment_gradients},
+                       stream);
+    walks.segment_N = nullptr;
+    walks.segment_states = params.segment_states;
+    walks.segment_gradients = params.segment_gradients;
+  }
+  walks.out = params.tiles;
+  walks.d_initial_state = params.d_initial_state;
+  run_scan_backward(walks, stream);
   bool const only_initial_state = !params.dq && !params.dk && !params.dv && !params.dg && !params.db &&
                                   !params.dw && !params.dA_log && !params.d_dt_bias;
   if (only_initial_state) {

@@ -15,6 +15,9 @@ struct ChunkBackwardParams {
   float const* d_final_state;
   BackwardTiles tiles;  // room
   float* row_norms;     // room, see PrepareParams; null without the norms
+  // Where call.num_segments > 1: what the forward left, see ChunkForwardParams, and room for the reverse walk's.
+  float const *segment_M, *segment_states;
+  float *segment_N, *segment_gradients;
   // Gradients as in GradientsParams and ScanBackwardParams; null where nobody asked.
   void *dq, *dk, *dv, *dg, *db, *dw;
   float *dA_log, *d_dt_bias, *d_initial_state;

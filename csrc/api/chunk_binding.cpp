@@ -18,7 +18,7 @@ constexpr std::int64_t kMaxSegments = 65535;  // a grid's height
 constexpr std::int64_t kElementBytes = 2;     // of q, and of all tiles
 
 struct CallViews : TokenViews {
-  View A_log, dt_bias, initial_state, cu_seqlens, A_minus_I, P, workspace;
+  View A_log, dt_bias, initial_state, cu_seqlens, A_minus_I, P, split, workspace;
 };
 
 struct ForwardViews : CallViews {
@@ -81,17 +81,18 @@ void take_call_room(Workspace& room, CallShape const& shape, bool packed, bool k
   }
 }
 
-// Room for the maps of segments and the states that they start from.
-void take_split_room(Workspace& room, CallShape const& shape, std::int64_t num_segments, float*& M, float*& N,
-                     float*& states) {
-  M = N = states = nullptr;
-  if (num_segments > 1) {
-    std::int64_t const maps = shape.num_sequences * (num_segments - 1), row = padded_k(shape) * sizeof(float);
-    M = room.take<float>(maps * shape.num_gate_heads * padded_k(shape) * row);
-    N = room.take<float>(maps * shape.num_value_heads * shape.dim_v * row);
-    states = room.take<float>(maps * shape.num_value_heads * shape.dim_v * row);
+// What a split call keeps for its backward: M of the segments and the states that they start from; and the room that
+// each direction needs for N and, in the reverse, for gradients like those states.
+struct SplitSizes {
+  std::int64_t M = 0, states = 0;  // floats
+
+  SplitSizes(CallShape const& shape, std::int64_t num_segments) {
+    std::int64_t const rows = shape.num_sequences * std::max<std::int64_t>(num_segments - 1, 0),
+                       k = padded_k(shape);
+    M = rows * shape.num_gate_heads * k * k;
+    states = rows * shape.num_value_heads * shape.dim_v * k;
   }
-}
+};
 
 void take_backward_room(Workspace& room, CallShape const& shape, bool use_qk_l2norm, BackwardTiles& tiles,
                         float*& row_norms) {
@@ -124,11 +125,12 @@ class Parameters : public CallChecks {
     params.o = contiguous(x.o);
     params.final_state = states(x.final_state, shape.num_sequences, shape);
     params.chunk_states = states(x.chunk_states, shape.num_slots, shape);
-    // Without tokens there is nothing to split.
-    params.call.num_segments = shape.seqlen > 0 ? small(options_.num_segments) : 1;
-    need(options_.num_segments >= 1 && options_.num_segments <= kMaxSegments);
-    take_split_room(room, shape, params.call.num_segments, params.segment_M, params.segment_N,
-                    params.segment_states);
+    if (params.call.num_segments > 1) {
+      SplitSizes const sizes(shape, params.call.num_segments);
+      params.segment_N = room.take<float>(sizes.states * sizeof(float));
+      params.segment_M = split_of(x.split, sizes);
+      params.segment_states = params.segment_M + sizes.M;
+    }
     need_room(room);
     return good();
   }
@@ -142,6 +144,13 @@ class Parameters : public CallChecks {
     }
     CallShape const& shape = params.call.shape;
     take_backward_room(room, shape, options_.use_qk_l2norm, params.tiles, params.row_norms);
+    if (params.call.num_segments > 1) {
+      SplitSizes const sizes(shape, params.call.num_segments);
+      params.segment_N = room.take<float>(sizes.states * sizeof(float));
+      params.segment_gradients = room.take<float>(sizes.states * sizeof(float));
+      params.segment_M = split_of(x.split, sizes);
+      params.segment_states = params.segment_M + sizes.M;
+    }
     need_room(room);
     params.dO = tokens(x.o);
     params.d_final_state = states(x.d_final_state, shape.num_sequences, shape);
@@ -170,6 +179,9 @@ class Parameters : public CallChecks {
     }
     fill_gates(call.gates, call.scale, options_, shape, x_.A_log, x_.dt_bias, x_.q.device);
     fill_sequences(call);
+    // Without tokens there is nothing to split.
+    call.num_segments = shape.seqlen > 0 ? small(options_.num_segments) : 1;
+    need(options_.num_segments >= 1 && options_.num_segments <= kMaxSegments);
     call.q = tokens(x_.q);
     call.k = tokens(x_.k);
     call.v = tokens(x_.v);
@@ -247,6 +259,12 @@ class Parameters : public CallChecks {
     need(view.has_shape(rows, shape.num_value_heads, v_first ? shape.dim_v : shape.dim_k,
                         v_first ? shape.dim_k : shape.dim_v));
     need(view.kind == Kind::kFloat32);
+    return reinterpret_cast<float*>(contiguous(view));
+  }
+
+  // M and first states of segments, one after the other.
+  float* split_of(View const& view, SplitSizes const& sizes) {
+    need(view.given && view.has_shape(sizes.M + sizes.states) && view.kind == Kind::kFloat32);
     return reinterpret_cast<float*>(contiguous(view));
   }
 
@@ -336,6 +354,7 @@ constexpr View F::* kForwardOrder[] = {&F::q,
                                        &F::chunk_states,
                                        &F::A_minus_I,
                                        &F::P,
+                                       &F::split,
                                        &F::workspace};
 
 using B = BackwardViews;
@@ -353,6 +372,7 @@ constexpr View B::* kBackwardOrder[] = {&B::o,
                                         &B::cu_seqlens,
                                         &B::A_minus_I,
                                         &B::P,
+                                        &B::split,
                                         &B::workspace,
                                         &B::dq,
                                         &B::dk,
@@ -403,10 +423,10 @@ PyObject* workspace_bytes(PyObject*, PyObject* const* arguments, Py_ssize_t numb
     BackwardTiles tiles;
     float* row_norms;
     take_backward_room(room, shape, norms, tiles, row_norms);
-  } else {
-    float *M, *N, *states;
-    take_split_room(room, shape, num_segments, M, N, states);
   }
+  // N, and in the backward gradients.
+  room.take(num_segments > 1 ? SplitSizes(shape, num_segments).states * sizeof(float) : 0);
+  room.take(num_segments > 1 && backward ? SplitSizes(shape, num_segments).states * sizeof(float) : 0);
   return PyLong_FromLongLong(room.size());
 }
 

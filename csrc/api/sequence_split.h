@@ -27,9 +27,12 @@ struct SegmentMapsParams {
 struct SegmentStatesParams {
   CallShape shape;
   int num_segments;
-  float const *M, *N;  // N of the first segment is the state that it ends in
-  float*
-      states;  // [num_sequences, num_segments - 1, num_value_heads, dim_v, kDimK]: where segments 1, 2, .. start
+  float const *M, *N;  // N of where the first step begins is a state
+  bool reverse;        // the adjoint: gradients, from the last segment to the first
+  // [num_sequences, num_segments - 1, num_value_heads, dim_v, kDimK]. Forwards N is that of segments 0, 1, .. and states
+  // are where segments 1, 2, .. start; in reverse N is that of segments 1, 2, .., and states are what segments 0, 1, ..
+  // end in.
+  float* states;
 };
 
 void run_segment_maps(SegmentMapsParams const& params, cudaStream_t stream);  // csrc/sm90/segment_maps.cu

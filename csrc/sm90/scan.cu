@@ -357,7 +357,7 @@ __device__ void compute(SharedStorage<Cfg>& smem, ScanParams const& params, Work
                            first_column);
   } else {
     wait_for_earlier_kernels();  // segment_states
-    std::int64_t const row = static_cast<std::int64_t>(work.sequence) * last_segment + segment - 1;
+    std::int64_t const row = segment_row(work, segment - 1, params.num_segments);
     read_segment_state<Cfg::kDimK>(walk.S, params.segment_states, params.shape, row, work.value_head,
                                    first_column);
   }

@@ -10,8 +10,8 @@
 // Neither walk reads what the other writes. As in scan, everything is transposed and the left operand of each product
 // is the rounded accumulator of the one before it, in the registers where it is.
 //
-// Grid: one CTA for a sequence, value head, kWarpgroups * 64 value columns and walk; heads fastest, walks slowest, the
-// reverse one first.
+// Grid: one CTA for a sequence, value head, kWarpgroups * 64 value columns, walk and segment; heads fastest, walks
+// slowest, the reverse one first. A sequence is one segment, or several whose first states and last gradients are known.
 // Roles: kWarpgroups math warpgroups of 64 value columns each (S or dS 64, X or dR 32 accumulators; 32 rounded S or
 // dS', 16 rounded R or dX, 16 rounded X or dR, 16 dO a thread; 240 registers, 216 where there are two); one warpgroup
 // that makes Z (idle in the reverse walk); one whose first warp loads and whose next ones store, one a math warpgroup
@@ -269,7 +269,8 @@ __device__ void store(Outgoing<Cfg> const& outgoing, OutgoingRings<Cfg>& rings, 
                       bool forwards, CallShape const& shape, Work const& work, int wg) {
   int const slices = (shape.dim_v + kColumns - 1) / kColumns;
   int const slice = work.first_column / kColumns + wg;
-  bool const wanted = slice < slices;  // the last CTA's second warpgroup may have no columns
+  // The last CTA's second warpgroup may have no columns.
+  bool const wanted = slice < slices && states != nullptr;
   RingPosition<1> at;
   for (int step = 0; step < work.num_chunks; ++step, at.advance()) {
     int const chunk = forwards ? step : work.num_chunks - 1 - step;
@@ -529,12 +530,27 @@ struct Reverse {
   }
 };
 
+// The CTA's segment.
+__device__ int find_segment(ScanBackwardParams const& params) {
+  unsigned z;
+  asm volatile("mov.u32 %0, %%ctaid.z;" : "=r"(z));
+  return params.segment_N != nullptr ? z + 1 : z % params.num_segments;
+}
+
 template <class Cfg>
 __device__ void compute(RecomputeStorage<Cfg>& smem, ScanBackwardParams const& params, Work const& work,
                         int wg) {
+  int const first_column = work.first_column + wg * kColumns;
+  int const segment = find_segment(params);
   Recompute<Cfg> walk{smem, work, wg, {smem.outgoing, smem.rings_outgoing, wg}};
-  read_state<Cfg::kDimK>(walk.S, params.initial_state, params.shape, params.state_v_first, work,
-                         work.first_column + wg * kColumns);
+  if (segment == 0) {
+    read_state<Cfg::kDimK>(walk.S, params.initial_state, params.shape, params.state_v_first, work,
+                           first_column);
+  } else {
+    read_segment_state<Cfg::kDimK>(walk.S, params.segment_states, params.shape,
+                                   segment_row(work, segment - 1, params.num_segments), work.value_head,
+                                   first_column);
+  }
   walk.run();
 }
 
@@ -542,18 +558,37 @@ template <class Cfg>
 __device__ void compute(ReverseStorage<Cfg>& smem, ScanBackwardParams const& params, Work const& work,
                         int wg) {
   int const first_column = work.first_column + wg * kColumns;
+  bool const only_N = params.segment_N != nullptr;
   Reverse<Cfg> walk{smem, work, wg, {smem.outgoing, smem.rings_outgoing, wg}};
-  read_state<Cfg::kDimK>(walk.dS, params.d_final_state, params.shape, params.state_v_first, work,
-                         first_column);
+  int const segment = find_segment(params);
+  bool const is_last = segment == params.num_segments - 1;
+  if (is_last || only_N) {
+    read_state<Cfg::kDimK>(walk.dS, is_last ? params.d_final_state : nullptr, params.shape,
+                           params.state_v_first, work, first_column);
+  } else {
+    wait_for_earlier_kernels();  // segment_states
+    read_segment_state<Cfg::kDimK>(walk.dS, params.segment_gradients, params.shape,
+                                   segment_row(work, segment, params.num_segments), work.value_head,
+                                   first_column);
+  }
   walk.run();
-  write_state<Cfg::kDimK>(walk.dS, params.d_initial_state, params.shape, params.state_v_first, work,
-                          first_column);
+  int const again = find_segment(params);  // which needs no register during the walk
+  if (only_N) {
+    write_segment_state<Cfg::kDimK>(walk.dS, params.segment_N, params.shape,
+                                    segment_row(work, again - 1, params.num_segments), work.value_head,
+                                    first_column);
+  } else if (again == 0) {
+    write_state<Cfg::kDimK>(walk.dS, params.d_initial_state, params.shape, params.state_v_first, work,
+                            first_column);
+  }
 }
 
 // ---- kernel ------------------------------------------------------------------------------------------------
 
 template <class Cfg>
-constexpr int kSharedBytes = std::max(sizeof(RecomputeStorage<Cfg>), sizeof(ReverseStorage<Cfg>));
+constexpr int kStorageBytes = std::max(sizeof(RecomputeStorage<Cfg>), sizeof(ReverseStorage<Cfg>));
+template <class Cfg>
+constexpr int kSharedBytes = kStorageBytes<Cfg> + sizeof(Work);
 
 template <class Cfg>
 __global__ void __launch_bounds__(Cfg::kThreads, 1)
@@ -562,9 +597,12 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
   extern __shared__ std::uint8_t smem_bytes[];
   auto& recompute = *reinterpret_cast<RecomputeStorage<Cfg>*>(smem_bytes);
   auto& reverse = *reinterpret_cast<ReverseStorage<Cfg>*>(smem_bytes);
-  bool const forwards = blockIdx.z == 1;
-  Work const work = find_work(params.shape, params.plan, Cfg::kWarpgroups * kColumns);
+  bool const only_N = params.segment_N != nullptr;
+  bool const forwards = !only_N && static_cast<int>(blockIdx.z) >= params.num_segments;
+  Work& work = *reinterpret_cast<Work*>(smem_bytes + kStorageBytes<Cfg>);  // where it costs no registers
   if (threadIdx.x == 0) {
+    work = find_work(params.shape, params.plan, Cfg::kWarpgroups * kColumns);
+    take_segment(work, find_segment(params), params.num_segments);
     forwards ? recompute.init_barriers() : reverse.init_barriers();
   }
   __syncthreads();
@@ -598,6 +636,11 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
   }
 }
 
+// Of a sequence, value head and slice.
+int num_walks(ScanBackwardParams const& params) {
+  return params.segment_N != nullptr ? params.num_segments - 1 : 2 * params.num_segments;
+}
+
 template <class Cfg>
 void launch(ScanBackwardParams const& params, cudaStream_t stream) {
   CallShape const& shape = params.shape;
@@ -612,7 +655,7 @@ void launch(ScanBackwardParams const& params, cudaStream_t stream) {
                  "scan_backward: shared memory");
   constexpr int kColumnsPerCta = Cfg::kWarpgroups * kColumns;
   dim3 const grid(static_cast<unsigned>(shape.num_sequences) * shape.num_value_heads,
-                  (shape.dim_v + kColumnsPerCta - 1) / kColumnsPerCta, 2);
+                  (shape.dim_v + kColumnsPerCta - 1) / kColumnsPerCta, num_walks(params));
   cudaLaunchAttribute overlap = overlapping_launch();
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
@@ -632,7 +675,8 @@ void dispatch(ScanBackwardParams const& params, cudaStream_t stream) {
   throw_on_error(cudaGetDevice(&device), "scan_backward");
   throw_on_error(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device), "scan_backward");
   std::int64_t const slices = (shape.dim_v + kColumns - 1) / kColumns;
-  bool const share = slices > 1 && 2 * slices * shape.num_sequences * shape.num_value_heads > num_sms;
+  std::int64_t const walks = std::int64_t{shape.num_sequences} * shape.num_value_heads * num_walks(params);
+  bool const share = slices > 1 && walks * slices > num_sms;
   share ? launch<Config<Element, kDimK, 2>>(params, stream)
         : launch<Config<Element, kDimK, 1>>(params, stream);
 }

@@ -269,13 +269,29 @@ __device__ void read_state(float (&S)[kDimK / 2], float const* states, CallShape
   }
 }
 
-// S^T of a segment from states [.., dim_v, kDimK] of segments; row: which segment of which sequence.
+// Which row of the states of segments a sequence's `index`-th is: those of all segments but one.
+__device__ inline std::int64_t segment_row(Work const& work, int index, int num_segments) {
+  return static_cast<std::int64_t>(work.sequence) * (num_segments - 1) + index;
+}
+
+// S^T from and to a row of states [.., num_value_heads, dim_v, kDimK] of segments.
 template <int kDimK>
 __device__ void read_segment_state(float (&S)[kDimK / 2], float const* states, CallShape const& shape,
                                    std::int64_t row, int value_head, int first_column) {
   float const* const state = states + (row * shape.num_value_heads + value_head) * shape.dim_v * kDimK;
   for_each_element<kDimK>(
       first_column, [&](int acc, int k, int v) { S[acc] = v < shape.dim_v ? state[v * kDimK + k] : 0.f; });
+}
+
+template <int kDimK>
+__device__ void write_segment_state(float const (&S)[kDimK / 2], float* states, CallShape const& shape,
+                                    std::int64_t row, int value_head, int first_column) {
+  float* const state = states + (row * shape.num_value_heads + value_head) * shape.dim_v * kDimK;
+  for_each_element<kDimK>(first_column, [&](int acc, int k, int v) {
+    if (v < shape.dim_v) {
+      state[v * kDimK + k] = S[acc];
+    }
+  });
 }
 
 // S^T to the work's sequence of states that may be null; NaN for a malformed sequence.
