@@ -121,23 +121,30 @@ def test_both_backends_learn_alike(hopper, seed):
 WORLD_SIZE = 2
 
 
-def half_of_the_gradients(rank: int, folder: str, backend: str, device: str, dtype: torch.dtype, seed: int):
-    """A process of a group of WORLD_SIZE, with its part of the batch; the first one keeps the gradients."""
-    store = f"file://{folder}/store"
-    torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=WORLD_SIZE)
+def gradients_of_part(rank: int, backend: str, device: str, dtype: torch.dtype, seed: int) -> dict:
+    """By DistributedDataParallel, of a process with its part of the batch."""
     torch.manual_seed(seed)
     model = DistributedDataParallel(Recall(backend).to(device))
     (batch,) = batches(1, seed, torch.device(device))
     loss_of(model, [x.chunk(WORLD_SIZE)[rank] for x in batch], dtype).backward()
+    return {name: x.grad.cpu() for name, x in model.module.named_parameters()}
+
+
+def run_process(rank: int, folder: str, *arguments) -> None:
+    """One of a group of WORLD_SIZE; the first keeps the gradients."""
+    store = f"file://{folder}/store"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=WORLD_SIZE)
+    gradients = gradients_of_part(rank, *arguments)  # and its model is gone before the group is
     if rank == 0:
-        torch.save({name: x.grad.cpu() for name, x in model.module.named_parameters()}, f"{folder}/gradients")
+        torch.save(gradients, f"{folder}/gradients")
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
 def test_processes_that_share_a_batch_get_its_gradients(backend, tmp_path, seed):
     """DistributedDataParallel: the mean of the parts' gradients is that of the whole."""
     arguments = (str(tmp_path), backend.name, str(backend.device), backend.dtype, seed)
-    torch.multiprocessing.spawn(half_of_the_gradients, arguments, nprocs=WORLD_SIZE)
+    torch.multiprocessing.spawn(run_process, arguments, nprocs=WORLD_SIZE)
     torch.manual_seed(seed)
     model = Recall(backend.name).to(backend.device)
     (batch,) = batches(1, seed, backend.device)
