@@ -93,10 +93,8 @@ def _find_checkpoint(settings: Settings, run: dict) -> Path | None:
     differences = [
         f"{name} was {saved.get(name)}, is {run[name]}" for name in SAME if saved.get(name) != run[name]
     ]
-    for name, what in (("data", "the data"), ("eval_data", "the held-out data"), ("tokenizer", "tokenizer")):
-        if saved.get(name) != run[name]:
-            differences.append(f"{what} changed (names, sizes or times of files, or the tokenizer)")
-            break
+    if any(saved.get(name) != run[name] for name in ("data", "eval_data", "tokenizer")):
+        differences.append("the data changed (names, sizes or times of files, or the tokenizer)")
     before, now = saved.get("model", {}), run["model"]
     differences += [
         f"the model's {key} was {before[key]}, is {now[key]}"
@@ -243,6 +241,11 @@ class Run:
             if log:
                 log.evaluation(self.step, loss)
         if last or self.step % self.settings.save_every == 0:
+            if not self.model.is_finite(self.processes):
+                raise Diverged(
+                    f"weights are not finite after update {self.step}, which is not saved; the newest "
+                    f"checkpoint is {self.saved or 'none'}"
+                )
             training = {
                 "step": self.step,
                 "tokens": self.step * self.tokens_per_update,
@@ -277,7 +280,8 @@ class Run:
             f"{self.plan.config.model_type}, {self.parameters:,} parameters, "
             f"{len(self.sequences)} sequences of {settings.seq_len} tokens to train on, "
             f"{len(self.evaluation)} held out; {self.updates} updates of {settings.batch} sequences: "
-            f"{self.accumulated} of {settings.micro_batch} on each of {processes.size} {processes.device.type}"
+            f"{self.accumulated} of {settings.micro_batch} on each of {processes.size} "
+            f"{processes.device.type}"
         )
         if self.saved:
             print(f"resumed from {self.saved}")

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 from contextlib import AbstractContextManager
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
+from .data import Sequences
 from .processes import Processes
 from .settings import Refusal, Settings
 
@@ -42,7 +45,7 @@ def make_config(settings: Settings, vocabulary: int, eos: int) -> PretrainedConf
         raise
     except Exception as error:  # a config class checks its fields as it likes
         raise Refusal(f"--config {settings.config}: {' '.join(str(error).split())}") from error
-    known = type(config)().to_dict()
+    known = type(config)().to_dict().keys() | inspect.signature(type(config)).parameters.keys()
     for key in settings.overrides:
         if key not in known:
             raise Refusal(f"--set {key}: {type(config).__name__} has no such field")
@@ -85,7 +88,9 @@ def make_model(config: PretrainedConfig, settings: Settings) -> nn.Module:
     if settings.gradient_checkpointing:
         if not model.supports_gradient_checkpointing:
             raise Refusal(f"--gradient-checkpointing: {type(model).__name__} does not support it")
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        # transformers 5.23 has another name for it.
+        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
     return model.train()
 
 
@@ -159,10 +164,15 @@ class ParallelModel:
         return float(norm.full_tensor() if self.sharded else norm)
 
     @torch.no_grad()
-    def evaluate(self, sequences, micro_batch: int, processes: Processes) -> float:
-        """The mean loss of all `sequences`, which the processes share out."""
-        import numpy as np
+    def is_finite(self, processes: Processes) -> bool:
+        """All parameters of all processes."""
+        own = [parameter.to_local() if self.sharded else parameter for parameter in self.bare.parameters()]
+        finite = torch.stack([x.isfinite().all() for x in own]).all().float()
+        return bool(processes.mean(finite) == 1)
 
+    @torch.no_grad()
+    def evaluate(self, sequences: Sequences, micro_batch: int, processes: Processes) -> float:
+        """The mean loss of all `sequences`, which the processes share out."""
         self.bare.eval()
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         together = micro_batch * processes.size
@@ -173,4 +183,6 @@ class ParallelModel:
             tokens = sequences.read(mine if len(mine) else numbers[:1], self.device)
             total += self.loss(tokens, self.bare).double() * len(mine)
         self.bare.train()
+        if self.sharded:
+            self.bare.reshard()  # the root keeps its parameters whole for a backward, which does not come
         return float(processes.mean(total)) * processes.size / len(sequences)

@@ -107,9 +107,7 @@ def parse(arguments: list[str] | None, description: str) -> Settings:
     )
     data.add_argument("--cache", type=Path, help="folder of tokenised data; OUTPUT/tokens")
 
-    model = parser.add_argument_group(
-        "model; its vocab_size is that of the tokenizer, up to a multiple of 64"
-    )
+    model = parser.add_argument_group("model, with the tokenizer's vocab_size, up to a multiple of 64")
     model.add_argument(
         "--config", required=True, help="config.json, a folder with one, or a name: 1.3b, 1.3b-hybrid, tiny"
     )
