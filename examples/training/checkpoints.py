@@ -95,6 +95,8 @@ class Checkpoints:
         whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
         weights = get_model_state_dict(model, options=whole)  # on the first process only, if sharded
         if self.processes.first:
+            for name in _second_names(model):
+                weights.pop(name, None)  # whole tensors of tied weights are copies of each other
             model.save_pretrained(unfinished, state_dict=weights, max_shard_size="1000GB")
             self.tokenizer.save(unfinished)
         del weights
@@ -121,6 +123,12 @@ class Checkpoints:
             shutil.rmtree(leaving)
 
 
+def _second_names(model: nn.Module) -> set[str]:
+    """Of parameters that have more than one."""
+    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    return names - {name for name, _ in model.named_parameters()}
+
+
 def _flush_to_disk(folder: Path) -> None:
     """The files before the name: it must not outlive a power cut that they do not."""
     for path in [*folder.rglob("*"), folder]:
@@ -143,12 +151,10 @@ def load_weights(model: nn.Module, checkpoint: Path) -> None:
     safetensors.torch.load_model(model, checkpoint / "model.safetensors")
 
 
-def load_optimizer(
-    model: nn.Module, optimizer: torch.optim.Optimizer, checkpoint: Path, processes: Processes
-) -> None:
+def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, checkpoint: Path) -> None:
     moments = get_optimizer_state_dict(model, optimizer)
     with _quiet():
-        dcp.load(moments, checkpoint_id=checkpoint / "optimizer", no_dist=not processes.distributed)
+        dcp.load(moments, checkpoint_id=checkpoint / "optimizer")
     set_optimizer_state_dict(model, optimizer, moments)
 
 

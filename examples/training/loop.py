@@ -177,7 +177,7 @@ class Run:
             self.optimizer, WarmupCosine(self.tokens_per_update, warmup, total, settings.min_lr_ratio)
         )
         if self.saved:
-            checkpoints.load_optimizer(self.model.bare, self.optimizer, self.saved, processes)
+            checkpoints.load_optimizer(self.model.bare, self.optimizer, self.saved)
             self.scheduler.load_state_dict(before["scheduler"])
         self.model.warm_up(self._micro_batch(self.step, 0))
         torch.manual_seed(settings.seed + processes.rank + 1)

@@ -126,9 +126,7 @@ class ParallelModel:
             self.bare = self.module = fully_shard(model, mesh=mesh)
             model.to(self.device)  # buffers
         elif processes.distributed:
-            self.module = DistributedDataParallel(
-                model.to(self.device), gradient_as_bucket_view=True, broadcast_buffers=False
-            )
+            self.module = DistributedDataParallel(model.to(self.device), gradient_as_bucket_view=True)
         else:
             self.module = model.to(self.device)
 
