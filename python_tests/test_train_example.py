@@ -287,6 +287,7 @@ def test_gradients_are_averaged_once_an_update(train, inputs, tmp_path):
         ({"seq_len": "many"}, "argument --seq-len: invalid number value: 'many'"),
         ({"micro_batch": 0}, "--micro-batch: expected at least 1, got 0"),
         ({"tokens": 100, "warmup_tokens": 200}, "--warmup-tokens: expected fewer than --tokens 100, got 200"),
+        ({"tokens": None, "warmup_tokens": 10**9}, "--warmup-tokens: expected fewer than the "),
         ({"lr": "nan"}, "--lr: expected a positive number, got nan"),
         ({"min_lr_ratio": 1.5}, "--min-lr-ratio: expected 0 to 1, got 1.5"),
         ({"files": "missing/*.txt"}, "--files: there is no file missing/*.txt"),

@@ -54,11 +54,12 @@ def make_plan(settings: Settings, processes: int) -> Plan:
     with torch.device("meta"):
         make_model(config, settings)  # the model's own complaints
     source, eval_source = data.sources(settings)
+    held_out = settings.eval_sequences * settings.seq_len
     run = {name: getattr(settings, name) for name in SAME + SAME_FOR_THE_SAME_BITS}
     run |= {
         "processes": processes,
         "data": data.corpus_key(source, tokenizer, settings.data_tokens),
-        "eval_data": eval_source and data.corpus_key(eval_source, tokenizer, None),
+        "eval_data": eval_source and data.corpus_key(eval_source, tokenizer, held_out),
         "tokenizer": settings.tokenizer,
         "model": comparable(config),
     }
@@ -67,7 +68,7 @@ def make_plan(settings: Settings, processes: int) -> Plan:
     _check_writable(cache, "--cache")
     resumed = _find_checkpoint(settings, run)
     corpus = data.tokenised(source, tokenizer, settings.data_tokens, cache, "data")
-    eval_corpus = eval_source and data.tokenised(eval_source, tokenizer, None, cache, "held-out data")
+    eval_corpus = eval_source and data.tokenised(eval_source, tokenizer, held_out, cache, "held-out data")
     return Plan(config, tokenizer, corpus, eval_corpus, run, resumed)
 
 
@@ -112,7 +113,7 @@ def _open_sequences(settings: Settings, plan: Plan) -> tuple[data.Sequences, dat
     sequences = data.Sequences(plan.corpus, seq_len)
     number = len(sequences)
     if plan.eval_corpus:
-        evaluation = data.Sequences(plan.eval_corpus, seq_len, end=held_out)
+        evaluation = data.Sequences(plan.eval_corpus, seq_len)
         if not len(evaluation):
             raise Refusal(f"the held-out data have fewer than --seq-len {seq_len} tokens")
     else:
@@ -154,6 +155,10 @@ class Run:
         self.tokens_per_update = settings.batch * settings.seq_len
         tokens = settings.tokens or len(sequences) // settings.batch * self.tokens_per_update
         self.updates = -(-tokens // self.tokens_per_update)
+        total = self.updates * self.tokens_per_update
+        warmup = total // 100 if settings.warmup_tokens is None else settings.warmup_tokens
+        if warmup >= total:
+            raise Refusal(f"--warmup-tokens: expected fewer than the {total} to train on, got {warmup}")
         self.accumulated = settings.batch // (settings.micro_batch * processes.size)
         self.checkpoints = Checkpoints(
             settings.output / "checkpoints", settings.keep, plan.tokenizer, processes
@@ -171,8 +176,6 @@ class Run:
         self.optimizer = make_optimizer(
             self.model.bare, with_decay, settings.lr, settings.weight_decay, processes.device.type == "cuda"
         )
-        total = self.updates * self.tokens_per_update
-        warmup = total // 100 if settings.warmup_tokens is None else settings.warmup_tokens
         self.scheduler = LambdaLR(
             self.optimizer, WarmupCosine(self.tokens_per_update, warmup, total, settings.min_lr_ratio)
         )

@@ -124,7 +124,6 @@ class ParallelModel:
             for layer in layers_of(model):
                 fully_shard(layer, mesh=mesh)
             self.bare = self.module = fully_shard(model, mesh=mesh)
-            model.to(self.device)  # buffers
         elif processes.distributed:
             self.module = DistributedDataParallel(model.to(self.device), gradient_as_bucket_view=True)
         else:
