@@ -193,7 +193,7 @@ def test_a_wheel_without_kernels_is_pure_python(tmp_path, value):
     assert not [name for name in names if name.endswith((".so", ".cu", ".cuh", ".cpp", ".h"))]
     assert metadata["License-Expression"] == "Apache-2.0"
     assert set(metadata.get_all("Provides-Extra")) == {
-        *("reference", "reference-cuda13", "models", "examples", "bench", "test", "dev"),
+        *("reference", "reference-cuda13", "models", "train", "bench", "test", "dev"),
     }
 
 
