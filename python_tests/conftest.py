@@ -335,6 +335,14 @@ def seed(request) -> int:
 
 
 @pytest.fixture
+def quick_triton(monkeypatch) -> None:
+    """Triton's kernels choose between two configurations: trying all of them takes minutes, for the same results."""
+    autotuner = pytest.importorskip("triton.runtime.autotuner").Autotuner
+    prune_configs = autotuner.prune_configs
+    monkeypatch.setattr(autotuner, "prune_configs", lambda *args: prune_configs(*args)[:2])
+
+
+@pytest.fixture
 def offsets_on_device_only(monkeypatch) -> None:
     """Both functions as with offsets on a GPU: on the host, nothing is known of their values.
 

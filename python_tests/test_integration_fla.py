@@ -711,6 +711,7 @@ def test_a_rerouted_call_is_this_packages_to_the_bit(hopper, installed, theirs, 
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("quick_triton")
 def test_a_call_that_the_kernels_do_not_take_runs_in_fla(hopper, installed, theirs, own, log, seed):
     inputs = hopper.inputs("layer_init", seqlen=200, heads=2, dim_k=192, dim_v=64, seed=seed)
     reason = gdn2_ext.supports(*inputs.tensors)[1]
@@ -733,6 +734,7 @@ def make_layer(hopper, seed: int):
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("quick_triton")
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_flas_layer_trains_on_these_kernels(hopper, installed, theirs, own, compiled, seed):
     torch._dynamo.reset()
@@ -758,6 +760,7 @@ def test_flas_layer_trains_on_these_kernels(hopper, installed, theirs, own, comp
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("quick_triton")
 def test_flas_layer_decodes_on_these_kernels(hopper, installed, theirs, own, seed):
     layer, x = make_layer(hopper, seed)
     layer.eval()

@@ -28,7 +28,7 @@ def options(request) -> dict:
     return KINDS[request.param]
 
 
-def make_layer(backend, seed: int, **options) -> GatedDeltaNet2:
+def make_layer(backend, seed: int, /, **options) -> GatedDeltaNet2:
     torch.manual_seed(seed)
     options = {"layer_idx": 0, "backend": backend.name, **options}
     layer = GatedDeltaNet2(HIDDEN, head_dim=DIM, num_heads=HEADS, **options)
@@ -300,6 +300,7 @@ def test_checkpoints_of_fla_load(options):
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("quick_triton")
 @pytest.mark.parametrize("options", FLA_KINDS.values(), ids=FLA_KINDS)
 def test_outputs_and_gradients_are_those_of_fla(hopper, options, seed):
     torch.manual_seed(seed)
@@ -319,6 +320,7 @@ def test_outputs_and_gradients_are_those_of_fla(hopper, options, seed):
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("quick_triton")
 @pytest.mark.parametrize("options", FLA_KINDS.values(), ids=FLA_KINDS)
 @torch.no_grad()
 def test_generation_is_that_of_fla(hopper, options, seed):

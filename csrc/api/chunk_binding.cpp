@@ -239,14 +239,14 @@ class Parameters : public CallChecks {
         .data = view.data, .stride_batch = strides[0], .stride_token = strides[1], .stride_head = strides[2]};
   }
 
-  std::uint8_t* contiguous(View const& view) {
+  std::uint8_t* contiguous(View const& view, std::int64_t alignment = kAlignment) {
     bool const empty = std::find(view.shape, view.shape + view.ndim, 0) != view.shape + view.ndim;
     std::int64_t stride = 1;
     for (int i = view.ndim - 1; i >= 0 && !empty; --i) {
       need(view.shape[i] == 1 || view.strides[i] == stride);
       stride *= view.shape[i];
     }
-    need(view.device == x_.q.device && reinterpret_cast<std::uintptr_t>(view.data) % kAlignment == 0);
+    need(view.device == x_.q.device && reinterpret_cast<std::uintptr_t>(view.data) % alignment == 0);
     return view.data;
   }
 
@@ -259,7 +259,7 @@ class Parameters : public CallChecks {
     need(view.has_shape(rows, shape.num_value_heads, v_first ? shape.dim_v : shape.dim_k,
                         v_first ? shape.dim_k : shape.dim_v));
     need(view.kind == Kind::kFloat32);
-    return reinterpret_cast<float*>(contiguous(view));
+    return reinterpret_cast<float*>(contiguous(view, sizeof(float)));
   }
 
   // M and first states of segments, one after the other.

@@ -169,7 +169,7 @@ struct StateSlice {
     }
   }
 
-  // From and to all of a matrix in shared memory, kSlices * kColumns wide, its rows one after the other.
+  // From and to a square matrix in shared memory, its rows one after the other.
   __device__ void read_tile(std::uint8_t const* tile, int first_column) {
 #pragma unroll
     for (int j = 0; j < kVectors; ++j) {
@@ -206,7 +206,7 @@ struct StateSlice {
 
  private:
   __device__ static int tile_offset(int first_column, int j) {
-    constexpr int kRowLength = Cfg::kVFirst ? Cfg::kDimK : Cfg::kSlices * Cfg::kColumns;
+    constexpr int kRowLength = Cfg::kDimK;
     int const row = first_row() + j * Cfg::kRowsAtOnce + (Cfg::kVFirst ? first_column : 0);
     int const first = piece() * kVector + (Cfg::kVFirst ? 0 : first_column);
     return (row * kRowLength + first) * static_cast<int>(sizeof(State));

@@ -1,14 +1,13 @@
 // recurrent_stream: the step of recurrent.cu where there are many states. One token of every sequence; K = V = 128.
 //
-// Grid: one CTA an SM, which takes every so many-th matrix of a value head and a sequence.
-// Roles: 4 slices of 128 threads, each with 32 value columns of the matrix, and a thread of one warp more, which copies.
-// A matrix travels whole, as contiguous bytes, both ways by bulk copies: what is in flight does not depend on threads.
-// Registers: 544 threads of at most 112. Shared memory: 3 matrices of 64 KB, and the tokens' channels: 219 KB.
+// Grid: value head x sequence, a CTA a matrix; three CTAs an SM, or six of bfloat16 states.
+// Roles: groups of 128 threads, two or one, each with 32 value columns at a time. One thread copies.
+// A matrix travels whole, as contiguous bytes, both ways by bulk copies: what is in flight does not depend on threads,
+// and the CTAs of an SM load, step and store at different times.
+// Registers: 768 threads an SM, of at most 80. Shared memory: the matrix, 64 or 32 KB, and the tokens' channels.
 //
-//     copying thread  states c+3 in (when c is out) |      ..      | state c out
-//     slices          channels of c | inputs of c+1 asked for | state c in registers | step | state c back
-//
-// A state of 64 KB takes its SM's share of the memory 4 microseconds both ways; the slices need half of that.
+//     state in ............. | slice: state to registers, step, back | next slice .. | state out
+//     inputs, channels .. |
 #include <cutlass/arch/barrier.h>
 
 #include "api/cuda_error.h"
@@ -24,31 +23,25 @@ namespace {
 using namespace recurrent;
 
 constexpr int kDim = 128;  // K and V
-constexpr int kStages = 3;
-constexpr int kMatricesPerSm = 4;  // with fewer, filling and draining the ring counts
+constexpr int kColumns = 32;
+constexpr int kMatricesPerSm = 4;  // with fewer, small CTAs for parts of matrices are better spread over the SMs
 
+// kSlices: how many slices the CTA's threads work on at once.
 template <class State, bool kVFirst>
-using StreamConfig = Config<State, kVFirst, kDim, 32, false, true, kDim / 32>;
+using StreamConfig = Config<State, kVFirst, kDim, kColumns, false, true, sizeof(State) == 4 ? 2 : 1>;
 
 template <class Cfg>
 struct StreamStorage {
   static constexpr int kMatrixBytes = kDim * kDim * sizeof(typename Cfg::State);
-  alignas(128) std::uint8_t states[kStages][kMatrixBytes];
-  SharedStorage<Cfg> slices[Cfg::kSlices];
-  RingBarriers<kStages> ring;  // full: the state has arrived; empty: the slices have put the new one there
+  alignas(128) std::uint8_t state[kMatrixBytes];
+  SharedStorage<Cfg> groups[Cfg::kSlices];
+  FullBarrier state_full;
 };
 
-// A matrix of the call: a value head of a sequence.
-struct Matrix {
-  int sequence, value_head;
-
-  __device__ Matrix(RecurrentParams const& params, int index)
-      : sequence(index / params.shape.num_value_heads), value_head(index % params.shape.num_value_heads) {}
-};
-
-__device__ int num_matrices(RecurrentParams const& params) {
-  return params.shape.num_sequences * params.shape.num_value_heads;
-}
+template <class Cfg>
+constexpr int kCtaThreads = Cfg::kSlices * Cfg::kThreads;
+template <class Cfg>
+constexpr int kCtasPerSm = 768 / kCtaThreads<Cfg>;
 
 // The slot of a sequence, or kNoSlot; of states without a pool, the sequence.
 __device__ int load_slot(RecurrentParams const& params, int sequence) {
@@ -60,128 +53,70 @@ __device__ std::uint8_t* matrix_address(StateTensor const& x, int slot, int valu
   return x.data + slot * x.stride_slot + wide_product(value_head, x.stride_head);
 }
 
-// One thread. State c+kStages is asked for once state c has left its stage.
-template <class Cfg>
-__device__ void copy_states(StreamStorage<Cfg>& smem, RecurrentParams const& params) {
-  constexpr int kBytes = StreamStorage<Cfg>::kMatrixBytes;
-  int const end = num_matrices(params);
-  auto load = [&](int index, int slot, int stage) {
-    if (slot == kNoSlot) {
-      smem.ring.full[stage].arrive();
-      return;
-    }
-    smem.ring.full[stage].arrive_and_expect_tx(kBytes);
-    bulk_load(smem.states[stage], matrix_address(params.states, slot, Matrix(params, index).value_head),
-              kBytes, smem.ring.full[stage]);
-  };
-  int slots[kStages];
-#pragma unroll
-  for (int stage = 0; stage < kStages; ++stage) {
-    int const index = blockIdx.x + stage * gridDim.x;
-    slots[stage] = index < end ? load_slot(params, Matrix(params, index).sequence) : kNoSlot;
-    if (index < end) {
-      load(index, slots[stage], stage);
-    }
-  }
-  std::uint32_t parity = 0;
-  for (int first = blockIdx.x; first < end; first += kStages * gridDim.x) {
-#pragma unroll
-    for (int stage = 0; stage < kStages; ++stage) {
-      int const index = first + stage * gridDim.x, next = index + kStages * gridDim.x;
-      if (index >= end) {
-        break;
-      }
-      int const next_slot = next < end ? load_slot(params, Matrix(params, next).sequence) : kNoSlot;
-      smem.ring.empty[stage].wait(parity);
-      if (slots[stage] != kNoSlot) {
-        Matrix const matrix(params, index);
-        auto* const target = params.inplace
-                                 ? matrix_address(params.states, slots[stage], matrix.value_head)
-                                 : matrix_address(params.final_state, matrix.sequence, matrix.value_head);
-        cute::SM90_BULK_COPY_S2G::copy(smem.states[stage], target, kBytes);
-        cute::tma_store_arrive();
-        cute::tma_store_wait<0>();  // the state has been read
-      }
-      slots[stage] = next_slot;
-      if (next < end) {
-        load(next, next_slot, stage);
-      }
-    }
-    parity ^= 1;
-  }
-}
-
+// The token as a thread reads it for one slice.
 template <class Cfg>
 struct Token {
   Work work;
   RawToken raw;
-  DecayRate decay;
 
-  __device__ Token(RecurrentParams const& params, int index)
-      : work(find(params, index)),
-        raw(load_token<Cfg>(TokenAddresses(params, work, thread_of_slice<Cfg>()), params, work, 0)),
-        decay(params, work, thread_of_slice<Cfg>()) {
-    work.slot = load_slot(params, work.sequence);
-  }
-
- private:
-  __device__ static Work find(RecurrentParams const& params, int index) {
-    Matrix const matrix(params, index);
-    return find_work(params, matrix.sequence, matrix.value_head, threadIdx.x / Cfg::kThreads * Cfg::kColumns);
-  }
+  __device__ Token(RecurrentParams const& params, int sequence, int value_head, int first_column)
+      : work(find_work(params, sequence, value_head, first_column)),
+        raw(load_token<Cfg>(TokenAddresses(params, work, thread_of_slice<Cfg>()), params, work, 0)) {}
 };
 
 template <class Cfg>
-__device__ void run_slice(StreamStorage<Cfg>& smem, RecurrentParams const& params) {
-  auto& own = smem.slices[threadIdx.x / Cfg::kThreads];
-  int const end = num_matrices(params);
-  Token<Cfg> token(params, blockIdx.x);
-  RingPosition<kStages> at;
-  int buffer = 0;
-  for (int index = blockIdx.x; index < end; index += gridDim.x) {
-    Work const work = token.work;
-    publish(own.tokens[buffer], token.raw, token.decay, params);
-    // Orders the token's channels before their reads, and the reads of the token before last and of the last sums
-    // before the writes that follow.
-    sync_slice<Cfg>();
-    if (index + gridDim.x < end) {
-      token = Token<Cfg>(params, index + gridDim.x);
-    }
-    smem.ring.wait_full(at);
-    StateSlice<Cfg> state;
-    state.read_tile(smem.states[at.stage], work.first_column);
-    Step<Cfg> step{own, own.tokens[buffer], state, TokenScales(own.tokens[buffer], params)};
-    step.run(
-        [&](int column, float o) { store_output(params, work, 0, column, work.slot == kNoSlot ? 0.f : o); });
-    state.write_tile(smem.states[at.stage], work.first_column);
-    cutlass::arch::fence_view_async_shared();  // before the copy engine reads it
-    smem.ring.release(at);
-    at.advance();
-    buffer ^= 1;
-  }
-}
-
-template <class Cfg>
-constexpr int kSliceThreads = Cfg::kSlices * Cfg::kThreads;
-
-template <class Cfg>
-__global__ void __launch_bounds__(kSliceThreads<Cfg> + kWarpThreads, 1)
+__global__ void __launch_bounds__(kCtaThreads<Cfg>, kCtasPerSm<Cfg>)
     recurrent_stream_kernel(__grid_constant__ RecurrentParams const params) {
   extern __shared__ __align__(128) std::uint8_t smem_bytes[];
   auto& smem = *reinterpret_cast<StreamStorage<Cfg>*>(smem_bytes);
-  if (threadIdx.x == 0) {
-    smem.ring.init(1, kSliceThreads<Cfg> / kWarpThreads);
+  constexpr int kBytes = StreamStorage<Cfg>::kMatrixBytes;
+  int const value_head = blockIdx.x % params.shape.num_value_heads,
+            sequence = blockIdx.x / params.shape.num_value_heads;
+  bool const copies = threadIdx.x == 0;
+  if (copies) {
+    smem.state_full.init(1);
     cutlass::arch::fence_barrier_init();
   }
-  __syncthreads();
   wait_for_earlier_kernels();
   let_next_kernel_start();
-  if (threadIdx.x >= kSliceThreads<Cfg>) {
-    if (threadIdx.x == kSliceThreads<Cfg>) {
-      copy_states(smem, params);
+  int const slot = load_slot(params, sequence);
+  if (copies && slot != kNoSlot) {
+    smem.state_full.arrive_and_expect_tx(kBytes);
+    bulk_load(smem.state, matrix_address(params.states, slot, value_head), kBytes, smem.state_full);
+  }
+
+  int const group = threadIdx.x / Cfg::kThreads;
+  auto& own = smem.groups[group];
+  Token<Cfg> token(params, sequence, value_head, group * kColumns);
+  DecayRate const decay(params, token.work, thread_of_slice<Cfg>());
+  __syncthreads();  // the barrier can be waited at
+#pragma unroll 1
+  for (int first = 0, buffer = 0; first < kDim; first += Cfg::kSlices * kColumns, buffer ^= 1) {
+    Work const work = token.work;
+    publish(own.tokens[buffer], token.raw, decay, params);
+    // Orders the token's channels before their reads, and the reads of the last sums before the writes that follow.
+    sync_slice<Cfg>();
+    int const next_column = work.first_column + Cfg::kSlices * kColumns;
+    if (next_column < kDim) {
+      token = Token<Cfg>(params, sequence, value_head, next_column);
     }
-  } else {
-    run_slice(smem, params);
+    if (slot != kNoSlot) {
+      smem.state_full.wait(0);
+    }
+    StateSlice<Cfg> state;
+    state.read_tile(smem.state, work.first_column);
+    Step<Cfg> step{own, own.tokens[buffer], state, TokenScales(own.tokens[buffer], params)};
+    step.run([&](int column, float o) { store_output(params, work, 0, column, slot == kNoSlot ? 0.f : o); });
+    state.write_tile(smem.state, work.first_column);
+  }
+  cutlass::arch::fence_view_async_shared();  // before the copy engine reads it
+  __syncthreads();
+  if (copies && slot != kNoSlot) {
+    auto* const target = params.inplace ? matrix_address(params.states, slot, value_head)
+                                        : matrix_address(params.final_state, sequence, value_head);
+    cute::SM90_BULK_COPY_S2G::copy(smem.state, target, kBytes);
+    cute::tma_store_arrive();
+    cute::tma_store_wait<0>();  // the state has been read
   }
 }
 
@@ -194,18 +129,19 @@ int num_multiprocessors() {
 
 template <class Cfg>
 void launch(RecurrentParams const& params, cudaStream_t stream) {
+  constexpr int kSmemBytes = sizeof(StreamStorage<Cfg>);
+  static_assert(kCtasPerSm<Cfg> * (kSmemBytes + 1024) <= 228 * 1024);
   cudaLaunchAttribute overlap = overlapping_launch();
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(num_multiprocessors());
-  config.blockDim = dim3(kSliceThreads<Cfg> + kWarpThreads);
-  config.dynamicSmemBytes = sizeof(StreamStorage<Cfg>);
+  config.gridDim = dim3(params.shape.num_sequences * params.shape.num_value_heads);
+  config.blockDim = dim3(kCtaThreads<Cfg>);
+  config.dynamicSmemBytes = kSmemBytes;
   config.stream = stream;
   config.attrs = &overlap;
   config.numAttrs = 1;
   auto* const kernel = recurrent_stream_kernel<Cfg>;
-  throw_on_error(
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, config.dynamicSmemBytes),
-      "recurrent_stream: shared memory");
+  throw_on_error(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSmemBytes),
+                 "recurrent_stream: shared memory");
   throw_on_error(cudaLaunchKernelEx(&config, kernel, params), "recurrent_stream: launch");
 }
 
