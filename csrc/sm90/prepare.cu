@@ -45,6 +45,7 @@ constexpr int kChunk = 64;
 constexpr int kBlock = 16;  // tokens that a thread owns
 constexpr int kNumBlocks = kChunk / kBlock;
 constexpr int kBoxBytes = kChunk * kBoxRowBytes;
+constexpr int kLevels = 6;
 
 template <class Element_, int kDimK_, bool kFused_, bool kFactorsOnly_, bool kWholeSm_>
 struct Config {
@@ -54,14 +55,19 @@ struct Config {
   static constexpr bool kFactorsOnly = kFactorsOnly_;  // for the backward, to which A - I and P are known
   static constexpr int kBoxes = kDimK / kBoxColumns;
   static constexpr int kWarpgroups = kBoxes;
-  // A team works on a chunk. With kWholeSm the teams of an SM are one CTA, so that others find SMs without any.
+  // A team works on a chunk. With kWholeSm the teams of an SM are one CTA, which stays: others find SMs without any.
   static constexpr int kTeamThreads = kWarpgroups * kWarpgroupThreads;
   static constexpr int kTeamsPerSm = kDimK == 64 ? 3 : 2;
+  static constexpr bool kStays = kWholeSm_;
   static constexpr int kTeams = kWholeSm_ ? kTeamsPerSm : 1;
   static constexpr int kThreads = kTeams * kTeamThreads;
   static constexpr int kCtasPerSm = kTeamsPerSm / kTeams;
   static constexpr int kTileBytes = kBoxes * kBoxBytes;
   static constexpr int kGateColumns = kBoxRowBytes / sizeof(float);  // of a box of float32 g
+  static constexpr int kLevelColumns = 32 / kWarpgroups;  // of a level's product, by each warpgroup
+  // Where ptxas runs out of registers: in a loop over chunks, and with gates. Then it is given smaller phases.
+  static constexpr bool kCrowded = kStays || kFused;
+  static constexpr int kGroup = kCrowded ? 4 : kBlock;  // tokens of a thread that are looked at together
 };
 
 // Operands of one level: rows 0-31 E*D and 32-63 q*D of the later halves, and k*U of the earlier halves.
@@ -164,31 +170,24 @@ __device__ Work find_work(PrepareParams const& params, int order) {
   return work;
 }
 
-// The loads of a chunk's inputs, by one thread, each as soon as its place is free: g first, whose place no operands take,
-// then q, which lies in the first operand buffer, then k and b.
+// The loads of a chunk's inputs, by one thread.
 template <class Cfg>
 struct InputLoads {
   SharedStorage<Cfg>& smem;
   TensorMaps const& maps;
   ElementType gate_element;
 
-  __device__ void begin(Work const& work) const {
+  __device__ void load(Work const& work) const {
     bool const wide = gate_element == ElementType::kFloat32;
     smem.inputs_full.arrive_and_expect_tx((wide ? 5 : 4) * Cfg::kTileBytes);
+    for (int box = 0; box < Cfg::kBoxes; ++box) {
+      load(maps.q, smem.in.q[box], box * kBoxColumns, work.head, work);
+      load(maps.k, smem.in.k[box], box * kBoxColumns, work.head, work);
+      load(maps.b, smem.in.b[box], box * kBoxColumns, work.gate_head, work);
+    }
     for (int box = 0; box < (wide ? 2 : 1) * Cfg::kBoxes; ++box) {
       int const channel = box * (wide ? Cfg::kGateColumns : kBoxColumns);
       load(maps.g, smem.in.g[box], channel, work.gate_head, work);
-    }
-  }
-  __device__ void load_q(Work const& work) const {
-    for (int box = 0; box < Cfg::kBoxes; ++box) {
-      load(maps.q, smem.in.q[box], box * kBoxColumns, work.head, work);
-    }
-  }
-  __device__ void load_k_and_b(Work const& work) const {
-    for (int box = 0; box < Cfg::kBoxes; ++box) {
-      load(maps.k, smem.in.k[box], box * kBoxColumns, work.head, work);
-      load(maps.b, smem.in.b[box], box * kBoxColumns, work.gate_head, work);
     }
   }
 
@@ -210,17 +209,19 @@ struct ThreadInputs {
 struct ThreadPlace {
   int box, block, lane;
 
-  // Asked for anew in every phase: ptxas then keeps no addresses from one to the next, and has no need to spill.
-  __device__ explicit ThreadPlace(int team_threads) {
-    unsigned thread;
-    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
-    thread %= team_threads;
-    box = thread / kWarpgroupThreads;
-    block = thread / kWarpThreads % kNumBlocks;
-    lane = thread % kWarpThreads;
-  }
   __device__ int channel() const { return box * kBoxColumns + 2 * lane; }
 };
+
+// In a loop it is asked for anew in every phase: ptxas then keeps no addresses from one to the next.
+template <class Cfg>
+__device__ ThreadPlace thread_place() {
+  unsigned thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  thread = Cfg::kTeams == 1 ? thread : thread % Cfg::kTeamThreads;
+  return {.box = static_cast<int>(thread / kWarpgroupThreads),
+          .block = static_cast<int>(thread / kWarpThreads % kNumBlocks),
+          .lane = static_cast<int>(thread % kWarpThreads)};
+}
 
 // The address of this lane's pair of channels in row `row` of a box: 128 bytes a warp, without bank conflicts.
 __device__ std::uint32_t& pair_at(std::uint8_t* box, int row, int lane) {
@@ -232,6 +233,10 @@ __device__ bool phase_begins() {
   unsigned ctas;
   asm volatile("mov.u32 %0, %%nctaid.x;" : "=r"(ctas));
   return ctas > 0;
+}
+template <class Cfg>
+__device__ bool phase_begins_if_crowded() {
+  return !Cfg::kCrowded || phase_begins();
 }
 
 __device__ float2 operator*(float2 a, float2 b) {
@@ -294,13 +299,12 @@ struct Activations {
 
 // Tokens [first, first + kGroup) of a thread's 16. Where kTail, rows that are not the sequence's become g = 0 and
 // q = k = E = 0, whatever lies there.
-constexpr int kGroup = 4;
 template <bool kTail, class Cfg>
 __device__ void read_group(ThreadInputs<Cfg>& x, SharedStorage<Cfg>& smem, ElementType gate_element,
                            Activations<Cfg> const& activations, ThreadPlace at, int first, int num_rows) {
   using Element = typename Cfg::Element;
 #pragma unroll
-  for (int i = first; i < first + kGroup; ++i) {
+  for (int i = first; i < first + Cfg::kGroup; ++i) {
     int const row = at.block * kBlock + i;
     float2 g = load_gate(smem, gate_element, at, row);
     x.q[i] = pair_at(smem.in.q[at.box], row, at.lane);
@@ -321,14 +325,13 @@ __device__ void read_group(ThreadInputs<Cfg>& x, SharedStorage<Cfg>& smem, Eleme
   }
 }
 
-// Group by group: ptxas, given all 16 tokens at once, has all of their loads in flight and spills.
 template <class Cfg>
 __device__ void read_inputs(ThreadInputs<Cfg>& x, SharedStorage<Cfg>& smem, PrepareParams const& params,
                             Work const& work, ThreadPlace at) {
   Activations<Cfg> const activations(params, work.head, at.channel());
 #pragma unroll
-  for (int first = 0; first < kBlock; first += kGroup) {
-    if (at.block * kBlock + first + kGroup <= work.num_rows) {
+  for (int first = 0; first < kBlock; first += Cfg::kGroup) {
+    if (at.block * kBlock + first + Cfg::kGroup <= work.num_rows) {
       read_group<false>(x, smem, params.gate_element, activations, at, first, work.num_rows);
     } else {
       read_group<true>(x, smem, params.gate_element, activations, at, first, work.num_rows);
@@ -553,44 +556,55 @@ struct EntryStore {
   }
 };
 
+template <class Cfg>
+using LevelAccumulators = float[Cfg::kLevelColumns / 2];
+
 // The entries of matching pairs, from the accumulators of a warpgroup: its warps 0 and 1 hold rows of T, 2 and 3 of P.
 template <int h, class Cfg>
-__device__ void store_level(SharedStorage<Cfg>& smem, float const (&acc)[16], bool normalize) {
-  int const warp = threadIdx.x % kWarpgroupThreads / kWarpThreads, lane = lane_index();
+__device__ void store_level(SharedStorage<Cfg>& smem, LevelAccumulators<Cfg> const& acc, bool normalize) {
+  int const thread = thread_of_team<Cfg>(), warpgroup = thread / kWarpgroupThreads;
+  int const warp = thread % kWarpgroupThreads / kWarpThreads, lane = lane_index();
   bool const upper = warp % 2 == 1;  // later rows 16-31
   EntryStore<h, Cfg> const store{smem, warp >= 2, normalize};
+  if (h < 32 && Cfg::kWarpgroups == 2 && upper != (warpgroup == 1)) {
+    return;  // later rows 0-15 meet columns 0-15 only, and 16-31 the others
+  }
+  // Of the 16 columns that a warp's rows meet, where there are no more than these.
+  auto const entry = [&](int i) {
+    if constexpr (Cfg::kWarpgroups == 1) {
+      return upper ? acc[8 + i] : acc[i];
+    } else {
+      return acc[i];
+    }
+  };
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     int const r = later_row(16 * (warp % 2) + 8 * half + lane / 4, h);
     if constexpr (h == 32) {
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        store(r, 8 * j + 2 * (lane % 4), acc[4 * j + 2 * half], acc[4 * j + 2 * half + 1]);
+      for (int j = 0; j < Cfg::kLevelColumns / 8; ++j) {
+        store(r, warpgroup * Cfg::kLevelColumns + 8 * j + 2 * (lane % 4), acc[4 * j + 2 * half],
+              acc[4 * j + 2 * half + 1]);
       }
     } else if constexpr (h == 16) {
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
-        float const x = upper ? acc[8 + 4 * j + 2 * half] : acc[4 * j + 2 * half];
-        float const y = upper ? acc[8 + 4 * j + 2 * half + 1] : acc[4 * j + 2 * half + 1];
-        store(r, 16 * (warp % 2) + 8 * j + 2 * (lane % 4), x, y);
+        store(r, 16 * (warp % 2) + 8 * j + 2 * (lane % 4), entry(4 * j + 2 * half),
+              entry(4 * j + 2 * half + 1));
       }
-    } else {
+    } else if (h == 1 || lane / 4 / h == 2 * (lane % 4) / h) {
       // Eight later rows meet their own eight earlier ones, and among them row groups of h.
-      float const x = upper ? acc[8 + 6 * half] : acc[6 * half];
-      float const y = upper ? acc[8 + 6 * half + 1] : acc[6 * half + 1];
-      if (h == 1 || lane / 4 / h == 2 * (lane % 4) / h) {
-        store(r, 16 * (warp % 2) + 8 * half + 2 * (lane % 4), x, y);
-      }
+      store(r, 16 * (warp % 2) + 8 * half + 2 * (lane % 4), entry(6 * half), entry(6 * half + 1));
     }
   }
 }
 
-// [E*D; q*D] (k*U)^T of one level, by one warpgroup.
-template <int h, class Cfg>
-__device__ void multiply_level(SharedStorage<Cfg>& smem, LevelOperands<Cfg> const& operands, bool normalize) {
-  float acc[16];
+// [E*D; q*D] (k*U)^T of one level, this warpgroup's columns: issued, not waited for.
+template <class Cfg>
+__device__ void multiply_level(LevelAccumulators<Cfg>& acc, LevelOperands<Cfg> const& operands) {
   auto const later = shared_descriptor<Major::K>(operands.later);
-  auto const earlier = shared_descriptor<Major::K>(operands.earlier);
+  auto const earlier = shared_descriptor<Major::K>(operands.earlier) +
+                       (thread_of_team<Cfg>() / kWarpgroupThreads * Cfg::kLevelColumns * kBoxRowBytes >> 4);
   wgmma_fence();
 #pragma unroll
   for (int step = 0; step < Cfg::kDimK / 16; ++step) {
@@ -599,29 +613,39 @@ __device__ void multiply_level(SharedStorage<Cfg>& smem, LevelOperands<Cfg> cons
                                         earlier + ((step / 4 * kBoxBytes / 2 + piece) >> 4), step > 0);
   }
   wgmma_commit();
-  wgmma_wait<0>();
-  store_level<h>(smem, acc, normalize);
 }
 
-// One level: every thread builds its operands, then one warpgroup multiplies while the others build the next level.
-// at_barrier(): when the buffer of the level before is free.
-template <int kLevel, class Cfg, class Body>
-__device__ void run_level(SharedStorage<Cfg>& smem, ThreadInputs<Cfg> const& x, bool normalize,
-                          Body at_barrier) {
-  ThreadPlace const at(Cfg::kTeamThreads);
-  constexpr int h = 1 << kLevel;
-  auto& operands = smem.operands[kLevel % 2];
-  if (phase_begins()) {
-    build_level<h>(operands, smem, x, at);
-  }
-  // Operands written by ordinary stores are read by wgmma, and the buffer before this one is free again: its product
-  // was waited for by its warpgroup before it came here.
-  cutlass::arch::fence_view_async_shared();
+// The operands of a level are written; those of the level before it have been read.
+template <class Cfg>
+__device__ void operands_built() {
+  cutlass::arch::fence_view_async_shared();  // ordinary stores, which wgmma reads
   sync_team<Cfg>();
-  at_barrier();
-  if (thread_of_team<Cfg>() / kWarpgroupThreads == kLevel % Cfg::kWarpgroups) {
-    multiply_level<h>(smem, operands, normalize);
+}
+
+// The product of one level, while every thread builds its operands of the next one; in a loop, where there are no
+// registers for both, before it.
+template <int kLevel, class Cfg>
+__device__ void run_level(SharedStorage<Cfg>& smem, ThreadInputs<Cfg> const& x, bool normalize) {
+  LevelAccumulators<Cfg> acc;
+  auto const build_next = [&] {
+    if constexpr (kLevel + 1 < kLevels) {
+      if (phase_begins_if_crowded<Cfg>()) {
+        build_level<2 << kLevel>(smem.operands[(kLevel + 1) % 2], smem, x, thread_place<Cfg>());
+      }
+    }
+  };
+  if (phase_begins_if_crowded<Cfg>()) {
+    multiply_level(acc, smem.operands[kLevel % 2]);
+    if constexpr (!Cfg::kStays) {
+      build_next();
+    }
+    wgmma_wait<0>();
+    store_level<1 << kLevel>(smem, acc, normalize);
   }
+  if constexpr (Cfg::kStays) {
+    build_next();
+  }
+  operands_built<Cfg>();
 }
 
 // scale*gamma*q, Kt and gamma*E from running products over the chunk, straight to their tiles: a warp writes the 128
@@ -630,7 +654,7 @@ template <class Cfg>
 __device__ void store_factor_tiles(SharedStorage<Cfg>& smem, PrepareParams const& params, Work const& work,
                                    ThreadInputs<Cfg> const& x) {
   using Element = typename Cfg::Element;
-  ThreadPlace const at(Cfg::kTeamThreads);
+  ThreadPlace const at = thread_place<Cfg>();
   ChunkTiles const& tiles = params.tiles;
   auto* const gamma_q = static_cast<std::uint8_t*>(tiles.factors) +
                         static_cast<std::int64_t>(work.tile) * 3 * Cfg::kTileBytes + at.box * kBoxBytes;
@@ -644,10 +668,10 @@ __device__ void store_factor_tiles(SharedStorage<Cfg>& smem, PrepareParams const
     tail = block + 1 > at.block ? tail * blocks.first[block + 1] * blocks.rest[block + 1] : tail;
   }
 #pragma unroll
-  for (int first = 0; first < kBlock; first += kGroup) {
-    if (phase_begins()) {
+  for (int first = 0; first < kBlock; first += Cfg::kGroup) {
+    if (phase_begins_if_crowded<Cfg>()) {
 #pragma unroll
-      for (int i = first; i < first + kGroup; ++i) {
+      for (int i = first; i < first + Cfg::kGroup; ++i) {
         int const row = at.block * kBlock + i;
         if (i > 0) {
           gamma = gamma * float2{x.alpha[i][0], x.alpha[i][1]};
@@ -665,10 +689,10 @@ __device__ void store_factor_tiles(SharedStorage<Cfg>& smem, PrepareParams const
                                at.channel()) = gamma;
   }
 #pragma unroll
-  for (int last = kBlock - 1; last >= 0; last -= kGroup) {
+  for (int last = kBlock - 1; last >= 0; last -= Cfg::kGroup) {
     if (phase_begins()) {
 #pragma unroll
-      for (int i = last; i > last - kGroup; --i) {
+      for (int i = last; i > last - Cfg::kGroup; --i) {
         int const row = at.block * kBlock + i;
         if (i < kBlock - 1) {
           tail = tail * float2{x.alpha[i + 1][0], x.alpha[i + 1][1]};
@@ -744,11 +768,42 @@ __device__ void publish_tile(PrepareParams const& params, Work const& work, bool
   }
 }
 
-// One chunk and gate head, whose inputs are under way; asks for those of the next one.
+// What a team that stays does for its next chunk while it is at one.
 template <class Cfg>
-__device__ void run_tile(SharedStorage<Cfg>& smem, PrepareParams const& params, InputLoads<Cfg> const& loads,
-                         Work const& work, Work& next) {
-  ThreadPlace const at(Cfg::kTeamThreads);
+struct NextChunk {
+  SharedStorage<Cfg>& smem;
+  PrepareParams const& params;
+  InputLoads<Cfg> const& loads;
+  Work const& work;
+  Work& next;
+
+  // By all; the inputs are asked for by a thread of the last warpgroup, which does not invert.
+  __device__ void find() const {
+    if (is_asking()) {
+      next.order = work.order + gridDim.x * Cfg::kTeams;
+      if (has_order(params, next.order)) {
+        next = find_work(params, next.order);
+      }
+    }
+  }
+  __device__ void load() const {
+    if (is_asking() && has_order(params, next.order)) {
+      loads.load(next);
+    }
+  }
+
+ private:
+  __device__ static bool is_asking() {
+    return thread_of_team<Cfg>() == (Cfg::kWarpgroups - 1) * kWarpgroupThreads;
+  }
+};
+
+// One chunk and gate head, whose inputs are in shared memory. inputs_read(): when they are in registers;
+// operands_read(): when the products are made.
+template <class Cfg, class InputsRead, class OperandsRead>
+__device__ void run_tile(SharedStorage<Cfg>& smem, PrepareParams const& params, Work const& work,
+                         InputsRead inputs_read, OperandsRead operands_read) {
+  ThreadPlace const at = thread_place<Cfg>();
   bool const normalize = Cfg::kFused && params.gates.use_qk_l2norm;
   if (at.box == 0 && (Cfg::kFused || !Cfg::kFactorsOnly)) {
     row_products(smem, params, work);
@@ -756,45 +811,28 @@ __device__ void run_tile(SharedStorage<Cfg>& smem, PrepareParams const& params, 
   ThreadInputs<Cfg> x;
   read_inputs(x, smem, params, work, at);
   store_block_products(smem, x, at);
-  bool const is_first = thread_of_team<Cfg>() == 0;
-  if (is_first) {
-    next.order = work.order + gridDim.x * Cfg::kTeams;
-    if (has_order(params, next.order)) {
-      next = find_work(params, next.order);
-    }
-  }
   // The inputs are in registers: their shared memory becomes operands. Nobody reads the tiles of the chunk before.
   sync_team<Cfg>();
-  if (is_first && has_order(params, next.order)) {
-    loads.begin(next);
-    if constexpr (Cfg::kFactorsOnly) {
-      loads.load_q(next);
-      loads.load_k_and_b(next);
-    }
-  }
+  inputs_read();
   store_factor_tiles(smem, params, work, x);
   if constexpr (Cfg::kFactorsOnly) {
-    sync_team<Cfg>();  // the block products and the rows' scales have been read
     return;
   }
   if (thread_of_team<Cfg>() < kChunk) {
     place_diagonal(smem, thread_of_team<Cfg>());
   }
-  auto const nothing = [] {};
-  run_level<0>(smem, x, normalize, nothing);
-  run_level<1>(smem, x, normalize, nothing);
-  run_level<2>(smem, x, normalize, nothing);
-  run_level<3>(smem, x, normalize, nothing);
-  run_level<4>(smem, x, normalize, nothing);
-  run_level<5>(smem, x, normalize, [&] {
-    if (is_first && has_order(params, next.order)) {
-      loads.load_q(next);
-    }
-  });
-  sync_team<Cfg>();  // T and P are complete, and the last operands have been read
-  if (is_first && has_order(params, next.order)) {
-    loads.load_k_and_b(next);
+  if (phase_begins_if_crowded<Cfg>()) {
+    build_level<1>(smem.operands[0], smem, x, thread_place<Cfg>());
   }
+  operands_built<Cfg>();
+  run_level<0>(smem, x, normalize);
+  run_level<1>(smem, x, normalize);
+  run_level<2>(smem, x, normalize);
+  run_level<3>(smem, x, normalize);
+  run_level<4>(smem, x, normalize);
+  run_level<5>(smem, x, normalize);
+  // T and P are complete, and the last operands have been read.
+  operands_read();
 
   auto* const P =
       static_cast<std::uint8_t*>(params.tiles.P) + static_cast<std::int64_t>(work.tile) * kBoxBytes;
@@ -806,7 +844,7 @@ __device__ void run_tile(SharedStorage<Cfg>& smem, PrepareParams const& params, 
     auto* const A = static_cast<std::uint8_t*>(params.tiles.A_minus_I);
     store_A_minus_I(smem, A + static_cast<std::int64_t>(work.tile) * kBoxBytes);
   }
-  if constexpr (Cfg::kTeams > 1) {
+  if constexpr (Cfg::kStays) {
     publish_tile<Cfg>(params, work, at.box == 0);
   }
 }
@@ -824,9 +862,7 @@ __global__ void __launch_bounds__(Cfg::kThreads, Cfg::kCtasPerSm)
     smem.work[0].order = first_order;
     if (has_order(params, first_order)) {
       smem.work[0] = find_work(params, first_order);
-      loads.begin(smem.work[0]);
-      loads.load_q(smem.work[0]);
-      loads.load_k_and_b(smem.work[0]);
+      loads.load(smem.work[0]);
     }
   }
   if constexpr (!Cfg::kFactorsOnly) {
@@ -835,23 +871,20 @@ __global__ void __launch_bounds__(Cfg::kThreads, Cfg::kCtasPerSm)
       reinterpret_cast<uint4*>(smem.P)[i] = uint4{};
     }
   }
-  if constexpr (Cfg::kTeams > 1) {
+  if constexpr (Cfg::kStays) {
     clear_ready<Cfg>(params, first_order);
+    sync_team<Cfg>();
+    for (unsigned round = 0; has_order(params, smem.work[round % 4].order); ++round) {
+      NextChunk<Cfg> const next{smem, params, loads, smem.work[round % 4], smem.work[(round + 1) % 4]};
+      smem.inputs_full.wait(round % 2);
+      run_tile(smem, params, next.work, [&] { next.find(); }, [&] { next.load(); });
+    }
   } else {
     let_next_kernel_start();  // where there is room; it waits for the end of this one
+    sync_team<Cfg>();
+    smem.inputs_full.wait(0);
+    run_tile(smem, params, smem.work[0], [] {}, [] {});
   }
-  sync_team<Cfg>();
-  for (unsigned round = 0; has_order(params, smem.work[round % 4].order); ++round) {
-    smem.inputs_full.wait(round % 2);
-    run_tile(smem, params, loads, smem.work[round % 4], smem.work[(round + 1) % 4]);
-  }
-}
-
-int num_multiprocessors() {
-  int device = 0, count = 0;
-  throw_on_error(cudaGetDevice(&device), "prepare");
-  throw_on_error(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "prepare");
-  return count;
 }
 
 template <class Cfg>
@@ -867,8 +900,8 @@ void launch(PrepareParams const& params, cudaStream_t stream) {
   static_assert(Cfg::kCtasPerSm * (kSmemBytes + 1024) <= 228 * 1024);
   throw_on_error(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSmemBytes),
                  "prepare: shared memory");
-  int const num_sms = params.ready != nullptr ? params.num_sms : num_multiprocessors();
-  unsigned const num_ctas = std::min(shape.num_slots * shape.num_gate_heads, Cfg::kCtasPerSm * num_sms);
+  int const tiles = shape.num_slots * shape.num_gate_heads;
+  unsigned const num_ctas = Cfg::kStays ? std::min(tiles, params.num_sms) : tiles;
   kernel<<<num_ctas, Cfg::kThreads, kSmemBytes, stream>>>(params, maps);
   throw_on_error(cudaGetLastError(), "prepare: launch");
 }

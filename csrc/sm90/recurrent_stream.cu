@@ -1,14 +1,16 @@
 // recurrent_stream: the step of recurrent.cu where there are many states. One token of every sequence; K = V = 128.
 //
-// Grid: value head x sequence, a CTA a matrix; three CTAs an SM, or six of bfloat16 states.
+// Grid: value head x sequence, a CTA a matrix; three CTAs an SM, or five of bfloat16 states.
 // Roles: groups of 128 threads, two or one, each with 32 value columns at a time. One thread copies.
 // A matrix travels whole, as contiguous bytes, both ways by bulk copies: what is in flight does not depend on threads,
 // and the CTAs of an SM load, step and store at different times.
-// Registers: 768 threads an SM, of at most 80. Shared memory: the matrix, 64 or 32 KB, and the tokens' channels.
+// Registers: up to 768 threads an SM, of at most 80. Shared memory: the matrix, 64 or 32 KB, and the tokens' channels.
 //
 //     state in ............. | slice: state to registers, step, back | next slice .. | state out
 //     inputs, channels .. |
 #include <cutlass/arch/barrier.h>
+
+#include <algorithm>
 
 #include "api/cuda_error.h"
 #include "sm90/recurrent_step.cuh"
@@ -40,8 +42,9 @@ struct StreamStorage {
 
 template <class Cfg>
 constexpr int kCtaThreads = Cfg::kSlices * Cfg::kThreads;
+// As many as registers (80 a thread) and shared memory hold.
 template <class Cfg>
-constexpr int kCtasPerSm = 768 / kCtaThreads<Cfg>;
+constexpr int kCtasPerSm = std::min<int>(768 / kCtaThreads<Cfg>, 228 * 1024 / (sizeof(StreamStorage<Cfg>) + 1024));
 
 // The slot of a sequence, or kNoSlot; of states without a pool, the sequence.
 __device__ int load_slot(RecurrentParams const& params, int sequence) {
@@ -82,7 +85,7 @@ __global__ void __launch_bounds__(kCtaThreads<Cfg>, kCtasPerSm<Cfg>)
   int const slot = load_slot(params, sequence);
   if (copies && slot != kNoSlot) {
     smem.state_full.arrive_and_expect_tx(kBytes);
-    bulk_load(smem.state, matrix_address(params.states, slot, value_head), kBytes, smem.state_full);
+    bulk_load_kept(smem.state, matrix_address(params.states, slot, value_head), kBytes, smem.state_full);
   }
 
   int const group = threadIdx.x / Cfg::kThreads;
@@ -130,7 +133,6 @@ int num_multiprocessors() {
 template <class Cfg>
 void launch(RecurrentParams const& params, cudaStream_t stream) {
   constexpr int kSmemBytes = sizeof(StreamStorage<Cfg>);
-  static_assert(kCtasPerSm<Cfg> * (kSmemBytes + 1024) <= 228 * 1024);
   cudaLaunchAttribute overlap = overlapping_launch();
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(params.shape.num_sequences * params.shape.num_value_heads);

@@ -10,6 +10,7 @@
 // through shared memory.
 //
 // Grid: one CTA for a sequence, value head, kWarpgroups * 64 value columns and segment, heads fastest, segments slowest.
+// CTAs of neighbouring columns are pairs (clusters): each loads a half of every tile of factors, for both.
 // A sequence is one segment, or several whose first states segment_states has made.
 // Roles: kWarpgroups math warpgroups of 64 value columns each (S 64, X 32, O 32 accumulators; 32 rounded S, 16 rounded
 // X or R or O a thread); one warpgroup that makes Z; one whose first warp loads and whose next ones store O, one a math
@@ -24,6 +25,7 @@
 //     X 256        | O = S q 256        | R 128        |         | S' 256    | O += R P 128
 //     last O out   | round X            |              | round R | Z of c+1  | round and decay S
 #include <cutlass/arch/barrier.h>
+#include <cute/arch/cluster_sm90.hpp>
 
 #include "api/chunk_forward.h"
 #include "api/cuda_error.h"
@@ -35,12 +37,13 @@
 namespace gdn2 {
 namespace {
 
-template <class Element_, int kDimK_, int kWarpgroups_, bool kStoreStates_>
+template <class Element_, int kDimK_, int kWarpgroups_, bool kStoreStates_, bool kPaired_>
 struct Config {
   using Element = Element_;
   static constexpr int kDimK = kDimK_;
   static constexpr int kWarpgroups = kWarpgroups_;
   static constexpr bool kStoreStates = kStoreStates_;  // of every chunk's start
+  static constexpr bool kPaired = kPaired_;            // with the CTA of the neighbouring value columns
   static constexpr int kBoxes = kDimK / kBoxColumns;
   static constexpr int kTileBytes = kBoxes * kBoxBytes;
   // As many stages as shared memory holds.
@@ -82,11 +85,12 @@ struct SharedStorage {
   __device__ void init_barriers() {
     constexpr int kCopyEngine = 1, kWarpgroupWarps = kWarpgroupThreads / kWarpThreads;
     constexpr int kMathWarps = Cfg::kWarpgroups * kWarpgroupWarps;
+    constexpr int kFactorReaders = Cfg::kPaired ? 2 * kMathWarps : kMathWarps;
     ring_values.init(kCopyEngine, kWarpgroupWarps);
     ring_Z.init(kWarpgroupWarps, kMathWarps);
-    ring_E.init(kCopyEngine, kMathWarps);
-    ring_q.init(kCopyEngine, kMathWarps);
-    ring_k.init(kCopyEngine, kMathWarps);
+    ring_E.init(kCopyEngine, kFactorReaders);
+    ring_q.init(kCopyEngine, kFactorReaders);
+    ring_k.init(kCopyEngine, kFactorReaders);
     for (auto& ring : ring_O) {
       ring.init(kWarpgroupWarps, 1);
     }
@@ -97,6 +101,28 @@ struct SharedStorage {
 struct TensorMaps {
   CUtensorMap v, w, o;
 };
+
+// A tile of factors, which all value columns need: of two paired CTAs, each loads a half for both.
+template <class Cfg>
+__device__ void load_factors(void* smem, void const* global, int bytes, FullBarrier& full) {
+  if constexpr (Cfg::kPaired) {
+    int const half = bytes / 2, first = cute::block_rank_in_cluster() * half;
+    bulk_load_to_pair(static_cast<std::uint8_t*>(smem) + first,
+                      static_cast<std::uint8_t const*>(global) + first, half, full);
+  } else {
+    bulk_load(smem, global, bytes, full);
+  }
+}
+
+template <class Cfg, class Ring, class Position>
+__device__ void release_factors(Ring& ring, Position& at) {
+  if constexpr (Cfg::kPaired) {
+    ring.release_to_pair(at);
+  } else {
+    ring.release(at);
+  }
+  at.advance();
+}
 
 // ---- load role ---------------------------------------------------------------------------------------------
 
@@ -131,21 +157,22 @@ __device__ void load(SharedStorage<Cfg>& smem, ScanParams const& params, TensorM
     if (params.ready != nullptr) {
       wait_ready(params.ready + tile);
     }
-    bulk_load(smem.gamma_E[at_E.stage], factors + 2 * kTile, kTile, full_E);
-    bulk_load(smem.gamma_last[at_E.stage], tiles.gamma_last + tile * Cfg::kDimK, kGammaBytes, full_E);
+    load_factors<Cfg>(smem.gamma_E[at_E.stage], factors + 2 * kTile, kTile, full_E);
+    load_factors<Cfg>(smem.gamma_last[at_E.stage], tiles.gamma_last + tile * Cfg::kDimK, kGammaBytes, full_E);
     at_E.advance();
 
     auto& factors_q = smem.factors_q[at_q.stage];
     FullBarrier& full_q = smem.ring_q.begin_fill(at_q, sizeof(factors_q));
-    bulk_load(factors_q.gamma_q, factors, kTile, full_q);
-    bulk_load(factors_q.A_minus_I, static_cast<std::uint8_t const*>(tiles.A_minus_I) + tile * kBoxBytes,
-              kBoxBytes, full_q);
+    load_factors<Cfg>(factors_q.gamma_q, factors, kTile, full_q);
+    load_factors<Cfg>(factors_q.A_minus_I,
+                      static_cast<std::uint8_t const*>(tiles.A_minus_I) + tile * kBoxBytes, kBoxBytes, full_q);
     at_q.advance();
 
     auto& factors_k = smem.factors_k[at_k.stage];
     FullBarrier& full_k = smem.ring_k.begin_fill(at_k, sizeof(factors_k));
-    bulk_load(factors_k.Kt, factors + kTile, kTile, full_k);
-    bulk_load(factors_k.P, static_cast<std::uint8_t const*>(tiles.P) + tile * kBoxBytes, kBoxBytes, full_k);
+    load_factors<Cfg>(factors_k.Kt, factors + kTile, kTile, full_k);
+    load_factors<Cfg>(factors_k.P, static_cast<std::uint8_t const*>(tiles.P) + tile * kBoxBytes, kBoxBytes,
+                      full_k);
     at_k.advance();
   }
   if (params.ready != nullptr) {
@@ -271,8 +298,7 @@ struct Walk {
     wgmma_fence();
     multiply_transposed<Element, ScaleIn::One>(O, S_rounded, factors.gamma_q, false);
     wgmma_wait<1>();  // X
-    smem.ring_E.release(at_E);
-    at_E.advance();
+    release_factors<Cfg>(smem.ring_E, at_E);
     FragmentA X_rounded[4];
     round_fragments<Element>(X_rounded, X);
     wgmma_fence();
@@ -281,8 +307,7 @@ struct Walk {
 
   __device__ void wait_R() {
     wgmma_wait<0>();
-    smem.ring_q.release(at_q);
-    at_q.advance();
+    release_factors<Cfg>(smem.ring_q, at_q);
   }
 
   // S'^T = S^T Diag(gamma[C-1]) + R^T Kt, then O^T += R^T P^T: issued.
@@ -294,10 +319,7 @@ struct Walk {
     multiply_transposed<Element, ScaleIn::One>(O, R_rounded, factors.P, true);
   }
 
-  __device__ void release_factors_k() {
-    smem.ring_k.release(at_k);
-    at_k.advance();
-  }
+  __device__ void release_factors_k() { release_factors<Cfg>(smem.ring_k, at_k); }
 
   __device__ void store_chunk_state(int chunk) {
     float* const state =
@@ -371,6 +393,11 @@ __device__ void compute(SharedStorage<Cfg>& smem, ScanParams const& params, Work
   }
 }
 
+__device__ void sync_pair() {
+  cute::cluster_arrive();
+  cute::cluster_wait();
+}
+
 template <class Cfg>
 __global__ void __launch_bounds__(Cfg::kThreads, 1)
     scan_kernel(__grid_constant__ ScanParams const params, __grid_constant__ TensorMaps const maps) {
@@ -381,7 +408,11 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
   if (threadIdx.x == 0) {
     smem.init_barriers();
   }
-  __syncthreads();
+  if constexpr (Cfg::kPaired) {
+    sync_pair();  // both have barriers now
+  } else {
+    __syncthreads();
+  }
   int const wg = warpgroup_index();
   if (wg < Cfg::kWarpgroups) {
     claim_registers<Cfg::kMathRegisters>();
@@ -399,6 +430,10 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
     } else if (warp <= Cfg::kWarpgroups) {
       store_outputs(smem, params, maps, work, warp - 1);
     }
+  }
+  if constexpr (Cfg::kPaired) {
+    __syncwarp();
+    sync_pair();  // neither is written to any more
   }
 }
 
@@ -422,21 +457,24 @@ void launch(ScanParams const& params, cudaStream_t stream) {
   constexpr int kColumnsPerCta = Cfg::kWarpgroups * kColumns;
   dim3 const grid(static_cast<unsigned>(shape.num_sequences) * shape.num_value_heads,
                   (shape.dim_v + kColumnsPerCta - 1) / kColumnsPerCta, params.num_segments);
-  cudaLaunchAttribute overlap = overlapping_launch();
+  cudaLaunchAttribute attributes[2] = {};
+  attributes[0].id = cudaLaunchAttributeClusterDimension;
+  attributes[0].val.clusterDim = {1, Cfg::kPaired ? 2u : 1u, 1};
+  attributes[1] = overlapping_launch();
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = dim3(Cfg::kThreads);
   config.dynamicSmemBytes = kSmemBytes;
   config.stream = stream;
-  config.attrs = &overlap;
-  config.numAttrs = shape.seqlen > 0 ? 1 : 0;  // else there has been no prepare
+  config.attrs = attributes;
+  config.numAttrs = shape.seqlen > 0 ? 2 : 1;  // without tokens there has been no prepare
   throw_on_error(cudaLaunchKernelEx(&config, kernel, params, maps), "scan: launch");
 }
 
 template <class Element, int kDimK>
 void dispatch(ScanParams const& params, cudaStream_t stream) {
-  // Two warpgroups share the factors that they load, at half the number of CTAs: where one warpgroup a CTA would not
-  // run all at once, they are the better choice.
+  // Value columns share the factors that are loaded. Two warpgroups do so at half the number of CTAs: where one
+  // warpgroup a CTA would not run all at once, they are the better choice. Elsewhere pairs of CTAs do.
   CallShape const& shape = params.shape;
   int device = 0, num_sms = 0;
   throw_on_error(cudaGetDevice(&device), "scan");
@@ -444,12 +482,16 @@ void dispatch(ScanParams const& params, cudaStream_t stream) {
   std::int64_t const slices = (shape.dim_v + kColumns - 1) / kColumns;
   std::int64_t const walks = std::int64_t{shape.num_sequences} * shape.num_value_heads * params.num_segments;
   bool const share = slices > 1 && walks * slices > num_sms;
+  // Beside prepare there may be no two SMs free that could be a cluster.
+  bool const pair = slices % 2 == 0 && params.ready == nullptr;
   if (params.chunk_states != nullptr) {
-    launch<Config<Element, kDimK, 1, true>>(params, stream);
+    launch<Config<Element, kDimK, 1, true, false>>(params, stream);
   } else if (share) {
-    launch<Config<Element, kDimK, 2, false>>(params, stream);
+    launch<Config<Element, kDimK, 2, false, false>>(params, stream);
+  } else if (pair) {
+    launch<Config<Element, kDimK, 1, false, true>>(params, stream);
   } else {
-    launch<Config<Element, kDimK, 1, false>>(params, stream);
+    launch<Config<Element, kDimK, 1, false, false>>(params, stream);
   }
 }
 

@@ -60,6 +60,14 @@ struct RingBarriers {
   // Consuming warps: the warp reads the stage no more.
   __device__ void release(RingPosition<kStages> at) { arrive_once_a_warp(empty[at.stage]); }
 
+  // The same where two CTAs fill both of their stages at once: both are told.
+  __device__ void release_to_pair(RingPosition<kStages> at) {
+    __syncwarp();
+    if (threadIdx.x % kWarpThreads < 2) {
+      empty[at.stage].arrive(threadIdx.x % kWarpThreads);
+    }
+  }
+
  private:
   __device__ static void arrive_once_a_warp(EmptyBarrier& barrier) {
     __syncwarp();  // orders the accesses of all lanes before the arrival of one

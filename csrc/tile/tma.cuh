@@ -34,6 +34,28 @@ __device__ inline void bulk_load(void* smem, void const* global, std::uint32_t b
   cute::SM90_BULK_COPY_G2S::copy(global, reinterpret_cast<std::uint64_t*>(&full), smem, bytes);
 }
 
+// The same, kept in the L2 cache longer than what is written meanwhile.
+__device__ inline void bulk_load_kept(void* smem, void const* global, std::uint32_t bytes,
+                                      cutlass::arch::ClusterTransactionBarrier& full) {
+  constexpr auto kKeep = static_cast<std::uint64_t>(cute::TMA::CacheHintSm90::EVICT_LAST);
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;\n" ::
+          "r"(cute::cast_smem_ptr_to_uint(smem)),
+      "l"(global), "r"(bytes), "r"(cute::cast_smem_ptr_to_uint(&full)), "l"(kKeep)
+      : "memory");
+}
+
+// The same to this CTA of a cluster of two and to the other one, at the same place of both, counted on the barriers of both.
+__device__ inline void bulk_load_to_pair(void* smem, void const* global, std::uint32_t bytes,
+                                         cutlass::arch::ClusterTransactionBarrier& full) {
+  constexpr std::uint16_t kBoth = 3;
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;\n" ::
+          "r"(cute::cast_smem_ptr_to_uint(smem)),
+      "l"(global), "r"(bytes), "r"(cute::cast_smem_ptr_to_uint(&full)), "h"(kBoth)
+      : "memory");
+}
+
 // Byte offset, inside a box that starts at a multiple of kSwizzleAtomBytes, of the 16-byte piece `piece` of `row`.
 __host__ __device__ constexpr std::uint32_t swizzled_offset(int row, int piece) {
   return row * kBoxRowBytes + ((piece ^ (row & 7)) << 4);
