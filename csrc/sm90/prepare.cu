@@ -16,12 +16,13 @@
 // Roles: a thread owns two channels of 16 tokens, in registers from the first read to the last store, so that the
 // running products stay inside it; the four warps of a warpgroup take the four blocks of 16 tokens of 64 channels.
 // Warpgroups take turns in the products of the levels; the first one inverts.
-// Shared memory (K 128): q, k, b, g 80 KB, which then hold two operand buffers of 24 KB; T 17 KB, P 8 KB, block
+// Shared memory (K 128): q, k, b, g 80 KB, which then hold three operand buffers of 24 KB; T 17 KB, P 8 KB, block
 // products 4 KB: 110 KB.
 //
 //     wait | tiles out | levels 1 2 4 8 16 32: operands of one while the last one's product runs | A, P out
 //          | g of the next chunk in ..                                    level 32 | q in ..     | k, b in ..
 #include <cutlass/arch/barrier.h>
+#include <cutlass/fast_math.h>
 
 #include <algorithm>
 
@@ -45,7 +46,6 @@ constexpr int kChunk = 64;
 constexpr int kBlock = 16;  // tokens that a thread owns
 constexpr int kNumBlocks = kChunk / kBlock;
 constexpr int kBoxBytes = kChunk * kBoxRowBytes;
-constexpr int kLevels = 6;
 
 template <class Element_, int kDimK_, bool kFused_, bool kFactorsOnly_, bool kWholeSm_>
 struct Config {
@@ -64,7 +64,6 @@ struct Config {
   static constexpr int kCtasPerSm = kTeamsPerSm / kTeams;
   static constexpr int kTileBytes = kBoxes * kBoxBytes;
   static constexpr int kGateColumns = kBoxRowBytes / sizeof(float);  // of a box of float32 g
-  static constexpr int kLevelColumns = 32 / kWarpgroups;  // of a level's product, by each warpgroup
   // Where ptxas runs out of registers: in a loop over chunks, and with gates. Then it is given smaller phases.
   static constexpr bool kCrowded = kStays || kFused;
   static constexpr int kGroup = kCrowded ? 4 : kBlock;  // tokens of a thread that are looked at together
@@ -79,7 +78,7 @@ struct LevelOperands {
 
 // What a CTA works on at a time.
 struct Work {
-  int order;                         // among the team's: the earlier chunks of all sequences come first
+  int order;                         // in which it comes
   int batch, first_token, num_rows;  // rows beyond num_rows belong to nobody here
   int head, gate_head;
   int tile;  // index of the slot and gate head among the output tiles
@@ -92,7 +91,7 @@ struct SharedStorage {
       std::uint8_t q[Cfg::kBoxes][kBoxBytes], k[Cfg::kBoxes][kBoxBytes], b[Cfg::kBoxes][kBoxBytes];
       std::uint8_t g[2 * Cfg::kBoxes][kBoxBytes];
     } in;
-    LevelOperands<Cfg> operands[2];  // when the inputs are in registers
+    LevelOperands<Cfg> operands[3];  // when the inputs are in registers
   };
   std::uint8_t P[kBoxBytes];
   float T[kChunk * TriangularMatrix::kStride];
@@ -145,28 +144,41 @@ __device__ bool has_order(PrepareParams const& params, int order) {
   return order < params.shape.num_slots * params.shape.num_gate_heads;
 }
 
-__device__ Work find_work(PrepareParams const& params, int order) {
+// What find_work divides by.
+struct Divisors {
+  cutlass::FastDivmod gate_heads, chunks, batch, gate_heads_of_head;
+
+  explicit Divisors(CallShape const& shape)
+      : gate_heads(shape.num_gate_heads),
+        chunks(shape.num_slots / shape.batch),
+        batch(shape.batch),
+        gate_heads_of_head(shape.num_gate_heads / shape.num_heads) {}
+};
+
+__device__ Work find_work(PrepareParams const& params, Divisors const& by, int order) {
   CallShape const& shape = params.shape;
-  int const in_order = order / shape.num_gate_heads;
-  int const slot = params.plan.slots != nullptr
-                       ? in_order
-                       : in_order % shape.batch * (shape.num_slots / shape.batch) + in_order / shape.batch;
   Work work;
   work.order = order;
-  work.gate_head = order % shape.num_gate_heads;
-  work.head = work.gate_head / (shape.num_gate_heads / shape.num_heads);
-  work.tile = slot * shape.num_gate_heads + work.gate_head;
+  int slot;
+  by.gate_heads(slot, work.gate_head, order);
+  work.head = by.gate_heads_of_head.div(work.gate_head);
   if (params.plan.slots != nullptr) {
     ChunkSlot const at = params.plan.slots[slot];
     work.batch = 0;
     work.first_token = at.first_token;
     work.num_rows = at.num_rows;
   } else {
-    int const chunks = shape.num_slots / shape.batch;
-    work.batch = slot / chunks;
-    work.first_token = slot % chunks * kChunk;
+    int chunk;
+    if (params.ready != nullptr) {  // beside a walk the earlier chunks of all sequences come first
+      by.batch(chunk, work.batch, slot);
+      slot = work.batch * by.chunks.divisor + chunk;
+    } else {
+      by.chunks(work.batch, chunk, slot);
+    }
+    work.first_token = chunk * kChunk;
     work.num_rows = min(kChunk, shape.seqlen - work.first_token);
   }
+  work.tile = slot * shape.num_gate_heads + work.gate_head;
   return work;
 }
 
@@ -212,11 +224,13 @@ struct ThreadPlace {
   __device__ int channel() const { return box * kBoxColumns + 2 * lane; }
 };
 
-// In a loop it is asked for anew in every phase: ptxas then keeps no addresses from one to the next.
+// Where ptxas runs out of registers it is asked for anew in every phase, so that no address is kept.
 template <class Cfg>
 __device__ ThreadPlace thread_place() {
-  unsigned thread;
-  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  unsigned thread = threadIdx.x;
+  if constexpr (Cfg::kCrowded) {
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  }
   thread = Cfg::kTeams == 1 ? thread : thread % Cfg::kTeamThreads;
   return {.box = static_cast<int>(thread / kWarpgroupThreads),
           .block = static_cast<int>(thread / kWarpThreads % kNumBlocks),
@@ -556,55 +570,44 @@ struct EntryStore {
   }
 };
 
-template <class Cfg>
-using LevelAccumulators = float[Cfg::kLevelColumns / 2];
-
 // The entries of matching pairs, from the accumulators of a warpgroup: its warps 0 and 1 hold rows of T, 2 and 3 of P.
 template <int h, class Cfg>
-__device__ void store_level(SharedStorage<Cfg>& smem, LevelAccumulators<Cfg> const& acc, bool normalize) {
-  int const thread = thread_of_team<Cfg>(), warpgroup = thread / kWarpgroupThreads;
-  int const warp = thread % kWarpgroupThreads / kWarpThreads, lane = lane_index();
+__device__ void store_level(SharedStorage<Cfg>& smem, float const (&acc)[16], bool normalize) {
+  int const warp = threadIdx.x % kWarpgroupThreads / kWarpThreads, lane = lane_index();
   bool const upper = warp % 2 == 1;  // later rows 16-31
   EntryStore<h, Cfg> const store{smem, warp >= 2, normalize};
-  if (h < 32 && Cfg::kWarpgroups == 2 && upper != (warpgroup == 1)) {
-    return;  // later rows 0-15 meet columns 0-15 only, and 16-31 the others
-  }
-  // Of the 16 columns that a warp's rows meet, where there are no more than these.
-  auto const entry = [&](int i) {
-    if constexpr (Cfg::kWarpgroups == 1) {
-      return upper ? acc[8 + i] : acc[i];
-    } else {
-      return acc[i];
-    }
-  };
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     int const r = later_row(16 * (warp % 2) + 8 * half + lane / 4, h);
     if constexpr (h == 32) {
 #pragma unroll
-      for (int j = 0; j < Cfg::kLevelColumns / 8; ++j) {
-        store(r, warpgroup * Cfg::kLevelColumns + 8 * j + 2 * (lane % 4), acc[4 * j + 2 * half],
-              acc[4 * j + 2 * half + 1]);
+      for (int j = 0; j < 4; ++j) {
+        store(r, 8 * j + 2 * (lane % 4), acc[4 * j + 2 * half], acc[4 * j + 2 * half + 1]);
       }
     } else if constexpr (h == 16) {
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
-        store(r, 16 * (warp % 2) + 8 * j + 2 * (lane % 4), entry(4 * j + 2 * half),
-              entry(4 * j + 2 * half + 1));
+        float const x = upper ? acc[8 + 4 * j + 2 * half] : acc[4 * j + 2 * half];
+        float const y = upper ? acc[8 + 4 * j + 2 * half + 1] : acc[4 * j + 2 * half + 1];
+        store(r, 16 * (warp % 2) + 8 * j + 2 * (lane % 4), x, y);
       }
-    } else if (h == 1 || lane / 4 / h == 2 * (lane % 4) / h) {
+    } else {
       // Eight later rows meet their own eight earlier ones, and among them row groups of h.
-      store(r, 16 * (warp % 2) + 8 * half + 2 * (lane % 4), entry(6 * half), entry(6 * half + 1));
+      float const x = upper ? acc[8 + 6 * half] : acc[6 * half];
+      float const y = upper ? acc[8 + 6 * half + 1] : acc[6 * half + 1];
+      if (h == 1 || lane / 4 / h == 2 * (lane % 4) / h) {
+        store(r, 16 * (warp % 2) + 8 * half + 2 * (lane % 4), x, y);
+      }
     }
   }
 }
 
-// [E*D; q*D] (k*U)^T of one level, this warpgroup's columns: issued, not waited for.
-template <class Cfg>
-__device__ void multiply_level(LevelAccumulators<Cfg>& acc, LevelOperands<Cfg> const& operands) {
+// [E*D; q*D] (k*U)^T of one level, by one warpgroup.
+template <int h, class Cfg>
+__device__ void multiply_level(SharedStorage<Cfg>& smem, LevelOperands<Cfg> const& operands, bool normalize) {
+  float acc[16];
   auto const later = shared_descriptor<Major::K>(operands.later);
-  auto const earlier = shared_descriptor<Major::K>(operands.earlier) +
-                       (thread_of_team<Cfg>() / kWarpgroupThreads * Cfg::kLevelColumns * kBoxRowBytes >> 4);
+  auto const earlier = shared_descriptor<Major::K>(operands.earlier);
   wgmma_fence();
 #pragma unroll
   for (int step = 0; step < Cfg::kDimK / 16; ++step) {
@@ -613,39 +616,35 @@ __device__ void multiply_level(LevelAccumulators<Cfg>& acc, LevelOperands<Cfg> c
                                         earlier + ((step / 4 * kBoxBytes / 2 + piece) >> 4), step > 0);
   }
   wgmma_commit();
+  wgmma_wait<0>();
+  store_level<h>(smem, acc, normalize);
 }
 
-// The operands of a level are written; those of the level before it have been read.
+// Every thread's operands of one level.
+template <int kLevel, class Cfg>
+__device__ void build(SharedStorage<Cfg>& smem, ThreadInputs<Cfg> const& x) {
+  if (phase_begins_if_crowded<Cfg>()) {
+    build_level<1 << kLevel>(smem.operands[kLevel % 3], smem, x, thread_place<Cfg>());
+  }
+}
+
+// What has been built may be multiplied, and what has been multiplied may be overwritten.
 template <class Cfg>
-__device__ void operands_built() {
+__device__ void meet_at_operands() {
   cutlass::arch::fence_view_async_shared();  // ordinary stores, which wgmma reads
   sync_team<Cfg>();
 }
 
-// The product of one level, while every thread builds its operands of the next one; in a loop, where there are no
-// registers for both, before it.
+// The products of two levels, by a warpgroup each.
 template <int kLevel, class Cfg>
-__device__ void run_level(SharedStorage<Cfg>& smem, ThreadInputs<Cfg> const& x, bool normalize) {
-  LevelAccumulators<Cfg> acc;
-  auto const build_next = [&] {
-    if constexpr (kLevel + 1 < kLevels) {
-      if (phase_begins_if_crowded<Cfg>()) {
-        build_level<2 << kLevel>(smem.operands[(kLevel + 1) % 2], smem, x, thread_place<Cfg>());
-      }
-    }
-  };
-  if (phase_begins_if_crowded<Cfg>()) {
-    multiply_level(acc, smem.operands[kLevel % 2]);
-    if constexpr (!Cfg::kStays) {
-      build_next();
-    }
-    wgmma_wait<0>();
-    store_level<1 << kLevel>(smem, acc, normalize);
+__device__ void multiply_two_levels(SharedStorage<Cfg>& smem, bool normalize) {
+  int const warpgroup = thread_of_team<Cfg>() / kWarpgroupThreads;
+  if (warpgroup == 0) {
+    multiply_level<1 << kLevel>(smem, smem.operands[kLevel % 3], normalize);
   }
-  if constexpr (Cfg::kStays) {
-    build_next();
+  if (warpgroup == Cfg::kWarpgroups - 1) {
+    multiply_level<2 << kLevel>(smem, smem.operands[(kLevel + 1) % 3], normalize);
   }
-  operands_built<Cfg>();
 }
 
 // scale*gamma*q, Kt and gamma*E from running products over the chunk, straight to their tiles: a warp writes the 128
@@ -690,7 +689,7 @@ __device__ void store_factor_tiles(SharedStorage<Cfg>& smem, PrepareParams const
   }
 #pragma unroll
   for (int last = kBlock - 1; last >= 0; last -= Cfg::kGroup) {
-    if (phase_begins()) {
+    if (phase_begins_if_crowded<Cfg>()) {
 #pragma unroll
       for (int i = last; i > last - Cfg::kGroup; --i) {
         int const row = at.block * kBlock + i;
@@ -742,11 +741,11 @@ __device__ void store_block_products(SharedStorage<Cfg>& smem, ThreadInputs<Cfg>
 
 // Nothing of the team's is ready; only then may the walk start.
 template <class Cfg>
-__device__ void clear_ready(PrepareParams const& params, int first_order) {
+__device__ void clear_ready(PrepareParams const& params, Divisors const& by, int first_order) {
   int const stride = gridDim.x * Cfg::kTeams;
   for (int order = first_order + thread_of_team<Cfg>() * stride; has_order(params, order);
        order += Cfg::kTeamThreads * stride) {
-    params.ready[find_work(params, order).tile] = 0;
+    params.ready[find_work(params, by, order).tile] = 0;
   }
   __threadfence();
   __syncthreads();
@@ -773,6 +772,7 @@ template <class Cfg>
 struct NextChunk {
   SharedStorage<Cfg>& smem;
   PrepareParams const& params;
+  Divisors const& by;
   InputLoads<Cfg> const& loads;
   Work const& work;
   Work& next;
@@ -782,7 +782,7 @@ struct NextChunk {
     if (is_asking()) {
       next.order = work.order + gridDim.x * Cfg::kTeams;
       if (has_order(params, next.order)) {
-        next = find_work(params, next.order);
+        next = find_work(params, by, next.order);
       }
     }
   }
@@ -821,17 +821,22 @@ __device__ void run_tile(SharedStorage<Cfg>& smem, PrepareParams const& params, 
   if (thread_of_team<Cfg>() < kChunk) {
     place_diagonal(smem, thread_of_team<Cfg>());
   }
-  if (phase_begins_if_crowded<Cfg>()) {
-    build_level<1>(smem.operands[0], smem, x, thread_place<Cfg>());
-  }
-  operands_built<Cfg>();
-  run_level<0>(smem, x, normalize);
-  run_level<1>(smem, x, normalize);
-  run_level<2>(smem, x, normalize);
-  run_level<3>(smem, x, normalize);
-  run_level<4>(smem, x, normalize);
-  run_level<5>(smem, x, normalize);
-  // T and P are complete, and the last operands have been read.
+  // With three buffers all warpgroups build and multiply at the same time.
+  build<0>(smem, x);
+  build<1>(smem, x);
+  meet_at_operands<Cfg>();
+  multiply_two_levels<0>(smem, normalize);
+  build<2>(smem, x);
+  meet_at_operands<Cfg>();
+  build<3>(smem, x);
+  meet_at_operands<Cfg>();
+  multiply_two_levels<2>(smem, normalize);
+  build<4>(smem, x);
+  meet_at_operands<Cfg>();
+  build<5>(smem, x);
+  meet_at_operands<Cfg>();
+  multiply_two_levels<4>(smem, normalize);
+  meet_at_operands<Cfg>();  // T and P are complete; the copy engine may write where operands have been
   operands_read();
 
   auto* const P =
@@ -851,7 +856,8 @@ __device__ void run_tile(SharedStorage<Cfg>& smem, PrepareParams const& params, 
 
 template <class Cfg>
 __global__ void __launch_bounds__(Cfg::kThreads, Cfg::kCtasPerSm)
-    prepare_kernel(__grid_constant__ PrepareParams const params, __grid_constant__ TensorMaps const maps) {
+    prepare_kernel(__grid_constant__ PrepareParams const params, __grid_constant__ Divisors const by,
+                   __grid_constant__ TensorMaps const maps) {
   extern __shared__ std::uint8_t smem_bytes[];
   auto& smem = reinterpret_cast<SharedStorage<Cfg>*>(smem_bytes)[team_index<Cfg>()];
   InputLoads<Cfg> const loads{smem, maps, params.gate_element};
@@ -861,7 +867,7 @@ __global__ void __launch_bounds__(Cfg::kThreads, Cfg::kCtasPerSm)
     cutlass::arch::fence_barrier_init();
     smem.work[0].order = first_order;
     if (has_order(params, first_order)) {
-      smem.work[0] = find_work(params, first_order);
+      smem.work[0] = find_work(params, by, first_order);
       loads.load(smem.work[0]);
     }
   }
@@ -872,10 +878,10 @@ __global__ void __launch_bounds__(Cfg::kThreads, Cfg::kCtasPerSm)
     }
   }
   if constexpr (Cfg::kStays) {
-    clear_ready<Cfg>(params, first_order);
+    clear_ready<Cfg>(params, by, first_order);
     sync_team<Cfg>();
     for (unsigned round = 0; has_order(params, smem.work[round % 4].order); ++round) {
-      NextChunk<Cfg> const next{smem, params, loads, smem.work[round % 4], smem.work[(round + 1) % 4]};
+      NextChunk<Cfg> const next{smem, params, by, loads, smem.work[round % 4], smem.work[(round + 1) % 4]};
       smem.inputs_full.wait(round % 2);
       run_tile(smem, params, next.work, [&] { next.find(); }, [&] { next.load(); });
     }
@@ -902,7 +908,7 @@ void launch(PrepareParams const& params, cudaStream_t stream) {
                  "prepare: shared memory");
   int const tiles = shape.num_slots * shape.num_gate_heads;
   unsigned const num_ctas = Cfg::kStays ? std::min(tiles, params.num_sms) : tiles;
-  kernel<<<num_ctas, Cfg::kThreads, kSmemBytes, stream>>>(params, maps);
+  kernel<<<num_ctas, Cfg::kThreads, kSmemBytes, stream>>>(params, Divisors(shape), maps);
   throw_on_error(cudaGetLastError(), "prepare: launch");
 }
 
