@@ -41,8 +41,9 @@ struct SequenceSpan {
 
 // The packed sequences of a call, written by `plan_packed` on the device.
 struct PackedPlan {
-  ChunkSlot* slots;     // [num_slots]
-  SequenceSpan* spans;  // [num_sequences]
+  ChunkSlot* slots;         // [num_slots]
+  SequenceSpan* spans;      // [num_sequences]
+  std::int32_t* sequences;  // [num_sequences]: longer ones first, for walks that do not all run at once
 };
 
 struct PlanParams {

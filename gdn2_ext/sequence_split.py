@@ -11,10 +11,14 @@ import functools
 _CHUNK, _COLUMNS = 64, 64  # tokens of a chunk, value columns of a walk
 MAX_SEGMENTS = 64
 
-# In microseconds on an H200: a chunk of a walk, alone and for every walk that shares the memory with it.
-_SCAN, _SCAN_SHARED = 1.1, 0.018
-_MAPS, _MAPS_SHARED = 0.95, 0.012
-_LAUNCHES, _STATE = 10.0, 3.0  # of the two kernels more, and of every segment's first state
+# In microseconds on an H200: a chunk and head of prepare, times SMs; a chunk of a walk, alone and for every walk
+# that shares the memory with it, and how a walk begins.
+_PREPARE = 5.8
+_SCAN, _SCAN_SHARED = 1.08, 0.0143
+_MAPS, _MAPS_SHARED = 0.86, 0.0086
+_BEGIN = 5.0
+_STATE = 1.5  # every segment's first state
+_BESIDE = 1.25  # what prepare and the walk cost each other
 
 
 @functools.lru_cache(maxsize=4096)
@@ -29,25 +33,30 @@ def num_segments(
         seqlen: of a dense sequence, or of all packed ones.
         num_sms: of the GPU.
     """
-    length = seqlen // max(num_sequences, 1) if packed else seqlen
-    chunks = (length + _CHUNK - 1) // _CHUNK
     if requested > 0:
         return requested
+    length = seqlen // max(num_sequences, 1) if packed else seqlen
+    chunks = (length + _CHUNK - 1) // _CHUNK
     walks = num_sequences * value_heads * ((dim_v + _COLUMNS - 1) // _COLUMNS)
     matrices = num_sequences * gate_heads * ((dim_k + _COLUMNS - 1) // _COLUMNS)
+    prepare = _PREPARE * num_sequences * chunks * gate_heads
+
+    def walk(number: int, segments: int, chunk: float, shared: float) -> float:
+        waves = -(-number // num_sms)
+        return _BEGIN + waves * -(-chunks // segments) * max(chunk, shared * min(number, num_sms))
 
     def microseconds(segments: int) -> float:
-        def walk(number: int, chunk: float, shared: float) -> float:
-            waves = -(-number // num_sms)
-            return waves * -(-chunks // segments) * max(chunk, shared * min(number, num_sms))
-
-        time = walk(segments * walks, _SCAN, _SCAN_SHARED)
+        scan = walk(segments * walks, segments, _SCAN, _SCAN_SHARED)
         if segments > 1:
-            maps = (segments - 1) * walks + (
-                segments - 2
-            ) * matrices  # the first segment starts in one state only
-            time += walk(maps, _MAPS, _MAPS_SHARED) + _LAUNCHES + _STATE * (segments - 1)
-        return time
+            # The first segment starts in one state only.
+            number = (segments - 1) * walks + (segments - 2) * matrices
+            maps = walk(number, segments, _MAPS, _MAPS_SHARED)
+            return prepare / num_sms + maps + _BEGIN + _STATE * (segments - 1) + scan
+        one_after_the_other = prepare / num_sms + scan
+        if packed or 2 * walks > num_sms:
+            return one_after_the_other
+        beside = _BESIDE * max(prepare / (num_sms - walks), scan)  # csrc/api/chunk_forward.cpp
+        return min(one_after_the_other, beside)
 
     # As many as there is room for, or fewer. Where it would save less than a tenth, none.
     best = min(range(1, min(MAX_SEGMENTS, max(chunks, 1)) + 1), key=microseconds)

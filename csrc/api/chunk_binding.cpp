@@ -74,6 +74,7 @@ void take_call_room(Workspace& room, CallShape const& shape, bool packed, bool k
   if (packed) {
     call.plan.slots = room.take<ChunkSlot>(shape.num_slots * sizeof(ChunkSlot));
     call.plan.spans = room.take<SequenceSpan>(shape.num_sequences * sizeof(SequenceSpan));
+    call.plan.sequences = room.take<std::int32_t>(shape.num_sequences * sizeof(std::int32_t));
   }
   if (!keeps_matrices) {
     call.tiles.A_minus_I = room.take(slot_heads * kChunk * kChunk * kElementBytes);

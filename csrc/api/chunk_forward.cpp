@@ -11,9 +11,9 @@ namespace {
 // Where the walk has few CTAs it takes as long as its chunks take one after the other, and prepare may run beside it on
 // the other SMs. How many of them, or 0 where one after the other is quicker; from shapes alone.
 int sms_beside_scan(ChunkCall const& call) {
-  // Measured on an H200: an SM prepares a chunk and head in 5.6 microseconds, a walk takes 1.1 for a chunk. Beginning and
-  // ending at the same time costs about 10.
-  constexpr double kPrepareMicroseconds = 5.6, kScanMicroseconds = 1.1, kMeetingMicroseconds = 10;
+  // Measured on an H200, in microseconds: an SM prepares a chunk and head, a walk takes a chunk; both take longer at the
+  // same time.
+  constexpr double kPrepare = 5.8, kScan = 1.08, kBeside = 1.25;
   CallShape const& shape = call.shape;
   if (call.cu_seqlens != nullptr || shape.seqlen == 0) {
     return 0;  // lengths are not known here
@@ -28,9 +28,9 @@ int sms_beside_scan(ChunkCall const& call) {
     return 0;
   }
   int const others = num_sms - static_cast<int>(walks);
-  double const prepare = kPrepareMicroseconds * shape.num_slots * shape.num_gate_heads;
-  double const walk = kScanMicroseconds * (shape.num_slots / shape.batch);
-  return std::max(prepare / others, walk) + kMeetingMicroseconds < prepare / num_sms + walk ? others : 0;
+  double const prepare = kPrepare * shape.num_slots * shape.num_gate_heads;
+  double const walk = kScan * (shape.num_slots / shape.batch);
+  return kBeside * std::max(prepare / others, walk) < prepare / num_sms + walk ? others : 0;
 }
 
 }  // namespace

@@ -4,7 +4,12 @@
 // the cost of at most one empty slot a sequence. Offsets count up to the first that is out of order or out of range;
 // sequences from there on are malformed: they own no slots.
 //
+// The order of the sequences: by numbers of chunks, longest first, as a counting sort; which of equally long ones comes
+// first is left open, and no result depends on it.
+//
 // Grid: one CTA, a thread a sequence, then a thread a slot.
+#include <cub/block/block_scan.cuh>
+
 #include "api/chunk_forward.h"
 #include "api/cuda_error.h"
 #include "tile/arch.cuh"
@@ -14,6 +19,33 @@ namespace {
 
 constexpr int kThreads = 1024;
 constexpr int kChunk = 64;
+
+// Sequences of one length share a place in the count: 0 is for the longest ones.
+__device__ int length_class(int num_tokens) {
+  int const chunks = (max(num_tokens, 0) + kChunk - 1) / kChunk;
+  return kThreads - 1 - min(chunks, kThreads - 1);
+}
+
+// By all threads, once the spans are written.
+__device__ void order_sequences(PlanParams const& params) {
+  using Scan = cub::BlockScan<int, kThreads>;
+  __shared__ typename Scan::TempStorage scan;
+  __shared__ int next_place[kThreads];
+  next_place[threadIdx.x] = 0;
+  __syncthreads();
+  for (int n = threadIdx.x; n < params.num_sequences; n += kThreads) {
+    atomicAdd(&next_place[length_class(params.plan.spans[n].num_tokens)], 1);
+  }
+  __syncthreads();
+  int place = next_place[threadIdx.x];
+  Scan(scan).ExclusiveSum(place, place);
+  next_place[threadIdx.x] = place;
+  __syncthreads();
+  for (int n = threadIdx.x; n < params.num_sequences; n += kThreads) {
+    int const place = atomicAdd(&next_place[length_class(params.plan.spans[n].num_tokens)], 1);
+    params.plan.sequences[place] = n;
+  }
+}
 
 template <class Offset>
 __global__ void __launch_bounds__(kThreads) plan_kernel(PlanParams const params) {
@@ -40,8 +72,9 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(PlanParams const params)
       int const begin = static_cast<int>(cu_seqlens[n]);
       span = {begin, static_cast<int>(cu_seqlens[n + 1]) - begin, begin / kChunk + n};
     }
-    params.plan.spans[n] = span;
+    params.plan.spans[n] = span;  // read by the same thread
   }
+  order_sequences(params);
   for (int slot = threadIdx.x; slot < params.num_slots; slot += kThreads) {
     // The last sequence whose first slot is not behind this one.
     int low = 0, high = num_good;

@@ -1,16 +1,14 @@
-// recurrent_stream: the step of recurrent.cu where there are many states. One token of every sequence; K = V = 128.
+// recurrent_stream: the step of recurrent.cu where there are many float32 states. One token of every sequence; K = V = 128.
 //
-// Grid: value head x sequence, a CTA a matrix; three CTAs an SM, or five of bfloat16 states.
-// Roles: groups of 128 threads, two or one, each with 32 value columns at a time. One thread copies.
+// Grid: value head x sequence, a CTA a matrix; three CTAs an SM.
+// Roles: two groups of 128 threads, each with 32 value columns at a time. One thread copies.
 // A matrix travels whole, as contiguous bytes, both ways by bulk copies: what is in flight does not depend on threads,
 // and the CTAs of an SM load, step and store at different times.
-// Registers: up to 768 threads an SM, of at most 80. Shared memory: the matrix, 64 or 32 KB, and the tokens' channels.
+// Registers: 80. Shared memory: the matrix, 64 KB, and the tokens' channels.
 //
 //     state in ............. | slice: state to registers, step, back | next slice .. | state out
 //     inputs, channels .. |
 #include <cutlass/arch/barrier.h>
-
-#include <algorithm>
 
 #include "api/cuda_error.h"
 #include "sm90/recurrent_step.cuh"
@@ -26,25 +24,22 @@ using namespace recurrent;
 
 constexpr int kDim = 128;  // K and V
 constexpr int kColumns = 32;
-constexpr int kMatricesPerSm = 4;  // with fewer, small CTAs for parts of matrices are better spread over the SMs
+constexpr int kMatricesPerSm = 20;  // with fewer, small CTAs for parts of matrices are better spread over the SMs
 
-// kSlices: how many slices the CTA's threads work on at once.
-template <class State, bool kVFirst>
-using StreamConfig = Config<State, kVFirst, kDim, kColumns, false, true, sizeof(State) == 4 ? 2 : 1>;
+template <bool kVFirst>
+using StreamConfig = Config<float, kVFirst, kDim, kColumns, false, true, 2>;
 
 template <class Cfg>
 struct StreamStorage {
-  static constexpr int kMatrixBytes = kDim * kDim * sizeof(typename Cfg::State);
+  static constexpr int kMatrixBytes = kDim * kDim * sizeof(float);
   alignas(128) std::uint8_t state[kMatrixBytes];
   SharedStorage<Cfg> groups[Cfg::kSlices];
   FullBarrier state_full;
 };
 
+constexpr int kCtasPerSm = 3;
 template <class Cfg>
 constexpr int kCtaThreads = Cfg::kSlices * Cfg::kThreads;
-// As many as registers (80 a thread) and shared memory hold.
-template <class Cfg>
-constexpr int kCtasPerSm = std::min<int>(768 / kCtaThreads<Cfg>, 228 * 1024 / (sizeof(StreamStorage<Cfg>) + 1024));
 
 // The slot of a sequence, or kNoSlot; of states without a pool, the sequence.
 __device__ int load_slot(RecurrentParams const& params, int sequence) {
@@ -68,7 +63,7 @@ struct Token {
 };
 
 template <class Cfg>
-__global__ void __launch_bounds__(kCtaThreads<Cfg>, kCtasPerSm<Cfg>)
+__global__ void __launch_bounds__(kCtaThreads<Cfg>, kCtasPerSm)
     recurrent_stream_kernel(__grid_constant__ RecurrentParams const params) {
   extern __shared__ __align__(128) std::uint8_t smem_bytes[];
   auto& smem = *reinterpret_cast<StreamStorage<Cfg>*>(smem_bytes);
@@ -133,6 +128,7 @@ int num_multiprocessors() {
 template <class Cfg>
 void launch(RecurrentParams const& params, cudaStream_t stream) {
   constexpr int kSmemBytes = sizeof(StreamStorage<Cfg>);
+  static_assert(kCtasPerSm * (kSmemBytes + 1024) <= 228 * 1024);
   cudaLaunchAttribute overlap = overlapping_launch();
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(params.shape.num_sequences * params.shape.num_value_heads);
@@ -147,15 +143,9 @@ void launch(RecurrentParams const& params, cudaStream_t stream) {
   throw_on_error(cudaLaunchKernelEx(&config, kernel, params), "recurrent_stream: launch");
 }
 
-template <class State>
-void dispatch(RecurrentParams const& params, cudaStream_t stream) {
-  params.state_v_first ? launch<StreamConfig<State, true>>(params, stream)
-                       : launch<StreamConfig<State, false>>(params, stream);
-}
-
 // Matrices of kDim x kDim elements one after the other, at addresses that bulk copies take.
-bool has_whole_matrices(StateTensor const& x, int element_bytes) {
-  return reinterpret_cast<std::uintptr_t>(x.data) % 16 == 0 && x.stride_row == kDim * element_bytes &&
+bool has_whole_matrices(StateTensor const& x) {
+  return reinterpret_cast<std::uintptr_t>(x.data) % 16 == 0 && x.stride_row == kDim * sizeof(float) &&
          x.stride_head % 16 == 0 && x.stride_slot % 16 == 0;
 }
 
@@ -163,21 +153,18 @@ bool has_whole_matrices(StateTensor const& x, int element_bytes) {
 
 bool takes_recurrent_stream(RecurrentParams const& params) {
   CallShape const& shape = params.shape;
-  bool const wide = params.state_element == ElementType::kFloat32;
-  int const element_bytes = wide ? 4 : 2;
   bool const one_token = shape.seqlen == 1 && params.cu_seqlens.data == nullptr && params.index_columns == 0;
   bool const in_and_out =
       params.states.data != nullptr && params.inplace != (params.final_state.data != nullptr);
-  return shape.dim_k == kDim && shape.dim_v == kDim && one_token && in_and_out && (params.inplace || wide) &&
-         has_whole_matrices(params.states, element_bytes) &&
-         (params.inplace || has_whole_matrices(params.final_state, element_bytes)) &&
+  return params.state_element == ElementType::kFloat32 && shape.dim_k == kDim && shape.dim_v == kDim &&
+         one_token && in_and_out && has_whole_matrices(params.states) &&
+         (params.inplace || has_whole_matrices(params.final_state)) &&
          std::int64_t{shape.num_sequences} * shape.num_value_heads < INT32_MAX / 2 &&
          shape.num_sequences * shape.num_value_heads >= kMatricesPerSm * num_multiprocessors();
 }
 
 void run_recurrent_stream(RecurrentParams const& params, cudaStream_t stream) {
-  params.state_element == ElementType::kBFloat16 ? dispatch<__nv_bfloat16>(params, stream)
-                                                 : dispatch<float>(params, stream);
+  params.state_v_first ? launch<StreamConfig<true>>(params, stream) : launch<StreamConfig<false>>(params, stream);
 }
 
 }  // namespace gdn2

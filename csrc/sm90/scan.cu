@@ -9,7 +9,7 @@
 // rounded accumulator of the one before it, in the registers where it is, and neither state nor residual passes
 // through shared memory.
 //
-// Grid: one CTA for a sequence, value head, kWarpgroups * 64 value columns and segment, heads fastest, segments slowest.
+// Grid: one CTA for a sequence, segment, value head and kWarpgroups * 64 value columns, longer sequences first.
 // CTAs of neighbouring columns are pairs (clusters): each loads a half of every tile of factors, for both.
 // A sequence is one segment, or several whose first states segment_states has made.
 // Roles: kWarpgroups math warpgroups of 64 value columns each (S 64, X 32, O 32 accumulators; 32 rounded S, 16 rounded
@@ -372,7 +372,7 @@ struct Walk {
 template <class Cfg>
 __device__ void compute(SharedStorage<Cfg>& smem, ScanParams const& params, Work const& work, int wg) {
   int const first_column = work.first_column + wg * kColumns;
-  int const segment = blockIdx.z, last_segment = params.num_segments - 1;
+  int const segment = find_walk(params.shape, params.num_segments), last_segment = params.num_segments - 1;
   Walk<Cfg> walk{smem, params, work, wg};
   if (segment == 0) {
     read_state<Cfg::kDimK>(walk.S, params.initial_state, params.shape, params.state_v_first, work,
@@ -403,8 +403,8 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
     scan_kernel(__grid_constant__ ScanParams const params, __grid_constant__ TensorMaps const maps) {
   extern __shared__ std::uint8_t smem_bytes[];
   auto& smem = *reinterpret_cast<SharedStorage<Cfg>*>(smem_bytes);
-  Work work = find_work(params.shape, params.plan, Cfg::kWarpgroups * kColumns);
-  take_segment(work, blockIdx.z, params.num_segments);
+  Work work = find_work(params.shape, params.plan, params.num_segments, Cfg::kWarpgroups * kColumns);
+  take_segment(work, find_walk(params.shape, params.num_segments), params.num_segments);
   if (threadIdx.x == 0) {
     smem.init_barriers();
   }
@@ -455,8 +455,8 @@ void launch(ScanParams const& params, cudaStream_t stream) {
   throw_on_error(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSmemBytes),
                  "scan: shared memory");
   constexpr int kColumnsPerCta = Cfg::kWarpgroups * kColumns;
-  dim3 const grid(static_cast<unsigned>(shape.num_sequences) * shape.num_value_heads,
-                  (shape.dim_v + kColumnsPerCta - 1) / kColumnsPerCta, params.num_segments);
+  dim3 const grid(static_cast<unsigned>(shape.num_sequences) * params.num_segments * shape.num_value_heads,
+                  (shape.dim_v + kColumnsPerCta - 1) / kColumnsPerCta);
   cudaLaunchAttribute attributes[2] = {};
   attributes[0].id = cudaLaunchAttributeClusterDimension;
   attributes[0].val.clusterDim = {1, Cfg::kPaired ? 2u : 1u, 1};

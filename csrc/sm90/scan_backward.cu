@@ -10,8 +10,8 @@
 // Neither walk reads what the other writes. As in scan, everything is transposed and the left operand of each product
 // is the rounded accumulator of the one before it, in the registers where it is.
 //
-// Grid: one CTA for a sequence, value head, kWarpgroups * 64 value columns, walk and segment; heads fastest, walks
-// slowest, the reverse one first. A sequence is one segment, or several whose first states and last gradients are known.
+// Grid: one CTA for a sequence, walk, segment, value head and kWarpgroups * 64 value columns; longer sequences first, of
+// each the reverse walks first. A sequence is one segment, or several whose first states and last gradients are known.
 // Roles: kWarpgroups math warpgroups of 64 value columns each (S or dS 64, X or dR 32 accumulators; 32 rounded S or
 // dS', 16 rounded R or dX, 16 rounded X or dR, 16 dO a thread; 240 registers, 216 where there are two); one warpgroup
 // that makes Z (idle in the reverse walk); one whose first warp loads and whose next ones store, one a math warpgroup
@@ -530,11 +530,20 @@ struct Reverse {
   }
 };
 
-// The CTA's segment.
+// Walks of a sequence, value head and slice: of only_N all segments but the first, else both directions of all.
+__host__ __device__ int num_walks(ScanBackwardParams const& params) {
+  return params.segment_N != nullptr ? params.num_segments - 1 : 2 * params.num_segments;
+}
+
+// The CTA's walk, the reverse ones first; asked of the machine, it needs no register in between.
+__device__ int find_own_walk(ScanBackwardParams const& params) {
+  asm volatile("" ::: "memory");
+  return find_walk(params.shape, num_walks(params));
+}
+
 __device__ int find_segment(ScanBackwardParams const& params) {
-  unsigned z;
-  asm volatile("mov.u32 %0, %%ctaid.z;" : "=r"(z));
-  return params.segment_N != nullptr ? z + 1 : z % params.num_segments;
+  int const walk = find_own_walk(params);
+  return params.segment_N != nullptr ? walk + 1 : walk % params.num_segments;
 }
 
 template <class Cfg>
@@ -598,10 +607,10 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
   auto& recompute = *reinterpret_cast<RecomputeStorage<Cfg>*>(smem_bytes);
   auto& reverse = *reinterpret_cast<ReverseStorage<Cfg>*>(smem_bytes);
   bool const only_N = params.segment_N != nullptr;
-  bool const forwards = !only_N && static_cast<int>(blockIdx.z) >= params.num_segments;
+  bool const forwards = !only_N && find_own_walk(params) >= params.num_segments;
   Work& work = *reinterpret_cast<Work*>(smem_bytes + kStorageBytes<Cfg>);  // where it costs no registers
   if (threadIdx.x == 0) {
-    work = find_work(params.shape, params.plan, Cfg::kWarpgroups * kColumns);
+    work = find_work(params.shape, params.plan, num_walks(params), Cfg::kWarpgroups * kColumns);
     take_segment(work, find_segment(params), params.num_segments);
     forwards ? recompute.init_barriers() : reverse.init_barriers();
   }
@@ -636,11 +645,6 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
   }
 }
 
-// Of a sequence, value head and slice.
-int num_walks(ScanBackwardParams const& params) {
-  return params.segment_N != nullptr ? params.num_segments - 1 : 2 * params.num_segments;
-}
-
 template <class Cfg>
 void launch(ScanBackwardParams const& params, cudaStream_t stream) {
   CallShape const& shape = params.shape;
@@ -654,8 +658,8 @@ void launch(ScanBackwardParams const& params, cudaStream_t stream) {
   throw_on_error(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes<Cfg>),
                  "scan_backward: shared memory");
   constexpr int kColumnsPerCta = Cfg::kWarpgroups * kColumns;
-  dim3 const grid(static_cast<unsigned>(shape.num_sequences) * shape.num_value_heads,
-                  (shape.dim_v + kColumnsPerCta - 1) / kColumnsPerCta, num_walks(params));
+  dim3 const grid(static_cast<unsigned>(shape.num_sequences) * num_walks(params) * shape.num_value_heads,
+                  (shape.dim_v + kColumnsPerCta - 1) / kColumnsPerCta);
   cudaLaunchAttribute overlap = overlapping_launch();
   cudaLaunchConfig_t config{};
   config.gridDim = grid;

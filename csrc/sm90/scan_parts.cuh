@@ -54,10 +54,19 @@ __device__ inline Work find_work(CallShape const& shape, PackedPlan const& plan,
   return work;
 }
 
-// Heads fastest; columns_per_cta: how many value columns the CTA owns, by blockIdx.y.
-__device__ inline Work find_work(CallShape const& shape, PackedPlan const& plan, int columns_per_cta) {
-  return find_work(shape, plan, blockIdx.x / shape.num_value_heads, blockIdx.x % shape.num_value_heads,
-                   blockIdx.y * columns_per_cta);
+// A sequence's walks (segments, directions) one after the other, heads fastest within each, longer sequences first:
+// blockIdx.x of a grid of num_sequences * num_walks * num_value_heads. Which walk of its sequence the CTA's is:
+__device__ inline int find_walk(CallShape const& shape, int num_walks) {
+  return blockIdx.x / shape.num_value_heads % num_walks;
+}
+
+// columns_per_cta: how many value columns the CTA owns, by blockIdx.y.
+__device__ inline Work find_work(CallShape const& shape, PackedPlan const& plan, int num_walks,
+                                 int columns_per_cta) {
+  int const in_order = blockIdx.x / (shape.num_value_heads * num_walks);
+  int const sequence = plan.sequences != nullptr ? plan.sequences[in_order] : in_order;
+  return find_work(shape, plan, sequence, static_cast<int>(blockIdx.x % shape.num_value_heads),
+                   static_cast<int>(blockIdx.y) * columns_per_cta);
 }
 
 // Narrows the work to a segment of its sequence. Segments have equally many chunks but for the last ones, which may have
