@@ -118,7 +118,7 @@ def measure(
         part.normal_(generator=generator)
     contestants = [Contestant(name, inputs, pool, fla) for name in names]
     errors = {x.name: x.errors() for x in contestants}
-    eager = timing.alternate({x.name: x.all_sets for x in contestants}, repeats, warmup=2)
+    eager = timing.alternate({x.name: x.all_sets for x in contestants}, repeats, warmup=20)
     torch.cuda.empty_cache()
     graphs = {x.name: x.graph_of(x.all_sets) for x in contestants}
     graph = timing.alternate({name: replay for name, replay in graphs.items() if replay}, repeats, warmup=2)

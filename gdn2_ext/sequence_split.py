@@ -11,8 +11,8 @@ import functools
 _CHUNK, _COLUMNS = 64, 64  # tokens of a chunk, value columns of a walk
 MAX_SEGMENTS = 64
 
-# In microseconds on an H200: a chunk and head of prepare, times SMs; a chunk of a walk, alone and for every walk
-# that shares the memory with it, and how a walk begins.
+# In microseconds on an H200: a chunk and head of prepare, times SMs; a chunk of a walk, alone and for every
+# walk that shares the memory with it; and how a walk begins.
 _PREPARE = 5.8
 _SCAN, _SCAN_SHARED = 1.08, 0.0143
 _MAPS, _MAPS_SHARED = 0.86, 0.0086

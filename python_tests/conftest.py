@@ -336,7 +336,7 @@ def seed(request) -> int:
 
 @pytest.fixture
 def quick_triton(monkeypatch) -> None:
-    """Triton's kernels choose between two configurations: trying all of them takes minutes, for the same results."""
+    """Triton tries two configurations of a kernel: all of them take minutes, for the same results."""
     autotuner = pytest.importorskip("triton.runtime.autotuner").Autotuner
     prune_configs = autotuner.prune_configs
     monkeypatch.setattr(autotuner, "prune_configs", lambda *args: prune_configs(*args)[:2])

@@ -24,7 +24,8 @@ using namespace recurrent;
 
 constexpr int kDim = 128;  // K and V
 constexpr int kColumns = 32;
-constexpr int kMatricesPerSm = 20;  // with fewer, small CTAs for parts of matrices are better spread over the SMs
+constexpr int kMatricesPerSm =
+    20;  // with fewer, small CTAs for parts of matrices are better spread over the SMs
 
 template <bool kVFirst>
 using StreamConfig = Config<float, kVFirst, kDim, kColumns, false, true, 2>;
@@ -164,7 +165,8 @@ bool takes_recurrent_stream(RecurrentParams const& params) {
 }
 
 void run_recurrent_stream(RecurrentParams const& params, cudaStream_t stream) {
-  params.state_v_first ? launch<StreamConfig<true>>(params, stream) : launch<StreamConfig<false>>(params, stream);
+  params.state_v_first ? launch<StreamConfig<true>>(params, stream)
+                       : launch<StreamConfig<false>>(params, stream);
 }
 
 }  // namespace gdn2

@@ -165,7 +165,8 @@ __device__ void load(SharedStorage<Cfg>& smem, ScanParams const& params, TensorM
     FullBarrier& full_q = smem.ring_q.begin_fill(at_q, sizeof(factors_q));
     load_factors<Cfg>(factors_q.gamma_q, factors, kTile, full_q);
     load_factors<Cfg>(factors_q.A_minus_I,
-                      static_cast<std::uint8_t const*>(tiles.A_minus_I) + tile * kBoxBytes, kBoxBytes, full_q);
+                      static_cast<std::uint8_t const*>(tiles.A_minus_I) + tile * kBoxBytes, kBoxBytes,
+                      full_q);
     at_q.advance();
 
     auto& factors_k = smem.factors_k[at_k.stage];

@@ -20,8 +20,8 @@ namespace {
 
 constexpr int kColumns = 8;
 constexpr int kStages = 2;
-constexpr int kParts = 4;                          // of the channels before, in a product
-constexpr int kOwnColumns = kColumns / kParts;     // of a thread
+constexpr int kParts = 4;                       // of the channels before, in a product
+constexpr int kOwnColumns = kColumns / kParts;  // of a thread
 template <int kDimK>
 constexpr int kThreads = kParts * kDimK;
 
@@ -36,7 +36,8 @@ struct SharedStorage {
 
 // S = M S of the thread's own columns, or M^T S. By all threads; on return everybody has read M.
 template <bool kReverse, int kDimK>
-__device__ void multiply(float (&S)[kOwnColumns], SharedStorage<kDimK>& smem, int stage, std::uint32_t parity) {
+__device__ void multiply(float (&S)[kOwnColumns], SharedStorage<kDimK>& smem, int stage,
+                         std::uint32_t parity) {
   int const channel = threadIdx.x % kDimK, part = threadIdx.x / kDimK;
   auto const& M = smem.M[stage];
   *reinterpret_cast<float2*>(&smem.S[channel][part * kOwnColumns]) = float2{S[0], S[1]};
