@@ -16,6 +16,8 @@ from gdn2_ext import cuda_launch, cuda_recurrent, fused_recurrent_gdn2
 pytestmark = pytest.mark.gpu
 
 NUM_SLOTS = 40
+# Whose states go by narrow slices, by wide ones, and as whole matrices.
+BATCHES = (4, 200, 800)
 
 
 @pytest.fixture(autouse=True)
@@ -175,7 +177,7 @@ def test_a_step_allocates_its_outputs_alone(at_once_only, seed):
 @pytest.mark.parametrize("seqlen", [1, 2])
 @pytest.mark.parametrize("v_first", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("batch", [3, 200])
+@pytest.mark.parametrize("batch", BATCHES)
 def test_a_pool_with_gaps_between_its_slots(batch, dtype, v_first, seqlen, seed):
     """A layer's part of a cache of all layers, and poison all around it: narrow and wide slices."""
     inputs = make_inputs(seed, batch=batch, seqlen=seqlen)
@@ -192,7 +194,7 @@ def test_a_pool_with_gaps_between_its_slots(batch, dtype, v_first, seqlen, seed)
     compare.assert_bitwise_equal(cache, before, "everything else")
 
 
-@pytest.mark.parametrize("batch", [4, 200])
+@pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("bad", [-1, -(2**31), 2**31 - 1, 2**62, -(2**63), NUM_SLOTS])
 def test_any_index_out_of_range_is_skipped(bad, batch, seed):
     inputs = make_inputs(seed, batch=batch)
@@ -219,12 +221,13 @@ def test_any_index_out_of_range_is_skipped(bad, batch, seed):
 @pytest.mark.parametrize("seqlen", [1, 3])
 @pytest.mark.parametrize("v_first", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_sequence_does_not_know_how_many_others_there_are(dtype, v_first, seqlen, seed):
+@pytest.mark.parametrize("batch", BATCHES)
+def test_a_sequence_does_not_know_how_many_others_there_are(batch, dtype, v_first, seqlen, seed):
     """Bit for bit, though slices are narrow in a small batch and wide in a large one."""
-    inputs, pool = make_inputs(seed, batch=200, seqlen=seqlen), make_pool(seed, dtype, slots=200)
-    together, indices = pool.clone(), torch.arange(200, device="cuda")
+    inputs, pool = make_inputs(seed, batch=batch, seqlen=seqlen), make_pool(seed, dtype, slots=batch)
+    together, indices = pool.clone(), torch.arange(batch, device="cuda")
     o = in_pool(inputs, together, indices, state_v_first=v_first)
-    for n in (0, 77, 199):
+    for n in (0, 1, batch // 2, batch - 1):
         row = cases.Inputs(*(x[n : n + 1] for x in (*inputs.tensors, inputs.do)))
         alone = pool.clone()
         o_alone = in_pool(row, alone, indices[n : n + 1], state_v_first=v_first)
