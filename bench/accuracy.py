@@ -22,6 +22,7 @@ import gdn2_ext
 from . import records
 
 SEEDS = (1, 2, 3)
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 RESULTS_OF = (*cases.TENSORS, "dS0")
 
 
@@ -34,16 +35,17 @@ def outcome(call: Callable, leaves: list[torch.Tensor], do: torch.Tensor) -> lis
 
 
 def errors(calls: dict[str, Callable], regime: str, dtype: torch.dtype) -> dict[str, list[float]]:
-    """The worst relative error of every result over SEEDS."""
-    worst = {name: [0.0] * len(RESULTS_OF) for name in calls}
-    for seed in SEEDS:
-        inputs = cases.make_inputs(regime, dtype=dtype, device="cuda", seed=seed)
-        given = [*inputs.tensors, torch.zeros(1, 4, 128, 128, device="cuda")]
-        exact = outcome(torch_backend, [x.double() for x in given], inputs.do)
-        for name, call in calls.items():
-            found = map(compare.relative_error, outcome(call, given, inputs.do), exact)
-            worst[name] = [max(pair) for pair in zip(worst[name], found, strict=True)]
-    return worst
+    """The worst relative error of every result over SEEDS, which are the sequences of one batch."""
+    inputs = [cases.make_inputs(regime, dtype=dtype, device="cuda", seed=seed) for seed in SEEDS]
+    given = [torch.cat(x) for x in zip(*(x.tensors for x in inputs), strict=True)]
+    given.append(torch.zeros(len(SEEDS), 4, 128, 128, device="cuda"))
+    do = torch.cat([x.do for x in inputs])
+    exact = outcome(torch_backend, [x.double() for x in given], do)
+
+    def worst(found: torch.Tensor, expected: torch.Tensor) -> float:
+        return max(map(compare.relative_error, found, expected))
+
+    return {name: list(map(worst, outcome(call, given, do), exact)) for name, call in calls.items()}
 
 
 def torch_backend(*tensors, **options):
@@ -54,6 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.accuracy", description=__doc__)
     parser.add_argument("--no-fla", action="store_true", help="without the baseline")
     parser.add_argument("--out", type=Path, default=records.RESULTS, help="folder of the results")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("bench.accuracy needs a GPU, and PyTorch sees none", file=sys.stderr)
@@ -64,7 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
         calls["fla"] = fla
     print(" ".join(f"{x:10}" for x in ("regime", "dtype", "who")), *(f"{x:>8}" for x in RESULTS_OF))
     rows = []
-    for dtype in (torch.bfloat16, torch.float16):
+    for dtype in (DTYPES[name] for name in options.dtypes):
         for regime in cases.REGIMES:
             for name, found in errors(calls, regime, dtype).items():
                 labels = {"regime": regime, "dtype": f"{dtype}"[6:], "implementation": name}
