@@ -28,6 +28,7 @@ import torch
 import gdn2_ext
 
 from . import records, roofline, timing
+from .records import number
 from .shapes import DECODE_BATCHES, Shape
 
 SETS = 100  # of states, and calls in a graph
@@ -149,9 +150,6 @@ HEADER = (
 
 
 def line(row: dict) -> str:
-    def number(value: float | None, form: str) -> str:
-        return "-" if value is None else format(value, form)
-
     spread = f"{number(row['graph_us_p10'], '.2f')}-{number(row['graph_us_p90'], '.2f')}"
     return (
         f"{row['shape']:9} {row['states']:9} {row['implementation']:14} {number(row['graph_us'], '.2f'):>9} "

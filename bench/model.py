@@ -26,6 +26,7 @@ import gdn2_ext
 from gdn2_ext import layers
 
 from . import records, timing
+from .records import number
 
 LAYER = {"hidden_size": 2048, "num_heads": 16, "head_dim": 128}
 LAYER_SHAPE = (4, 4096)
@@ -102,9 +103,7 @@ def measure_layer(repeats: int, fla: bool, seed: int) -> list[dict]:
     x = x.clone().requires_grad_()
     steps = {name: layer_step(layer, x, do) for name, layer in contestants.items()}
     results = {name: step() for name, step in steps.items()}
-    times = timing.alternate(steps, repeats)
-    graphs = {name: replay for name, step in steps.items() if (replay := timing.captured(step))}
-    graph_times = timing.alternate(graphs, repeats) if graphs else {}
+    times, graph_times = timing.eager_and_graphs(steps, repeats)
     rows = []
     for name, time in times.items():
         error = compare.relative_error(results[name][0].float(), results["gdn2_ext"][0].float())
@@ -172,11 +171,11 @@ HEADER = (
 
 
 def line(row: dict) -> str:
-    graph = "-" if row["graph_ms"] is None else f"{row['graph_ms']:.2f}"
     spread = f"{row['ms_p10']:.2f}-{row['ms_p90']:.2f}"
     return (
         f"{row['what']:24} {row['shape']:10} {row['implementation']:9} {row['ms']:8.2f} {spread:>15} "
-        f"{graph:>7} {row['tokens_per_second']:9.0f} {row['peak_mib']:7.0f} {row['difference_of_o']:8.1e}"
+        f"{number(row['graph_ms'], '.2f'):>7} {row['tokens_per_second']:9.0f} {row['peak_mib']:7.0f} "
+        f"{row['difference_of_o']:8.1e}"
     )
 
 

@@ -20,6 +20,7 @@ import torch
 import gdn2_ext
 
 from . import records, roofline, timing
+from .records import number
 from .shapes import OP_SHAPES, Shape
 
 
@@ -97,10 +98,7 @@ def measure(
         if which != "forward":
             floor += roofline.backward_bytes(shape)
         with torch.no_grad():
-            eager = timing.alternate(calls, repeats)
-            graphs = {name: replay for name, call in calls.items() if (replay := timing.captured(call))}
-            graph = timing.alternate(graphs, repeats) if graphs else {}
-            del graphs
+            eager, graph = timing.eager_and_graphs(calls, repeats)
             memory = {name: timing.peak_bytes(call) for name, call in calls.items()}
         for name in calls:
             rows.append(
@@ -135,9 +133,6 @@ HEADER = (
 
 
 def line(row: dict) -> str:
-    def number(value: float | None, form: str) -> str:
-        return "-" if value is None else format(value, form)
-
     spread = f"{row['ms_p10']:.3f}-{row['ms_p90']:.3f}"
     gradients = max(row[f"{name}_error"] for name in GRADIENTS)
     return (

@@ -23,6 +23,11 @@ def load_fla(name: str) -> Callable | None:
         return None
 
 
+def number(value: float | None, form: str) -> str:
+    """For a table; "-" where nothing was measured."""
+    return "-" if value is None else format(value, form)
+
+
 def save(folder: Path, name: str, rows: list[dict], **measured: object) -> None:
     """NAME.json, with the sources' digest, GPU, versions and whatever else was measured, and NAME.csv."""
     record = {"digest": provenance.digest(), **provenance.environment(), **measured, "rows": rows}

@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import cases
 import torch
 from torch.nn import functional
 
@@ -73,8 +74,7 @@ class Inputs:
         self.b, self.w = draw(self.heads, K, uniform=True), draw(shape.heads, V, uniform=True)
         self.cu_seqlens = None
         if shape.lengths is not None:
-            offsets = torch.tensor((0, *shape.lengths)).cumsum(0)
-            self.cu_seqlens = offsets.to("cuda")
+            self.cu_seqlens = cases.packed_offsets(shape.lengths, dtype=torch.int64, device="cuda")
 
 
 def calls_of(inputs: Inputs, fla: dict[str, Callable]) -> dict[str, tuple[Callable, list[torch.Tensor]]]:

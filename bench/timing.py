@@ -55,6 +55,15 @@ def captured(call: Callable[[], object]) -> Callable[[], None] | None:
     return graph.replay
 
 
+def eager_and_graphs(
+    calls: dict[str, Callable[[], object]], repeats: int
+) -> tuple[dict[str, Time], dict[str, Time]]:
+    """Of calls that take turns, and of their CUDA graphs, as far as they can be captured."""
+    eager = alternate(calls, repeats)
+    graphs = {name: replay for name, call in calls.items() if (replay := captured(call))}
+    return eager, alternate(graphs, repeats) if graphs else {}
+
+
 def peak_bytes(call: Callable[[], object]) -> int:
     """The most memory that is allocated while the call runs, beyond what was before it."""
     torch.cuda.synchronize()

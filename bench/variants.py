@@ -24,6 +24,7 @@ from torch.nn import functional
 import gdn2_ext
 
 from . import records, timing
+from .records import number
 
 EVERYTHING = {
     "use_qk_l2norm_in_kernel": True,
@@ -149,10 +150,7 @@ TOPICS = {"small": small, "dtype, size": dtypes_and_sizes, "fused": fused, "grou
 def measure(topic: str, repeats: int) -> Iterator[dict]:
     for which, calls, token_heads in TOPICS[topic]():
         with torch.no_grad():
-            eager = timing.alternate(calls, repeats)
-            graphs = {name: replay for name, call in calls.items() if (replay := timing.captured(call))}
-            graph = timing.alternate(graphs, repeats) if graphs else {}
-            del graphs
+            eager, graph = timing.eager_and_graphs(calls, repeats)
         first = next(iter(calls))
         for name in calls:
             best = graph if name in graph else eager
@@ -171,9 +169,6 @@ def measure(topic: str, repeats: int) -> Iterator[dict]:
 
 
 def line(row: dict) -> str:
-    def number(value: float | None, form: str) -> str:
-        return "-" if value is None else format(value, form)
-
     return (
         f"{row['topic']:12} {row['pass']:16} {row['call']:14} {row['ms']:8.4f} "
         f"{row['ms_p10']:8.4f}-{row['ms_p90']:.4f} {number(row['graph_ms'], '.4f'):>8} "
