@@ -3,7 +3,8 @@
 Relative L2 errors against float64 on the same rounded inputs, B1 T1024 H4, K = V = 128, float32 g, the worst
 of three seeds, for every regime of the tests and both dtypes: o, the final state S, and the gradients of the
 inputs and of an initial state that is zero, given that of o. The table goes to the screen, and with versions,
-GPU and a digest of the sources to bench/results/accuracy.csv and accuracy.json.
+GPU and a digest of the sources to bench/results/accuracy.csv and accuracy.json. Runs of the same sources add
+up there, of one dtype each, say.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import cases
 import compare
@@ -19,7 +19,7 @@ import torch
 
 import gdn2_ext
 
-from . import records
+from . import fla_tuning, records
 
 SEEDS = (1, 2, 3)
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -55,25 +55,33 @@ def torch_backend(*tensors, **options):
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.accuracy", description=__doc__)
     parser.add_argument("--no-fla", action="store_true", help="without the baseline")
-    parser.add_argument("--out", type=Path, default=records.RESULTS, help="folder of the results")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    records.add_arguments(parser)
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("bench.accuracy needs a GPU, and PyTorch sees none", file=sys.stderr)
         return 1
+    budget = records.Budget(options.budget)
     calls = {"gdn2_ext": lambda *tensors, **rest: gdn2_ext.chunk_gdn2(*tensors, backend="cuda", **rest)}
-    fla = None if options.no_fla else records.load_fla("chunk_gdn2")
+    fla = None if options.no_fla else fla_tuning.load_fla("chunk_gdn2", options.out)
     if fla is not None:
         calls["fla"] = fla
     print(" ".join(f"{x:10}" for x in ("regime", "dtype", "who")), *(f"{x:>8}" for x in RESULTS_OF))
-    rows = []
-    for dtype in (DTYPES[name] for name in options.dtypes):
+    rows = records.Rows(options.out, "accuracy", ("dtype", "regime", "implementation"), options.again)
+    for dtype in options.dtypes:
         for regime in cases.REGIMES:
-            for name, found in errors(calls, regime, dtype).items():
-                labels = {"regime": regime, "dtype": f"{dtype}"[6:], "implementation": name}
-                rows.append({**labels, **dict(zip(RESULTS_OF, found, strict=True))})
-                print(" ".join(f"{x:10}" for x in labels.values()), *(f"{x:8.1e}" for x in found))
-            records.save(options.out, "accuracy", rows)
+            if all(rows.has(dtype, regime, name) for name in calls) or budget.spent():
+                continue
+            found = errors(calls, regime, DTYPES[dtype])
+            rows.add(
+                {"regime": regime, "dtype": dtype, "implementation": name}
+                | dict(zip(RESULTS_OF, values, strict=True))
+                for name, values in found.items()
+            )
+            for name, values in found.items():
+                print(f"{regime:10} {dtype:10} {name:10}", *(f"{x:8.1e}" for x in values), flush=True)
+            if fla is not None:
+                fla_tuning.collect(options.out)
     return 0
 
 

@@ -27,7 +27,7 @@ import torch
 
 import gdn2_ext
 
-from . import records, roofline, timing
+from . import fla_tuning, records, roofline, timing
 from .records import number
 from .shapes import DECODE_BATCHES, Shape
 
@@ -170,7 +170,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("bench.decode needs a GPU, and PyTorch sees none", file=sys.stderr)
         return 1
-    fla = None if options.no_fla else records.load_fla("fused_recurrent_gdn2")
+    fla = None if options.no_fla else fla_tuning.load_fla("fused_recurrent_gdn2", options.out)
     copy = timing.copy_terabytes_per_second()
     print(f"{torch.cuda.get_device_name()}, copy {copy:.2f} TB/s\n{HEADER}")
     rows = []
@@ -191,6 +191,8 @@ def main(arguments: list[str] | None = None) -> int:
                 print(line(row), flush=True)
             rows += measured
             records.save(options.out, "decode", rows, copy_tb_per_s=copy)
+        if fla is not None:
+            fla_tuning.collect(options.out)
     return 0
 
 

@@ -7,7 +7,7 @@
              FLA's in the same model
 
 Both take turns in one process. The table goes to the screen, and with versions, GPU and a digest of the
-sources to bench/results/model.csv and model.json.
+sources to bench/results/model.csv and model.json, where several runs of the same sources add up.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import contextlib
 import gc
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import compare
 import torch
@@ -25,13 +24,17 @@ import torch
 import gdn2_ext
 from gdn2_ext import layers
 
-from . import records, timing
+from . import fla_tuning, records, timing
 from .records import number
 
 LAYER = {"hidden_size": 2048, "num_heads": 16, "head_dim": 128}
 LAYER_SHAPE = (4, 4096)
 MODELS = ("1.3b", "1.3b-hybrid")
 MODEL_SHAPES = ((8, 2048), (4, 4096), (2, 8192), (1, 16384))
+
+
+def label(batch: int, seqlen: int) -> str:
+    return f"B{batch}xT{seqlen}"
 
 
 @contextlib.contextmanager
@@ -108,7 +111,7 @@ def measure_layer(repeats: int, fla: bool, seed: int) -> list[dict]:
     for name, time in times.items():
         error = compare.relative_error(results[name][0].float(), results["gdn2_ext"][0].float())
         rows.append(
-            {"what": "layer", "shape": "B{}xT{}".format(*LAYER_SHAPE), "implementation": name,
+            {"what": "layer", "shape": label(*LAYER_SHAPE), "implementation": name,
              "ms": time.median, "ms_p10": time.low, "ms_p90": time.high,
              "graph_ms": graph_times[name].median if name in graph_times else None,
              "tokens_per_second": LAYER_SHAPE[0] * LAYER_SHAPE[1] / time.median * 1e3,
@@ -132,36 +135,41 @@ def model_step(model: torch.nn.Module, tokens: torch.Tensor, optimizer) -> Calla
     return step
 
 
+def config_of(name: str, num_layers: int | None):
+    from gdn2_ext.models import GatedDeltaNet2Config
+
+    changes = {} if num_layers is None else {"num_hidden_layers": num_layers}
+    return GatedDeltaNet2Config.named(name, **changes)
+
+
 def measure_model(
-    name: str, num_layers: int | None, repeats: int, fla: Callable | None, seed: int
-) -> Iterator[dict]:
-    from gdn2_ext.models import GatedDeltaNet2Config, GatedDeltaNet2ForCausalLM
+    what: str, config, shapes: list[tuple[int, int]], repeats: int, fla: Callable | None, seed: int
+) -> Iterator[list[dict]]:
+    """The rows of each shape."""
+    from gdn2_ext.models import GatedDeltaNet2ForCausalLM
 
     torch.manual_seed(seed)
-    changes = {} if num_layers is None else {"num_hidden_layers": num_layers}
-    config = GatedDeltaNet2Config.named(name, **changes)
     with torch.device("cuda"):
         model = GatedDeltaNet2ForCausalLM(config).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     ops = {"gdn2_ext": layers.chunk_gdn2, **({"fla": fla_op(fla)} if fla else {})}
-    for batch, seqlen in MODEL_SHAPES:
+    for batch, seqlen in shapes:
         tokens = torch.randint(config.vocab_size, (batch, seqlen), device="cuda")
         step = model_step(model, tokens, optimizer)
 
         steps = {who: with_op(op, step) for who, op in ops.items()}
         losses = {who: run().item() for who, run in steps.items()}
         times = timing.alternate(steps, repeats, warmup=2)
-        for who, time in times.items():
-            yield {
-                "what": f"{name}, {config.num_hidden_layers} layers", "shape": f"B{batch}xT{seqlen}",
+        yield [
+            {
+                "what": what, "shape": label(batch, seqlen),
                 "implementation": who, "ms": time.median, "ms_p10": time.low, "ms_p90": time.high,
                 "graph_ms": None, "tokens_per_second": batch * seqlen / time.median * 1e3,
                 "peak_mib": timing.peak_bytes(steps[who]) / 2**20,
                 "difference_of_o": abs(losses[who] / losses["gdn2_ext"] - 1),
-            }  # fmt: skip
-    del model, optimizer
-    gc.collect()
-    torch.cuda.empty_cache()
+            }
+            for who, time in times.items()
+        ]  # fmt: skip
 
 
 HEADER = (
@@ -186,25 +194,41 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--no-fla", action="store_true", help="without the baseline")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=records.RESULTS, help="folder of the results")
+    records.add_arguments(parser)
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("bench.model needs a GPU, and PyTorch sees none", file=sys.stderr)
         return 1
-    fla = None if options.no_fla else records.load_fla("chunk_gdn2")
+    budget = records.Budget(options.budget)
+    fla = None if options.no_fla else fla_tuning.load_fla("chunk_gdn2", options.out)
+    who = ["gdn2_ext"] if fla is None else ["gdn2_ext", "fla"]
     print(f"{torch.cuda.get_device_name()}\n{HEADER}")
-    rows = []
+    rows = records.Rows(options.out, "model", ("what", "shape", "implementation"), options.again)
 
-    def add(row: dict) -> None:
-        rows.append(row)
-        print(line(row), flush=True)
-        records.save(options.out, "model", rows)
+    def missing(what: str, shape: tuple[int, int]) -> bool:
+        return not all(rows.has(what, label(*shape), name) for name in who)
 
-    for row in measure_layer(options.repeats, fla is not None, options.seed):
-        add(row)
+    def add(measured: list[dict]) -> None:
+        for row in measured:
+            print(line(row), flush=True)
+        rows.add(measured)
+        if fla is not None:
+            fla_tuning.collect(options.out)
+
+    if missing("layer", LAYER_SHAPE) and not budget.spent():
+        add(measure_layer(options.repeats, fla is not None, options.seed))
     for name in options.models:
-        for row in measure_model(name, options.layers, options.repeats, fla, options.seed):
-            add(row)
+        config = config_of(name, options.layers)
+        what = f"{name}, {config.num_hidden_layers} layers"
+        shapes = [shape for shape in MODEL_SHAPES if missing(what, shape)]
+        if not shapes or budget.spent():
+            continue
+        for measured in measure_model(what, config, shapes, options.repeats, fla, options.seed):
+            add(measured)
+            if budget.spent():
+                break
+        gc.collect()
+        torch.cuda.empty_cache()
     return 0
 
 

@@ -19,7 +19,7 @@ import torch
 
 import gdn2_ext
 
-from . import records, roofline, timing
+from . import fla_tuning, records, roofline, timing
 from .records import number
 from .shapes import OP_SHAPES, Shape
 
@@ -159,7 +159,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("bench.op needs a GPU, and PyTorch sees none", file=sys.stderr)
         return 1
-    fla = None if options.no_fla else records.load_fla("chunk_gdn2")
+    fla = None if options.no_fla else fla_tuning.load_fla("chunk_gdn2", options.out)
     copy = timing.copy_terabytes_per_second()
     print(f"{torch.cuda.get_device_name()}, copy {copy:.2f} TB/s\n{HEADER}")
     rows = []
@@ -170,6 +170,8 @@ def main(arguments: list[str] | None = None) -> int:
                 row["floor_ms"] = row["floor_bytes"] / (copy * 1e9)
             torch.cuda.empty_cache()
             records.save(options.out, "op", rows, copy_tb_per_s=copy)
+            if fla is not None:
+                fla_tuning.collect(options.out)
     return 0
 
 

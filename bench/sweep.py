@@ -3,19 +3,22 @@
 Over sequence lengths from 1K to 256K (16 heads) and over 1 to 128 heads (T = 8192), with K = V = 64 and 128,
 groups of value heads, and packed sequences: ours, flash-linear-attention's chunk_gdn2 and its Kimi Delta
 Attention, and PyTorch's causal attention (scaled_dot_product_attention), forward and forward with backward,
-bfloat16, as medians of eager calls that take turns in one process. What would take more memory than there is,
-or longer than --longest, is left out. Everything goes to bench/results/sweep.csv and .json, with versions,
-GPU and a digest of the sources, and to plots in docs/: time a token against T, times faster than Triton, and
-the share of the byte floor. `--plot` draws them anew from sweep.json.
+bfloat16, as medians of eager calls. First ours alone, then the others, ours taking turns with them in one
+process. What would take more memory than there is, or longer than --longest, is left out.
+
+Everything goes to bench/results/sweep.csv and .json, with versions, GPU and a digest of the sources, and to
+the plot sweep.png beside them: time a token, the share of the byte floor, times faster than Triton. Runs of
+the same sources add up: with --budget a run begins nothing new after so many seconds, and the next one goes
+on with what is not recorded. `--plot` draws anew what was measured.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import cases
 import torch
@@ -23,10 +26,9 @@ from torch.nn import functional
 
 import gdn2_ext
 
-from . import records, roofline, timing
+from . import fla_tuning, records, roofline, timing
 from .shapes import Shape
 
-DOCS = Path(__file__).resolve().parents[1] / "docs"
 PASSES = ("forward", "forward+backward")
 LENGTHS = tuple(1024 * 2**n for n in range(9))
 HEADS = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -38,19 +40,37 @@ WHO = {
 }
 
 
-def shapes() -> Iterator[tuple[str, Shape, int]]:
-    """What varies, the shape, and value heads a key head."""
-    for seqlen in LENGTHS:
-        yield "length", Shape(1, seqlen, 16), 1
-    for heads in HEADS:
-        yield "heads", Shape(1, 8192, heads), 1
+class Point(NamedTuple):
+    what: str  # varies
+    shape: Shape
+    group: int = 1  # value heads a key head
+
+    def contestants(self, fla: dict[str, Callable]) -> list[str]:
+        """The baselines: for groups FLA's op alone, for packed sequences no attention."""
+        names = ["fla"] if self.group > 1 else ["fla", "kda"]
+        attention = self.group == 1 and self.shape.lengths is None
+        return [name for name in names if name in fla] + ["attention"] * attention
+
+
+def points() -> Iterator[Point]:
+    """In the order of the baselines: Triton tunes at the first length that it meets, no short one."""
+    for seqlen in sorted(LENGTHS, key=lambda n: n < 8192):
+        yield Point("length", Shape(1, seqlen, 16))
     for seqlen in LENGTHS[2:7]:
-        yield "length, D64", Shape(1, seqlen, 16, 64, 64), 1
-        yield "length, groups of 4", Shape(1, seqlen, 16), 4
         # Pairs that add up to 2048, from 1024 + 1024 to 2011 + 37.
         pairs = [1024 + n * 987 // (seqlen // 2048 - 1) for n in range(seqlen // 2048)]
         lengths = tuple(length for longer in pairs for length in (longer, 2048 - longer))
-        yield "length, packed", Shape(1, seqlen, 16, lengths=lengths), 1
+        yield Point("length, packed", Shape(1, seqlen, 16, lengths=lengths))
+        yield Point("length, groups of 4", Shape(1, seqlen, 16), 4)
+    for heads in HEADS:
+        yield Point("heads", Shape(1, 8192, heads))
+    for seqlen in LENGTHS[2:7]:
+        yield Point("length, D64", Shape(1, seqlen, 16, 64, 64))
+
+
+def tuned_first(chosen: list[Point], tuned: set[tuple[int, int]]) -> list[Point]:
+    """tuned: heads and head sizes for which Triton need not be waited for."""
+    return sorted(chosen, key=lambda point: (point.shape.heads, point.shape.dim_k) not in tuned)
 
 
 class Inputs:
@@ -135,133 +155,162 @@ def quick_enough(call: Callable, longest: float) -> bool:
 
 
 def measure(
-    what: str, shape: Shape, group: int, fla: dict[str, Callable], repeats: int, longest: float
-) -> Iterator[dict]:
-    inputs = Inputs(shape, group)
+    point: Point, which: str, names: list[str], fla: dict[str, Callable], repeats: int, longest: float
+) -> list[dict]:
+    """Rows of ours, and of the baselines among `names`; none where none of the names can be measured."""
+    shape = point.shape
+    inputs = Inputs(shape, point.group)
     contestants = calls_of(inputs, fla)
-    for which in PASSES:
-        calls = {}
-        for name, (forward, leaves) in contestants.items():
-            for leaf in leaves:
-                leaf.requires_grad_(which != "forward")
-            call = forward if which == "forward" else with_backward(forward, leaves, inputs.do)
-            with torch.no_grad():
-                if quick_enough(call, longest):
-                    calls[name] = call
+    calls = {}
+    for name in names:
+        forward, leaves = contestants[name]
+        for leaf in leaves:
+            leaf.requires_grad_(which != "forward")
+        call = forward if which == "forward" else with_backward(forward, leaves, inputs.do)
         with torch.no_grad():
-            times = timing.alternate(calls, repeats, warmup=2)
-        floor = roofline.forward_bytes(shape) + (roofline.backward_bytes(shape) if which != "forward" else 0)
-        for name, time in times.items():
-            yield {
-                "what": what, "shape": shape.label, "seqlen": shape.seqlen, "heads": shape.heads,
-                "dim": shape.dim_k, "group": group, "pass": which, "implementation": name, "ms": time.median,
-                "ms_p10": time.low, "ms_p90": time.high,
-                "ns_a_token": 1e6 * time.median / (shape.batch * shape.seqlen),
-                "floor_bytes": floor if group == 1 else None,
-            }  # fmt: skip
+            if quick_enough(call, longest):
+                calls[name] = call
+    if set(calls) <= {"gdn2_ext"} < set(names):
+        return []
+    with torch.no_grad():
+        times = timing.alternate(calls, repeats, warmup=2) if calls else {}
+    floor = roofline.forward_bytes(shape) + (roofline.backward_bytes(shape) if which != "forward" else 0)
+    return [
+        {
+            "what": point.what, "shape": shape.label, "seqlen": shape.seqlen, "heads": shape.heads,
+            "dim": shape.dim_k, "group": point.group, "pass": which, "implementation": name,
+            "ms": time.median, "ms_p10": time.low, "ms_p90": time.high,
+            "ns_a_token": 1e6 * time.median / (shape.batch * shape.seqlen),
+            "floor_bytes": floor if point.group == 1 else None,
+        }
+        for name, time in times.items()
+    ]  # fmt: skip
 
 
 # -- plots ---------------------------------------------------------------------------------------------------
 
 
-def plot(record: dict, folder: Path) -> None:
+def plot(record: dict, path: Path) -> None:
     from matplotlib.figure import Figure
 
-    rows = record["rows"]
+    def line(what: str, which: str, who: str, x: str, y: str) -> dict:
+        chosen = [
+            row
+            for row in record["rows"]
+            if (row["what"], row["pass"], row["implementation"]) == (what, which, who)
+        ]
+        return {row[x]: row[y] for row in sorted(chosen, key=lambda row: row[x]) if row[y] is not None}
 
-    def line(what: str, which: str, who: str, x: str, y: str) -> tuple[list, list]:
-        chosen = [r for r in rows if (r["what"], r["pass"], r["implementation"]) == (what, which, who)]
-        chosen.sort(key=lambda row: row[x])
-        return [row[x] for row in chosen], [row[y] for row in chosen]
-
-    times = Figure(figsize=(9, 3.6), layout="constrained")
-    for axes, which in zip(times.subplots(1, 2), PASSES, strict=True):
-        for who, label in WHO.items():
-            axes.plot(*line("length", which, who, "seqlen", "ns_a_token"), marker="o", label=label)
-        axes.set(title=which, xlabel="T (B1 H16, K = V = 128)", xscale="log", yscale="log")
-        axes.set_ylabel("ns a token")
-        axes.grid(alpha=0.3)
-    times.axes[0].legend()
-    times.suptitle(f"{record['gpu']}, bfloat16")
-    times.savefig(folder / "time_per_token.png", dpi=150)
-
-    ratios = Figure(figsize=(9, 3.6), layout="constrained")
-    for axes, (what, x) in zip(
-        ratios.subplots(1, 2), (("length", "seqlen"), ("heads", "heads")), strict=True
-    ):
-        for which in PASSES:
-            ours, theirs = (
-                dict(zip(*line(what, which, who, x, "ms"), strict=True)) for who in ("gdn2_ext", "fla")
+    def draw(axes, points: dict, label: str) -> None:
+        if points:
+            axes.plot(
+                list(points), list(points.values()), marker="o", markersize=3, linewidth=1.2, label=label
             )
-            common = sorted(set(ours) & set(theirs))
-            axes.plot(common, [theirs[n] / ours[n] for n in common], marker="o", label=which)
-        axes.axhline(1, color="grey", linewidth=1)
-        axes.set(title=f"over {what}", xlabel={"seqlen": "T, H16", "heads": "heads, T8192"}[x], xscale="log")
-        axes.set_ylabel("times faster than Triton")
-        axes.set_ylim(bottom=0)
-        axes.grid(alpha=0.3)
-        axes.legend()
-    ratios.savefig(folder / "times_faster.png", dpi=150)
 
-    shares = Figure(figsize=(5, 3.6), layout="constrained")
-    axes = shares.subplots()
+    def draw_ratio(axes, what: str, which: str, x: str, label: str) -> None:
+        ours, theirs = (line(what, which, who, x, "ms") for who in ("gdn2_ext", "fla"))
+        draw(axes, {n: theirs[n] / ours[n] for n in ours if n in theirs}, label)
+
+    figure = Figure(figsize=(12, 6.4), layout="constrained")
+    (forward, training, shares), (lengths, heads, kinds) = figure.subplots(2, 3)
+    for axes, which in zip((forward, training), PASSES, strict=True):
+        for who, label in WHO.items():
+            draw(axes, line("length", which, who, "seqlen", "ns_a_token"), label)
+        axes.set(title=f"{which}, B1 H16", xlabel="T", yscale="log", ylabel="ns a token")
+    for who in ("gdn2_ext", "fla"):
+        for which in PASSES:
+            draw(shares, line("length", which, who, "seqlen", "share_of_floor"), f"{WHO[who]}, {which}")
+    shares.set(title="share of the byte floor, B1 H16", xlabel="T", ylabel="byte floor / time")
     for which in PASSES:
-        for who in ("gdn2_ext", "fla"):
-            seqlens, ms = line("length", which, who, "seqlen", "ms")
-            _, floors = line("length", which, who, "seqlen", "floor_bytes")
-            share = [f / (record["copy_tb_per_s"] * 1e9) / t for f, t in zip(floors, ms, strict=True)]
-            axes.plot(seqlens, share, marker="o", label=f"{WHO[who]}, {which}")
-    axes.set(xlabel="T (B1 H16, K = V = 128)", xscale="log", ylabel="byte floor / time")
-    axes.set_ylim(bottom=0)
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=7)
-    shares.savefig(folder / "share_of_floor.png", dpi=150)
+        draw_ratio(lengths, "length", which, "seqlen", which)
+        draw_ratio(heads, "heads", which, "heads", which)
+    for what, label in {
+        "length": "K = V = 128",
+        "length, D64": "K = V = 64",
+        "length, groups of 4": "4 value heads a key head",
+        "length, packed": "packed sequences",
+    }.items():
+        draw_ratio(kinds, what, PASSES[1], "seqlen", label)
+    lengths.set(title="over lengths, B1 H16", xlabel="T")
+    heads.set(title="over heads, B1 T8192", xlabel="heads")
+    kinds.set(title=f"{PASSES[1]}, B1 H16", xlabel="T")
+    for axes in (lengths, heads, kinds):
+        axes.axhline(1, color="grey", linewidth=1)
+        axes.set_ylabel("times faster than Triton")
+    for axes in figure.axes:
+        axes.set_xscale("log", base=2)
+        if axes.get_yscale() == "linear":
+            axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize=7)
+    figure.suptitle(f"{record['gpu']}, bfloat16, K = V = 128, eager calls")
+    figure.savefig(path, dpi=80)
 
 
-def load_contestants() -> dict[str, Callable]:
-    found = {"fla": records.load_fla("chunk_gdn2")}
-    if found["fla"] is not None:
-        from fla.ops.kda import chunk_kda
+def load_contestants(folder: Path) -> dict[str, Callable]:
+    chunk_gdn2 = fla_tuning.load_fla("chunk_gdn2", folder)
+    if chunk_gdn2 is None:
+        return {}
+    from fla.ops.kda import chunk_kda
 
-        found["kda"] = chunk_kda
-    return {name: function for name, function in found.items() if function is not None}
+    return {"fla": chunk_gdn2, "kda": chunk_kda}
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.sweep", description=__doc__)
-    parser.add_argument("--what", nargs="+", default=None, help="of what varies (default: everything)")
+    names = list(dict.fromkeys(point.what for point in points()))
+    parser.add_argument("--what", nargs="+", choices=names, default=names, help="of what varies")
     parser.add_argument("--no-fla", action="store_true", help="without the baselines of FLA")
     parser.add_argument(
         "--longest", type=float, default=200.0, help="milliseconds of a call that is measured"
     )
     parser.add_argument("--repeats", type=int, default=10)
-    parser.add_argument("--out", type=Path, default=records.RESULTS, help="folder of the results")
-    parser.add_argument("--plots", type=Path, default=DOCS, help="folder of the plots")
-    parser.add_argument("--plot", action="store_true", help="only draw the plots, of what was measured")
+    parser.add_argument("--plot", action="store_true", help="only draw the plot, of what was measured")
+    records.add_arguments(parser)
     options = parser.parse_args(arguments)
     if options.plot:
-        plot(json.loads((options.out / "sweep.json").read_text()), options.plots)
+        plot(records.load(options.out, "sweep"), options.out / "sweep.png")
         return 0
     if not torch.cuda.is_available():
         print("bench.sweep needs a GPU, and PyTorch sees none", file=sys.stderr)
         return 1
-    fla = {} if options.no_fla else load_contestants()
+    budget = records.Budget(options.budget)
+    fla = {} if options.no_fla else load_contestants(options.out)
     copy = timing.copy_terabytes_per_second()
     print(f"{torch.cuda.get_device_name()}, copy {copy:.2f} TB/s")
-    rows = []
-    for what, shape, group in shapes():
-        if options.what is not None and what not in options.what:
-            continue
-        for row in measure(what, shape, group, fla, options.repeats, options.longest):
-            rows.append(row)
-            print(
-                f"{what:20} {row['shape']:26} {row['pass']:16} {row['implementation']:9} {row['ms']:9.3f} ms "
-                f"{row['ns_a_token']:9.1f} ns a token",
-                flush=True,
-            )
-        torch.cuda.empty_cache()
-        records.save(options.out, "sweep", rows, copy_tb_per_s=copy)
-    plot(json.loads((options.out / "sweep.json").read_text()), options.plots)
+    rows = records.Rows(options.out, "sweep", ("what", "shape", "pass", "implementation"), options.again)
+
+    def run(point: Point, baselines: list[str]) -> None:
+        """What is missing of one point."""
+        for which in PASSES:
+            about = (point.what, point.shape.label, which)
+            missing = [name for name in baselines or ["gdn2_ext"] if not rows.has(*about, name)]
+            if not missing or budget.spent():
+                continue
+            names = missing if not baselines else ["gdn2_ext", *missing]
+            measured = measure(point, which, names, fla, options.repeats, options.longest)
+            for row in measured:
+                floor = row["floor_bytes"]
+                row["share_of_floor"] = floor and floor / (copy * 1e9) / row["ms"]
+                print(
+                    f"{row['what']:20} {row['shape']:26} {which:16} {row['implementation']:9} "
+                    f"{row['ms']:9.3f} ms {row['ns_a_token']:9.1f} ns a token",
+                    flush=True,
+                )
+            torch.cuda.empty_cache()
+            rows.add(measured, copy_tb_per_s=copy)
+            if fla and baselines:
+                fla_tuning.collect(options.out)
+
+    chosen = [point for point in points() if point.what in options.what]
+    for point in chosen:
+        run(point, [])
+    for point in tuned_first(chosen, fla_tuning.tuned(options.out)):
+        if baselines := point.contestants(fla):
+            run(point, baselines)
+    if record := records.load(options.out, "sweep"):
+        plot(record, options.out / "sweep.png")
     return 0
 
 

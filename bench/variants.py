@@ -8,7 +8,8 @@
     linear         nanoseconds a token and head at T = 262144 beside T = 16384
 
 The calls of a topic take turns in one process: medians of eager calls, and of CUDA graphs. The table goes to
-the screen, and with versions, GPU and a digest of the sources to bench/results/variants.csv and .json.
+the screen, and with versions, GPU and a digest of the sources to bench/results/variants.csv and .json, where
+the topics of several runs of the same sources add up.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
 from torch.nn import functional
@@ -180,21 +180,25 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.variants", description=__doc__)
     parser.add_argument("--topics", nargs="+", choices=TOPICS, default=list(TOPICS))
     parser.add_argument("--repeats", type=int, default=30)
-    parser.add_argument("--out", type=Path, default=records.RESULTS, help="folder of the results")
+    records.add_arguments(parser)
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("bench.variants needs a GPU, and PyTorch sees none", file=sys.stderr)
         return 1
+    budget = records.Budget(options.budget)
     print(torch.cuda.get_device_name())
     print(
         f"{'topic':12} {'pass':16} {'call':14} {'ms':>8} {'p10-p90':>15} {'graph':>8} {'ratio':>6} {'ns':>8}"
     )
-    rows = []
+    rows = records.Rows(options.out, "variants", ("topic", "pass", "call"), options.again)
     for topic in options.topics:
+        if rows.has(topic) or budget.spent():
+            continue
+        measured = []
         for row in measure(topic, options.repeats):
-            rows.append(row)
+            measured.append(row)
             print(line(row), flush=True)
-            records.save(options.out, "variants", rows)
+        rows.add(measured)  # a topic is recorded as a whole
     return 0
 
 

@@ -13,8 +13,9 @@ Three tasks, whose answers alone are trained and scored:
 
 Small language models of two layers whose mixers differ in their gates alone ("gdn2", "kda",
 "gated_deltanet", "deltanet"): the same state, and the same number of parameters, which the width of the MLP
-evens out. Each is trained on all n at once, everybody on the same batches, and scored on new ones for each n.
-The folder gets recall.json (every run), recall.csv (means), recall.md (the table) and recall.png.
+evens out. Each is trained on all n, first on few pairs and in little noise, all on the same batches, and
+scored on new ones for each n. The folder gets recall.json (every run), recall.csv (means), recall.md (the
+table) and recall.png.
 """
 
 from __future__ import annotations
@@ -22,10 +23,13 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import math
 import multiprocessing
 import statistics
 import sys
 import time
+import warnings
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import NamedTuple
@@ -38,11 +42,10 @@ from tqdm import tqdm
 from gdn2_ext.models import GatedDeltaNet2Config, GatedDeltaNet2ForCausalLM
 
 VARIANTS = ("gdn2", "kda", "gated_deltanet", "deltanet")
-PAIRS = {"mqar": (16, 32, 64, 128, 256), "needle": (1,), "multi_needle": (2, 4, 8, 16, 32)}
+PAIRS = {"mqar": (4, 8, 16, 32, 64, 128, 256), "needle": (1,), "multi_needle": (2, 4, 8, 16, 32)}
 NUM_KEYS, NUM_VALUES, NUM_NOISE = 512, 64, 64
 MARKER = NUM_KEYS + NUM_VALUES + NUM_NOISE
 VOCABULARY = MARKER + 1
-NOTHING = -100  # a target that is not scored
 
 
 class Run(NamedTuple):
@@ -54,49 +57,94 @@ class Run(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """tokens [B, T], and [B, T] what is to be said after each of them, or NOTHING."""
+    """tokens [B, T], and [B, A] what is to be said after each of the last A of them."""
 
     tokens: Tensor
-    targets: Tensor
+    answers: Tensor
 
 
 # -- tasks ---------------------------------------------------------------------------------------------------
 
 
+# Batches are made where their generator is: on a GPU the host waits for nothing.
+
+
+def random_order(batch: int, number: int, generator: torch.Generator) -> Tensor:
+    """[batch, number]: in every row the numbers below `number`, in another order."""
+    return torch.rand(batch, number, generator=generator, device=generator.device).argsort(1)
+
+
 def random_keys(batch: int, number: int, generator: torch.Generator) -> Tensor:
     """[batch, number] different keys a row."""
-    return torch.rand(batch, NUM_KEYS, generator=generator).argsort(1)[:, :number]
+    return random_order(batch, NUM_KEYS, generator)[:, :number]
+
+
+def random_tokens(first: int, kinds: int, shape: tuple, generator: torch.Generator) -> Tensor:
+    return first + torch.randint(kinds, shape, generator=generator, device=generator.device)
 
 
 def random_values(batch: int, number: int, generator: torch.Generator) -> Tensor:
-    return NUM_KEYS + torch.randint(NUM_VALUES, (batch, number), generator=generator)
+    return random_tokens(NUM_KEYS, NUM_VALUES, (batch, number), generator)
 
 
 def mqar(batch: int, number: int, length: int, generator: torch.Generator) -> Batch:
     """Keys and values in turn, then the keys in another order: 3 * number tokens, whatever the length."""
     keys, values = random_keys(batch, number, generator), random_values(batch, number, generator)
-    order = torch.rand(batch, number, generator=generator).argsort(1)
+    order = random_order(batch, number, generator)
     tokens = torch.cat([torch.stack([keys, values], 2).flatten(1), keys.gather(1, order)], 1)
-    targets = torch.full_like(tokens, NOTHING)
-    targets[:, 2 * number :] = values.gather(1, order)
-    return Batch(tokens, targets)
+    return Batch(tokens, values.gather(1, order))
 
 
 def needles(batch: int, number: int, length: int, generator: torch.Generator) -> Batch:
     """`number` needles of three tokens in `length` tokens of noise, then the key of one."""
     keys, values = random_keys(batch, number, generator), random_values(batch, number, generator)
-    tokens = NUM_KEYS + NUM_VALUES + torch.randint(NUM_NOISE, (batch, length), generator=generator)
-    places = 3 * torch.rand(batch, length // 3, generator=generator).argsort(1)[:, :number]
-    for offset, part in enumerate((torch.full_like(keys, MARKER), keys, values)):
+    markers = torch.full_like(keys, MARKER)
+    tokens = random_tokens(NUM_KEYS + NUM_VALUES, NUM_NOISE, (batch, length), generator)
+    places = 3 * random_order(batch, length // 3, generator)[:, :number]
+    for offset, part in enumerate((markers, keys, values)):
         tokens.scatter_(1, places + offset, part)
-    asked = torch.randint(number, (batch, 1), generator=generator)
-    tokens = torch.cat([tokens, torch.full((batch, 1), MARKER), keys.gather(1, asked)], 1)
-    targets = torch.full_like(tokens, NOTHING)
-    targets[:, -1] = values.gather(1, asked).squeeze(1)
-    return Batch(tokens, targets)
+    asked = random_tokens(0, number, (batch, 1), generator)
+    return Batch(torch.cat([tokens, markers[:, :1], keys.gather(1, asked)], 1), values.gather(1, asked))
 
 
 TASKS = {"mqar": mqar, "needle": needles, "multi_needle": needles}
+
+
+def numbers(task: str, options: argparse.Namespace) -> tuple[int, ...]:
+    """Of pairs or needles."""
+    return tuple(sorted(options.pairs)) if options.pairs and task != "needle" else PAIRS[task]
+
+
+class Exercise(NamedTuple):
+    """n, and how many tokens of noise."""
+
+    number: int
+    length: int
+
+
+def exercises(task: str, options: argparse.Namespace) -> list[Exercise]:
+    """What is trained, the easiest first: few pairs before many, needles in little noise before much."""
+    counts, lengths = numbers(task, options), [options.length]
+    while task != "mqar" and lengths[0] >= 128:
+        lengths.insert(0, lengths[0] // 2)
+    return [Exercise(x, length) for length in lengths for x in counts if task == "mqar" or 3 * x <= length]
+
+
+def exercise_at(step: int, steps: int, exercises: Sequence[Exercise]) -> Exercise:
+    """All in turn; harder ones join one after another over the first half of the steps, for from the start
+    they would keep a small model from learning anything.
+    """
+    known = 1 + min(len(exercises) - 1, 2 * len(exercises) * step // steps)
+    return exercises[step % known]
+
+
+def training_batch(
+    task: str, exercise: Exercise, options: argparse.Namespace, generator: torch.Generator
+) -> Batch:
+    """As many tokens in every batch, or nearly so."""
+    number, length = exercise
+    more = max(numbers(task, options)) / number if task == "mqar" else options.length / length
+    return TASKS[task](int(options.batch * more), number, length, generator)
 
 
 # -- models --------------------------------------------------------------------------------------------------
@@ -122,65 +170,142 @@ def make_config(variant: str, options: argparse.Namespace) -> GatedDeltaNet2Conf
     return config(variant, size + round(missing / (3 * options.width * options.layers)))
 
 
-def loss_and_hits(model: torch.nn.Module, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Mean nats an answer, and which answers [num_answers] are right."""
-    tokens, targets = batch.tokens.to(device), batch.targets.to(device)
-    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-        hidden = model.model(tokens).last_hidden_state[targets != NOTHING]
-        logits = model.lm_head(hidden).float()
-    answers = targets[targets != NOTHING]
-    return functional.cross_entropy(logits, answers), logits.argmax(-1) == answers
+def answer_logits(model: torch.nn.Module, batch: Batch) -> Tensor:
+    """[B, A, vocabulary] in float32, from a forward in bfloat16 on a GPU."""
+    device_type = batch.tokens.device.type
+    with torch.autocast(device_type, torch.bfloat16, enabled=device_type == "cuda"):
+        return model(batch.tokens, logits_to_keep=batch.answers.shape[1]).logits.float()
 
 
-def numbers(task: str, options: argparse.Namespace) -> tuple[int, ...]:
-    """Of pairs or needles."""
-    return tuple(options.pairs) if options.pairs and task != "needle" else PAIRS[task]
+# -- training ------------------------------------------------------------------------------------------------
+
+
+def learning_rate(step: int, steps: int, peak: float) -> float:
+    """Of step 0 .. steps - 1: it rises linearly over a tenth of them, then falls along a cosine towards 0."""
+    warmup = max(1, steps // 10)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
+
+
+class Trainer:
+    """Steps of a model: forward, backward, clipping of the gradients, AdamW.
+
+    With graphs a step is one CUDA graph per shape of a batch, and the host only writes the batch and the
+    learning rate to where the graph reads them: without, launching the kernels of so small a model takes
+    longer than running them. What is computed is the same.
+
+    Args:
+        model: trained in place; its parameters keep their addresses.
+        examples: with graphs a batch of every shape there is, which are overwritten; training does not depend
+            on what is in them.
+        steps, lr: of the whole training, and the peak of the learning rate.
+    """
+
+    def __init__(
+        self, model: torch.nn.Module, examples: Iterable[Batch], steps: int, lr: float, graphs: bool
+    ):
+        self.model, self.parameters = model, list(model.parameters())
+        self.steps, self.peak_lr, self.num_steps = steps, lr, 0
+        device = self.parameters[0].device
+        self.lr, self.loss = torch.tensor(lr, device=device), torch.zeros((), device=device)
+        decayed = [x for x in self.parameters if x.dim() > 1]
+        others = [x for x in self.parameters if x.dim() <= 1]
+        self.optimizer = torch.optim.AdamW(
+            [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}],
+            lr=self.lr, betas=(0.9, 0.95), fused=device.type == "cuda", capturable=graphs,
+        )  # fmt: skip
+        self.graphs = self._capture(examples) if graphs else None
+
+    def step(self, batch: Batch) -> Tensor:
+        """Returns the loss, mean nats an answer, in memory that the next step writes to."""
+        self.lr.fill_(learning_rate(self.num_steps, self.steps, self.peak_lr))
+        self.num_steps += 1
+        if self.graphs is None:
+            self._train(batch)
+        else:
+            graph, inputs = self.graphs[batch.tokens.shape]
+            for x, new in zip(inputs, batch, strict=True):
+                x.copy_(new)
+            graph.replay()
+        return self.loss
+
+    def _train(self, batch: Batch) -> None:
+        """A step at self.lr. Gradients live in here only: graphs that share memory share theirs."""
+        logits = answer_logits(self.model, batch)
+        loss = functional.cross_entropy(logits.flatten(0, 1), batch.answers.flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.loss.copy_(loss.detach())
+
+    def _capture(self, examples: Iterable[Batch]) -> dict[torch.Size, tuple[torch.cuda.CUDAGraph, Batch]]:
+        """By shape of the tokens, the graph of a step and the batch that it reads."""
+        initial = [x.detach().clone() for x in self.parameters]
+        stream, pool, graphs = torch.cuda.Stream(), torch.cuda.graph_pool_handle(), {}
+        for shape, batch in {x.tokens.shape: x for x in examples}.items():
+            stream.wait_stream(torch.cuda.current_stream())
+            # Before the capture, what is compiled must be, and AdamW have its state. On the capture's stream,
+            # since autograd may go on using the one that it has seen first.
+            with torch.cuda.stream(stream), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")
+                for _ in range(3):
+                    self._train(batch)
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool, stream=stream):
+                self._train(batch)
+            graphs[shape] = graph, batch
+        with torch.no_grad():  # the steps above were none
+            for x, value in zip(self.parameters, initial, strict=True):
+                x.copy_(value)
+        for state in self.optimizer.state.values():
+            for x in state.values():
+                x.zero_()
+        return graphs
+
+
+def train(run: Run, options: argparse.Namespace, graphs: bool) -> tuple[GatedDeltaNet2ForCausalLM, Tensor]:
+    """The model, and the loss of every step, [steps]."""
+    device, all_exercises = torch.device(options.device), exercises(run.task, options)
+    torch.manual_seed(run.seed)
+    model = GatedDeltaNet2ForCausalLM(make_config(run.variant, options)).to(device).train()
+    examples = (training_batch(run.task, x, options, torch.Generator(device)) for x in all_exercises)
+    trainer = Trainer(model, examples, options.steps, options.lr, graphs)
+    generator = torch.Generator(device).manual_seed(run.seed)
+    losses = torch.empty(options.steps, device=device)
+    for step in range(options.steps):
+        exercise = exercise_at(step, options.steps, all_exercises)
+        batch = training_batch(run.task, exercise, options, generator)
+        losses[step] = trainer.step(batch)
+    return model, losses
+
+
+@torch.no_grad()
+def score(model: GatedDeltaNet2ForCausalLM, run: Run, options: argparse.Namespace) -> dict[int, float]:
+    """Accuracy for every number of pairs or needles."""
+    generator = torch.Generator(options.device).manual_seed(2**31 + run.seed)
+    accuracy = {}
+    for number in numbers(run.task, options):
+        right = 0.0
+        for _ in range(options.test_batches):
+            batch = TASKS[run.task](options.batch, number, options.length, generator)
+            right += (answer_logits(model, batch).argmax(-1) == batch.answers).float().mean()
+        accuracy[number] = right.item() / options.test_batches
+    return accuracy
 
 
 def train_and_score(run: Run, options: argparse.Namespace) -> dict:
-    """Trains one model and scores it: accuracy for every number of pairs or needles."""
     torch.set_num_threads(options.threads)
-    device, make_batch = torch.device(options.device), TASKS[run.task]
-    torch.manual_seed(run.seed)
-    config = make_config(run.variant, options)
-    model = GatedDeltaNet2ForCausalLM(config).to(device).train()
-    decayed = [x for x in model.parameters() if x.dim() > 1]
-    others = [x for x in model.parameters() if x.dim() <= 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}],
-        lr=options.lr, betas=(0.9, 0.95), fused=device.type == "cuda",
-    )  # fmt: skip
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, options.lr, total_steps=options.steps, pct_start=0.1, cycle_momentum=False
-    )
-    counts = numbers(run.task, options)
-    generator = torch.Generator().manual_seed(run.seed)
     begin = time.perf_counter()
-    for step in range(options.steps):
-        number = counts[step % len(counts)]
-        # As many tokens in every batch of mqar, whose sequences grow with the number of pairs.
-        batch_size = options.batch * max(counts) // number if run.task == "mqar" else options.batch
-        loss, _ = loss_and_hits(model, make_batch(batch_size, number, options.length, generator), device)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-    model.eval()
-    accuracy = {}
-    generator = torch.Generator().manual_seed(2**31 + run.seed)
-    with torch.no_grad():
-        for number in counts:
-            hits = [
-                loss_and_hits(model, make_batch(options.batch, number, options.length, generator), device)[1]
-                for _ in range(options.test_batches)
-            ]
-            accuracy[number] = torch.cat(hits).float().mean().item()
+    model, losses = train(run, options, graphs=options.device == "cuda")
+    accuracy, config = score(model.eval(), run, options), model.config
     return {
         **run._asdict(),
         "parameters": num_parameters(config),
         "state": config.num_hidden_layers * config.num_heads * config.head_dim**2,
-        "final_loss": loss.item(),
+        "final_loss": losses[-1].item(),
         "seconds": time.perf_counter() - begin,
         "accuracy": accuracy,
     }
