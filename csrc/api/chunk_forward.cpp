@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "api/cuda_error.h"
+#include "api/device.h"
 #include "api/sequence_split.h"
 
 namespace gdn2 {
@@ -18,9 +18,7 @@ int sms_beside_scan(ChunkCall const& call) {
   if (call.cu_seqlens != nullptr || shape.seqlen == 0) {
     return 0;  // lengths are not known here
   }
-  int device = 0, num_sms = 0;
-  throw_on_error(cudaGetDevice(&device), "chunk_forward");
-  throw_on_error(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device), "chunk_forward");
+  int const num_sms = num_multiprocessors();
   constexpr int kColumns = 64;
   std::int64_t const walks =
       std::int64_t{shape.num_sequences} * shape.num_value_heads * ((shape.dim_v + kColumns - 1) / kColumns);

@@ -22,7 +22,7 @@
 // 96 KB of float32 state under way (80 KB of packed bfloat16).
 #include <cuda_runtime.h>
 
-#include "api/cuda_error.h"
+#include "api/device.h"
 #include "api/recurrent.h"
 #include "sm90/recurrent_step.cuh"
 #include "sm90/recurrent_stream.h"
@@ -153,11 +153,8 @@ bool is_aligned(StateTensor const& x, int row_bytes) {
 
 // Slices of 16 columns where wider ones would leave SMs without work.
 bool too_few_for_slices_of(int columns, CallShape const& shape) {
-  int device = 0, num_sms = 0;
-  throw_on_error(cudaGetDevice(&device), "recurrent");
-  throw_on_error(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device), "recurrent");
   std::int64_t const slices = (shape.dim_v + columns - 1) / columns;
-  return shape.num_sequences * slices * shape.num_value_heads < 2 * num_sms;
+  return shape.num_sequences * slices * shape.num_value_heads < 2 * num_multiprocessors();
 }
 
 // Wide slices have rows of 128 bytes in memory, or pieces of 16 bytes. bfloat16 states that are not packed take the

@@ -4,6 +4,8 @@
 
 #include <type_traits>
 
+#include <cute/arch/copy_sm90_desc.hpp>
+
 #include "sm90/recurrent_token.cuh"
 #include "tile/convert.cuh"
 #include "tile/mma.cuh"
@@ -58,6 +60,38 @@ template <>
 struct PieceBits<16> {
   using Type = uint4;
 };
+
+// How pieces of states come and go, as measured (docs/kernels.md). Of float32 states what is read stays in the L2 cache
+// longer than what is written meanwhile; rows of bfloat16 states are 256 bytes, of which a warp asks for a part: the L2
+// cache fetches the rest with it, and lets go first of what is written.
+template <class State, class Bits>
+__device__ Bits load_piece(std::uint8_t const* address) {
+  if constexpr (sizeof(Bits) < sizeof(uint4)) {
+    return __ldcs(reinterpret_cast<Bits const*>(address));
+  } else {
+    uint4 x;
+    if constexpr (sizeof(State) == sizeof(float)) {
+      constexpr auto kKeep = static_cast<std::uint64_t>(cute::TMA::CacheHintSm90::EVICT_LAST);
+      asm volatile("ld.global.L1::no_allocate.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;\n"
+                   : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+                   : "l"(address), "l"(kKeep));
+    } else {
+      asm volatile("ld.global.L1::no_allocate.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];\n"
+                   : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+                   : "l"(address));
+    }
+    return x;
+  }
+}
+
+template <class State, class Bits>
+__device__ void store_piece(std::uint8_t* address, Bits bits) {
+  if constexpr (sizeof(State) == sizeof(float)) {
+    *reinterpret_cast<Bits*>(address) = bits;
+  } else {
+    __stcs(reinterpret_cast<Bits*>(address), bits);
+  }
+}
 
 // What a thread owns: kVectors pieces, piece j of row `first_row + j * kRowsAtOnce`; packed, or as float32.
 template <class Cfg>
@@ -145,9 +179,8 @@ struct StateSlice {
                        Work const& work) {
     if constexpr (Cfg::kAligned) {
       Bits bits[kVectors] = {};
-      for_each_piece(address, stride_row, shape, work, [&](int j, std::uint8_t const* at, int) {
-        bits[j] = __ldcs(reinterpret_cast<Bits const*>(at));
-      });
+      for_each_piece(address, stride_row, shape, work,
+                     [&](int j, std::uint8_t const* at, int) { bits[j] = load_piece<State, Bits>(at); });
 #pragma unroll
       for (int j = 0; j < kVectors; ++j) {
         if constexpr (Cfg::kPacked) {
@@ -189,10 +222,9 @@ struct StateSlice {
                         Work const& work) const {
     for_each_piece(address, stride_row, shape, work, [&](int j, std::uint8_t* at, int size) {
       if constexpr (Cfg::kPacked) {
-        __stcs(reinterpret_cast<Bits*>(at), pieces[j]);
+        store_piece<Out>(at, pieces[j]);
       } else if constexpr (Cfg::kAligned) {
-        using OutBits = typename PieceBits<kVector * sizeof(Out)>::Type;
-        __stcs(reinterpret_cast<OutBits*>(at), pack_piece<Out>(pieces[j]));
+        store_piece<Out>(at, pack_piece<Out>(pieces[j]));
       } else {
 #pragma unroll
         for (int e = 0; e < kVector; ++e) {

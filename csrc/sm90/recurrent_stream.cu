@@ -10,7 +10,7 @@
 //     inputs, channels .. |
 #include <cutlass/arch/barrier.h>
 
-#include "api/cuda_error.h"
+#include "api/device.h"
 #include "sm90/recurrent_step.cuh"
 #include "sm90/recurrent_stream.h"
 #include "tile/launch_order.cuh"
@@ -117,13 +117,6 @@ __global__ void __launch_bounds__(kCtaThreads<Cfg>, kCtasPerSm)
     cute::tma_store_arrive();
     cute::tma_store_wait<0>();  // the state has been read
   }
-}
-
-int num_multiprocessors() {
-  int device = 0, count = 0;
-  throw_on_error(cudaGetDevice(&device), "recurrent_stream");
-  throw_on_error(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "recurrent_stream");
-  return count;
 }
 
 template <class Cfg>

@@ -13,8 +13,8 @@
 // CTAs of neighbouring columns are pairs (clusters): each loads a half of every tile of factors, for both.
 // A sequence is one segment, or several whose first states segment_states has made.
 // Roles: kWarpgroups math warpgroups of 64 value columns each (S 64, X 32, O 32 accumulators; 32 rounded S, 16 rounded
-// X or R or O a thread); one warpgroup that makes Z; one whose first warp loads and whose next ones store O, one a math
-// warpgroup. A math warp has its scheduler nearly to itself, so that every instruction it is spared shortens the chain.
+// X or R or O a thread); one warpgroup that makes Z; one whose first warp loads factors, whose next ones store O, one a
+// math warpgroup, and whose next one loads v and w. A math warp has its scheduler nearly to itself, so that every instruction it is spared shortens the chain.
 // Shared memory (K 128): rings of stages, each let go as soon as its product is done: v and w (16 KB a warpgroup), Z
 // (16 KB a warpgroup, float32, in the order of the accumulators), gamma*E (16 KB), scale*gamma*q and A-I (24 KB), Kt
 // and P (24 KB); O 8 KB a warpgroup.
@@ -28,7 +28,7 @@
 #include <cute/arch/cluster_sm90.hpp>
 
 #include "api/chunk_forward.h"
-#include "api/cuda_error.h"
+#include "api/device.h"
 #include "sm90/scan_parts.cuh"
 #include "tile/launch_order.cuh"
 #include "tile/ready_flag.cuh"
@@ -127,12 +127,10 @@ __device__ void release_factors(Ring& ring, Position& at) {
 // ---- load role ---------------------------------------------------------------------------------------------
 
 template <class Cfg>
-__device__ void load(SharedStorage<Cfg>& smem, ScanParams const& params, TensorMaps const& maps,
-                     Work const& work) {
+__device__ void load(SharedStorage<Cfg>& smem, ScanParams const& params, Work const& work) {
   constexpr int kTile = Cfg::kTileBytes;
   constexpr int kGammaBytes = Cfg::kDimK * sizeof(float);
   ChunkTiles const& tiles = params.tiles;
-  RingPosition<Cfg::kStagesValues> at_values;
   RingPosition<Cfg::kStagesE> at_E;
   RingPosition<Cfg::kStagesQ> at_q;
   RingPosition<Cfg::kStagesK> at_k;
@@ -142,16 +140,6 @@ __device__ void load(SharedStorage<Cfg>& smem, ScanParams const& params, TensorM
   for (int chunk = 0; chunk < work.num_chunks; ++chunk) {
     std::int64_t const tile = work.first_tile + static_cast<std::int64_t>(chunk) * work.tile_stride;
     auto const* const factors = static_cast<std::uint8_t const*>(tiles.factors) + tile * 3 * kTile;
-    int const token = work.first_token + chunk * kChunk;
-
-    auto& values = smem.values[at_values.stage];
-    FullBarrier& full_values = smem.ring_values.begin_fill(at_values, sizeof(values));
-    for (int wg = 0; wg < Cfg::kWarpgroups; ++wg) {
-      int const column = work.first_column + wg * kColumns;
-      tma_load(maps.v, full_values, values.v[wg], column, work.value_head, token, work.batch);
-      tma_load(maps.w, full_values, values.w[wg], column, work.value_head, token, work.batch);
-    }
-    at_values.advance();
 
     FullBarrier& full_E = smem.ring_E.begin_fill(at_E, kTile + kGammaBytes);
     if (params.ready != nullptr) {
@@ -193,6 +181,9 @@ __device__ void store_rows(std::uint8_t const* tile, ScanParams const& params, T
             token = work.first_token + chunk * kChunk;
   if (num_rows == kChunk && shape.dim_v % 8 == 0) {
     if (elect_one()) {
+      // The math warps' ordinary stores, seen through the barrier, before the copy engine reads them. Here and not there:
+      // it would lengthen the chain.
+      cutlass::arch::fence_view_async_shared();
       cute::SM90_TMA_STORE::copy(&maps.o, tile, column, work.value_head, token, work.batch);
       cute::tma_store_arrive();
       cute::tma_store_wait<0>();  // the tile has been read
@@ -276,8 +267,6 @@ struct Walk {
     round_fragments<Element>(O_rounded, O);
     smem.ring_O[wg].wait_empty(at_O);
     store_token_rows(O_rounded, smem.O[wg]);
-    cutlass::arch::
-        fence_view_async_shared();  // the tile's ordinary stores, before the copy engine reads them
     smem.ring_O[wg].publish(at_O);
     at_O.advance();
   }
@@ -426,10 +415,15 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
     int const warp = __shfl_sync(0xffffffff, threadIdx.x % kWarpgroupThreads / kWarpThreads, 0);
     if (warp == 0) {
       if (elect_one()) {
-        load(smem, params, maps, work);
+        load(smem, params, work);
       }
     } else if (warp <= Cfg::kWarpgroups) {
       store_outputs(smem, params, maps, work, warp - 1);
+    } else if (warp == Cfg::kWarpgroups + 1 && elect_one()) {
+      if (params.ready == nullptr) {
+        wait_for_earlier_kernels();  // those that prepare waited for
+      }
+      load_values<Cfg>(smem, maps, work);
     }
   }
   if constexpr (Cfg::kPaired) {
@@ -477,12 +471,9 @@ void dispatch(ScanParams const& params, cudaStream_t stream) {
   // Value columns share the factors that are loaded. Two warpgroups do so at half the number of CTAs: where one
   // warpgroup a CTA would not run all at once, they are the better choice. Elsewhere pairs of CTAs do.
   CallShape const& shape = params.shape;
-  int device = 0, num_sms = 0;
-  throw_on_error(cudaGetDevice(&device), "scan");
-  throw_on_error(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device), "scan");
   std::int64_t const slices = (shape.dim_v + kColumns - 1) / kColumns;
   std::int64_t const walks = std::int64_t{shape.num_sequences} * shape.num_value_heads * params.num_segments;
-  bool const share = slices > 1 && walks * slices > num_sms;
+  bool const share = slices > 1 && walks * slices > num_multiprocessors();
   // Beside prepare there may be no two SMs free that could be a cluster.
   bool const pair = slices % 2 == 0 && params.ready == nullptr;
   if (params.chunk_states != nullptr) {

@@ -14,8 +14,8 @@
 // each the reverse walks first. A sequence is one segment, or several whose first states and last gradients are known.
 // Roles: kWarpgroups math warpgroups of 64 value columns each (S or dS 64, X or dR 32 accumulators; 32 rounded S or
 // dS', 16 rounded R or dX, 16 rounded X or dR, 16 dO a thread; 240 registers, 216 where there are two); one warpgroup
-// that makes Z (idle in the reverse walk); one whose first warp loads and whose next ones store, one a math warpgroup
-// (40 registers each).
+// that makes Z (idle in the reverse walk); one whose first warp loads factors, whose next ones store, one a math
+// warpgroup, and whose next one loads v and w, or dO (40 registers each).
 // Shared memory (K 128, one warpgroup / two): rings of stages, each let go as soon as its product is done.
 //     recomputation  v and w 2 x 16 / 1 x 32, Z 2 x 16 / 1 x 32, gamma*E and gamma[C-1] 3 x 16.5 / 2 x 16.5,
 //                    A-I 3 x 8, Kt 3 x 16, outgoing S and R 24 / 48: 210 / 217 KB
@@ -32,7 +32,7 @@
 #include <algorithm>
 
 #include "api/chunk_backward.h"
-#include "api/cuda_error.h"
+#include "api/device.h"
 #include "sm90/scan_parts.cuh"
 #include "tile/launch_order.cuh"
 #include "tile/tensor_map.h"
@@ -173,25 +173,13 @@ struct ChunkFactors {
 };
 
 template <class Cfg>
-__device__ void load(RecomputeStorage<Cfg>& smem, ScanBackwardParams const& params, TensorMaps const& maps,
-                     Work const& work) {
-  RingPosition<Cfg::kStagesValues> at_values;
+__device__ void load(RecomputeStorage<Cfg>& smem, ScanBackwardParams const& params, Work const& work) {
   RingPosition<Cfg::kStagesRecomputeE> at_E;
   RingPosition<Cfg::kStagesA> at_A;
   RingPosition<Cfg::kStagesKt> at_Kt;
   wait_for_earlier_kernels();  // prepare
   for (int chunk = 0; chunk < work.num_chunks; ++chunk) {
     ChunkFactors<Cfg> const factors(params.tiles, work, chunk);
-    int const token = work.first_token + chunk * kChunk;
-
-    auto& values = smem.values[at_values.stage];
-    FullBarrier& full_values = smem.ring_values.begin_fill(at_values, sizeof(values));
-    for (int wg = 0; wg < Cfg::kWarpgroups; ++wg) {
-      int const column = work.first_column + wg * kColumns;
-      tma_load(maps.v, full_values, values.v[wg], column, work.value_head, token, work.batch);
-      tma_load(maps.w, full_values, values.w[wg], column, work.value_head, token, work.batch);
-    }
-    at_values.advance();
 
     FullBarrier& full_E = smem.ring_E.begin_fill(at_E, Cfg::kTileBytes + Cfg::kGammaBytes);
     bulk_load(smem.gamma_E[at_E.stage], factors.gamma_E, Cfg::kTileBytes, full_E);
@@ -211,24 +199,13 @@ __device__ void load(RecomputeStorage<Cfg>& smem, ScanBackwardParams const& para
 }
 
 template <class Cfg>
-__device__ void load(ReverseStorage<Cfg>& smem, ScanBackwardParams const& params, TensorMaps const& maps,
-                     Work const& work) {
-  RingPosition<Cfg::kStagesO> at_dO;
+__device__ void load(ReverseStorage<Cfg>& smem, ScanBackwardParams const& params, Work const& work) {
   RingPosition<Cfg::kStagesK> at_k;
   RingPosition<Cfg::kStagesQ> at_q;
   RingPosition<Cfg::kStagesE> at_E;
   wait_for_earlier_kernels();  // prepare
   for (int chunk = work.num_chunks - 1; chunk >= 0; --chunk) {
     ChunkFactors<Cfg> const factors(params.tiles, work, chunk);
-    int const token = work.first_token + chunk * kChunk;
-
-    auto& dO = smem.dO[at_dO.stage];
-    FullBarrier& full_dO = smem.ring_dO.begin_fill(at_dO, sizeof(dO));
-    for (int wg = 0; wg < Cfg::kWarpgroups; ++wg) {
-      int const column = work.first_column + wg * kColumns;
-      tma_load(maps.dO, full_dO, dO[wg], column, work.value_head, token, work.batch);
-    }
-    at_dO.advance();
 
     auto& factors_k = smem.factors_k[at_k.stage];
     FullBarrier& full_k = smem.ring_k.begin_fill(at_k, sizeof(factors_k) + Cfg::kGammaBytes);
@@ -249,6 +226,21 @@ __device__ void load(ReverseStorage<Cfg>& smem, ScanBackwardParams const& params
   }
 }
 
+// By another thread than the one that loads factors, as v and w are (see load_values).
+template <class Cfg>
+__device__ void load_dO(ReverseStorage<Cfg>& smem, TensorMaps const& maps, Work const& work) {
+  RingPosition<Cfg::kStagesO> at;
+  for (int chunk = work.num_chunks - 1; chunk >= 0; --chunk, at.advance()) {
+    auto& dO = smem.dO[at.stage];
+    FullBarrier& full = smem.ring_dO.begin_fill(at, sizeof(dO));
+    int const token = work.first_token + chunk * kChunk;
+    for (int wg = 0; wg < Cfg::kWarpgroups; ++wg) {
+      int const column = work.first_column + wg * kColumns;
+      tma_load(maps.dO, full, dO[wg], column, work.value_head, token, work.batch);
+    }
+  }
+}
+
 // ---- store role: one warp a math warpgroup -------------------------------------------------------------------
 
 // One tile, to global memory unless `wanted` is false; its shared memory is free again on return.
@@ -256,6 +248,9 @@ __device__ void store_tile(void const* tile, void* image, int bytes, bool wanted
                            RingPosition<1> at) {
   ring.wait_full(at);
   if (wanted && elect_one()) {
+    // The math warps' ordinary stores, seen through the barrier, before the copy engine reads them. Here and not there:
+    // it would lengthen the chain.
+    cutlass::arch::fence_view_async_shared();
     cute::SM90_BULK_COPY_S2G::copy(tile, image, bytes);
     cute::tma_store_arrive();
     cute::tma_store_wait<0>();  // the tile has been read
@@ -297,21 +292,15 @@ struct Stager {
   __device__ void put_state(FragmentA const (&state)[Cfg::kSteps]) {
     rings.state[wg].wait_empty(at_state);
     store_state_rows(state, outgoing.state[wg]);
-    publish(rings.state[wg], at_state);
+    rings.state[wg].publish(at_state);
+    at_state.advance();
   }
 
   __device__ void put_rows(FragmentA const (&rows)[4]) {
     rings.rows[wg].wait_empty(at_rows);
     store_token_rows(rows, outgoing.rows[wg]);
-    publish(rings.rows[wg], at_rows);
-  }
-
- private:
-  __device__ static void publish(RingBarriers<1>& ring, RingPosition<1>& at) {
-    // orders the tile's ordinary stores before the copy engine's reads
-    cutlass::arch::fence_view_async_shared();
-    ring.publish(at);
-    at.advance();
+    rings.rows[wg].publish(at_rows);
+    at_rows.advance();
   }
 };
 
@@ -630,7 +619,7 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
     int const warp = __shfl_sync(0xffffffff, threadIdx.x % kWarpgroupThreads / kWarpThreads, 0);
     if (warp == 0) {
       if (elect_one()) {
-        forwards ? load(recompute, params, maps, work) : load(reverse, params, maps, work);
+        forwards ? load(recompute, params, work) : load(reverse, params, work);
       }
     } else if (warp <= Cfg::kWarpgroups) {
       BackwardTiles const& out = params.out;
@@ -641,6 +630,9 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
         store<Cfg>(reverse.outgoing, reverse.rings_outgoing, out.dS, out.dX, false, params.shape, work,
                    warp - 1);
       }
+    } else if (warp == Cfg::kWarpgroups + 1 && elect_one()) {
+      wait_for_earlier_kernels();
+      forwards ? load_values<Cfg>(recompute, maps, work) : load_dO<Cfg>(reverse, maps, work);
     }
   }
 }
@@ -675,12 +667,9 @@ template <class Element, int kDimK>
 void dispatch(ScanBackwardParams const& params, cudaStream_t stream) {
   // As in scan: two warpgroups share the factors that they load, at half the number of CTAs. There are two walks.
   CallShape const& shape = params.shape;
-  int device = 0, num_sms = 0;
-  throw_on_error(cudaGetDevice(&device), "scan_backward");
-  throw_on_error(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device), "scan_backward");
   std::int64_t const slices = (shape.dim_v + kColumns - 1) / kColumns;
   std::int64_t const walks = std::int64_t{shape.num_sequences} * shape.num_value_heads * num_walks(params);
-  bool const share = slices > 1 && walks * slices > num_sms;
+  bool const share = slices > 1 && walks * slices > num_multiprocessors();
   share ? launch<Config<Element, kDimK, 2>>(params, stream)
         : launch<Config<Element, kDimK, 1>>(params, stream);
 }

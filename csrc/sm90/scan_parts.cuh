@@ -142,6 +142,23 @@ __device__ void make_values(Storage& smem, GateParams const& gates, Work const& 
   }
 }
 
+// By one thread, and not the one that loads factors: that one waits for their rings, and v and w, which come from further
+// away, must not wait with it.
+template <class Cfg, class Storage, class Maps>
+__device__ void load_values(Storage& smem, Maps const& maps, Work const& work) {
+  RingPosition<Cfg::kStagesValues> at;
+  for (int chunk = 0; chunk < work.num_chunks; ++chunk, at.advance()) {
+    auto& values = smem.values[at.stage];
+    FullBarrier& full = smem.ring_values.begin_fill(at, sizeof(values));
+    int const token = work.first_token + chunk * kChunk;
+    for (int wg = 0; wg < Cfg::kWarpgroups; ++wg) {
+      int const column = work.first_column + wg * kColumns;
+      tma_load(maps.v, full, values.v[wg], column, work.value_head, token, work.batch);
+      tma_load(maps.w, full, values.w[wg], column, work.value_head, token, work.batch);
+    }
+  }
+}
+
 // This thread's accumulators Z^T.
 __device__ inline void read_Z(float (&acc)[32], FragmentsZ const& Z) {
 #pragma unroll

@@ -10,7 +10,7 @@
 // Grid: one CTA for 64 columns of N (of a sequence and value head) or of M (of a sequence and gate head), and a segment;
 // the last segment of a sequence needs none.
 // Roles: a math warpgroup (S 64, X 32 accumulators; 32 rounded S, 16 rounded X or R a thread); one that makes Z (idle for
-// M); one whose first warp loads.
+// M); one whose first warp loads factors, and whose second one loads v and w.
 // Shared memory (K 128): v and w 2 x 16 KB, Z 2 x 16 KB, gamma*E and gamma[C-1] 3 x 16.5 KB, A-I 3 x 8 KB, Kt 3 x 16 KB.
 //
 // Tensor cores, one chunk: X 256 | R 128 | S' 256 cycles, one after the other.
@@ -38,6 +38,16 @@ struct Config {
   static constexpr int kMathRegisters = 240, kValuesRegisters = 40, kCopyRegisters = 40;
 };
 
+struct TensorMaps {
+  CUtensorMap v, w;
+};
+
+// A segment of a walk, and which map.
+struct MapWork : Work {
+  bool is_M;
+  int segment;
+};
+
 template <class Cfg>
 struct SharedStorage {
   struct Values {
@@ -54,6 +64,7 @@ struct SharedStorage {
   RingBarriers<Cfg::kStagesE> ring_E;
   RingBarriers<Cfg::kStagesA> ring_A;
   RingBarriers<Cfg::kStagesKt> ring_Kt;
+  MapWork work;  // where it costs no registers
 
   // By one thread.
   __device__ void init_barriers() {
@@ -65,16 +76,6 @@ struct SharedStorage {
     ring_Kt.init(kCopyEngine, kWarpgroupWarps);
     cutlass::arch::fence_barrier_init();  // orders the inits before the copy engine's use of them
   }
-};
-
-struct TensorMaps {
-  CUtensorMap v, w;
-};
-
-// A segment of a walk, and which map.
-struct MapWork : Work {
-  bool is_M;
-  int segment;
 };
 
 __device__ MapWork find_map(SegmentMapsParams const& params) {
@@ -100,10 +101,8 @@ __device__ MapWork find_map(SegmentMapsParams const& params) {
 // ---- load role ---------------------------------------------------------------------------------------------
 
 template <class Cfg>
-__device__ void load(SharedStorage<Cfg>& smem, SegmentMapsParams const& params, TensorMaps const& maps,
-                     MapWork const& work) {
+__device__ void load(SharedStorage<Cfg>& smem, SegmentMapsParams const& params, MapWork const& work) {
   ChunkTiles const& tiles = params.tiles;
-  RingPosition<Cfg::kStagesValues> at_values;
   RingPosition<Cfg::kStagesE> at_E;
   RingPosition<Cfg::kStagesA> at_A;
   RingPosition<Cfg::kStagesKt> at_Kt;
@@ -112,14 +111,6 @@ __device__ void load(SharedStorage<Cfg>& smem, SegmentMapsParams const& params, 
     std::int64_t const tile = work.first_tile + static_cast<std::int64_t>(chunk) * work.tile_stride;
     auto const* const factors = static_cast<std::uint8_t const*>(tiles.factors) + tile * 3 * Cfg::kTileBytes;
 
-    if (!work.is_M) {
-      auto& values = smem.values[at_values.stage];
-      FullBarrier& full_values = smem.ring_values.begin_fill(at_values, sizeof(values));
-      int const token = work.first_token + chunk * kChunk;
-      tma_load(maps.v, full_values, values.v[0], work.first_column, work.value_head, token, work.batch);
-      tma_load(maps.w, full_values, values.w[0], work.first_column, work.value_head, token, work.batch);
-      at_values.advance();
-    }
     FullBarrier& full_E = smem.ring_E.begin_fill(at_E, Cfg::kTileBytes + Cfg::kGammaBytes);
     bulk_load(smem.gamma_E[at_E.stage], factors + 2 * Cfg::kTileBytes, Cfg::kTileBytes, full_E);
     bulk_load(smem.gamma_last[at_E.stage], tiles.gamma_last + tile * Cfg::kDimK, Cfg::kGammaBytes, full_E);
@@ -246,8 +237,9 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
                         __grid_constant__ TensorMaps const maps) {
   extern __shared__ std::uint8_t smem_bytes[];
   auto& smem = *reinterpret_cast<SharedStorage<Cfg>*>(smem_bytes);
-  MapWork const work = find_map(params);
+  MapWork& work = smem.work;
   if (threadIdx.x == 0) {
+    work = find_map(params);
     smem.init_barriers();
   }
   __syncthreads();
@@ -268,8 +260,12 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
     }
   } else {
     give_up_registers<Cfg::kCopyRegisters>();
-    if (__shfl_sync(0xffffffff, threadIdx.x % kWarpgroupThreads / kWarpThreads, 0) == 0 && elect_one()) {
-      load(smem, params, maps, work);
+    int const warp = __shfl_sync(0xffffffff, threadIdx.x % kWarpgroupThreads / kWarpThreads, 0);
+    if (warp == 0 && elect_one()) {
+      load(smem, params, work);
+    } else if (warp == 1 && !work.is_M && elect_one()) {
+      wait_for_earlier_kernels();
+      load_values<Cfg>(smem, maps, work);
     }
   }
 }
