@@ -10,13 +10,12 @@ import torch
 from torch import Tensor
 
 from . import cuda_launch
-from .cuda_launch import READ_TENSORS, nobody_traces
+from .cuda_launch import MAKE_TENSORS, READ_TENSORS, are_plain, nobody_traces
 from .sequence_split import num_segments
 from .torch_backend import CHUNK, GateOptions, Gradients, PackedTokens, num_chunk_slots
 
 MAX_DIM_K = 128
 MAX_DIM_V = 256
-_CONTIGUOUS = torch.contiguous_format
 _ALIGNMENT = 16  # bytes: what a bulk tensor copy asks of addresses and strides
 
 
@@ -83,7 +82,7 @@ def _readable(x: Tensor) -> Tensor:
 
 
 def _split_size(sizes: _Sizes, num_segments: int) -> int:
-    """Of what `_Sizes.split` makes: SplitSizes of csrc/api/chunk_binding.cpp."""
+    """Of what `_Sizes.split` makes: SplitSizes of csrc/api/chunk_room.h."""
     padded_k = 64 if sizes.dim_k <= 64 else 128
     rows = sizes.num_sequences * (num_segments - 1)
     return rows * padded_k * (sizes.num_gate_heads * padded_k + sizes.num_value_heads * sizes.dim_v)
@@ -159,7 +158,7 @@ def _launch(function, tensors: Sequence[Tensor | None], options: Sequence) -> No
     device = tensors[0].device
     with torch.cuda.device(device):
         stream = torch.cuda.current_stream(device).cuda_stream
-        if not function(None, *map(cuda_launch.as_tuple, tensors), *options, stream):
+        if not function(*map(cuda_launch.as_tuple, tensors), *options, stream):
             raise RuntimeError("gdn2_ext: the kernels take no tensors as large as these")
 
 
@@ -239,11 +238,13 @@ def _new_gradients(sizes: _Sizes, inputs: Sequence[Tensor | None], needed: Seque
     return out
 
 
-def _summed(sizes: _Sizes, out: list, dtype: torch.dtype) -> Gradients:
+def _summed(
+    num_heads: int, num_gate_heads: int, out: Sequence[Tensor | None], dtype: torch.dtype
+) -> Gradients:
     """The gradients from what the kernels wrote."""
     dq, dk, dv, dg, db, dw, dA_log, d_dt_bias, d_initial_state = out
-    groups = (sizes.num_heads, -1)
-    if sizes.num_gate_heads != sizes.num_heads:
+    groups = (num_heads, -1)
+    if num_gate_heads != num_heads:
         dq, dk = (x if x is None else x.unflatten(2, groups).sum(3).to(dtype) for x in (dq, dk))
     if dA_log is not None:
         dA_log = dA_log.unflatten(1, groups).sum((0, 2, 3))
@@ -285,7 +286,7 @@ def chunk_backward(
         sizes.workspace(q, True, True, options.use_qk_l2norm, segments), *out,
     ]  # fmt: skip
     _launch(cuda_launch._C.chunk_backward, tensors, (scale, *options, state_v_first, segments))
-    return _summed(sizes, out, q.dtype)
+    return _summed(sizes.num_heads, sizes.num_gate_heads, out, q.dtype)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -293,99 +294,74 @@ def chunk_backward(
 # ------------------------------------------------------------------------------------------------------------
 
 
-def _forward_at_once(
-    tensors: tuple, options: tuple, output_final_state: bool, sequence_split: int, keep: bool
-) -> tuple | None:
-    """(o, final_state or None; A - I, P and what a split keeps, or None each); None where the extension does
-    not take the call. tensors: q ... cu_seqlens; options: scale ... state_v_first; keep: A - I and P.
-    """
-    q, k, v, g, *_, cu_seqlens = tensors
-    sizes = _Sizes.of(q, v, g, cu_seqlens)
-    if sizes.batch == 0 or sizes.seqlen == 0:
-        return None
-    o = torch.empty_like(v) if v.is_contiguous() else torch.empty_like(v, memory_format=_CONTIGUOUS)
-    final_state = A_minus_I = P = None
-    if output_final_state:
-        shape = sizes.states(sizes.num_sequences, options[-1])
-        final_state = q.new_empty(shape, dtype=torch.float32)
-    if keep:
-        shape = (sizes.num_slots, sizes.num_gate_heads, CHUNK, CHUNK)
-        A_minus_I, P = q.new_empty(shape), q.new_empty(shape)
-    segments = sizes.num_segments(sequence_split, q.device)
-    split, workspace = sizes.split(q, segments), sizes.workspace(q, keep, False, False, segments)
-    if not cuda_launch._C.chunk_forward(
-        READ_TENSORS, *tensors, o, final_state, None, A_minus_I, P, split, workspace, *options, segments, 0
-    ):
-        return None
-    return o, final_state, A_minus_I, P, split
-
-
 class _Chunk(torch.autograd.Function):
     """Forward and backward at once; the outputs are None where the extension does not take the call."""
 
     @staticmethod
-    def forward(ctx, output_final_state: bool, sequence_split: int, options: tuple, *tensors):
-        results = _forward_at_once(tensors, options, output_final_state, sequence_split, keep=True)
+    def forward(ctx, output_final_state: bool, options: tuple, *tensors):
+        results = cuda_launch._C.chunk_forward_at_once(
+            READ_TENSORS, MAKE_TENSORS, *tensors, *options, output_final_state, True
+        )
         if results is None:
             return None, None
         o, final_state, *kept = results
         ctx.save_for_backward(*tensors, *kept)
-        ctx.options, ctx.sequence_split = options, sequence_split
+        ctx.options = options
         ctx.set_materialize_grads(False)
         return o, final_state
 
     @staticmethod
     def backward(ctx, do, d_final_state):
         *inputs, A_minus_I, P, split = ctx.saved_tensors
-        needed = [asked and x is not None for x, asked in zip(inputs[:9], ctx.needs_input_grad[3:])]
-        q, v, g, cu_seqlens = inputs[0], inputs[2], inputs[3], inputs[9]
+        needed = [asked and x is not None for x, asked in zip(inputs[:9], ctx.needs_input_grad[2:])]
+        q, v, g = inputs[0], inputs[2], inputs[3]
         if do is None:
             do = v.new_zeros(v.shape)
+        tensors = (do, d_final_state, *inputs, A_minus_I, P, split)
         gradients = None
         if not torch.is_grad_enabled() and nobody_traces():
-            sizes = _Sizes.of(q, v, g, cu_seqlens)
-            out = _new_gradients(sizes, inputs[:9], needed)
-            segments = 1 if split is None else sizes.num_segments(ctx.sequence_split, q.device)
-            workspace = sizes.workspace(q, True, True, ctx.options[1], segments)
-            if cuda_launch._C.chunk_backward(
-                READ_TENSORS, do, d_final_state, *inputs, A_minus_I, P, split, workspace, *out, *ctx.options,
-                segments, 0,
-            ):  # fmt: skip
-                gradients = _summed(sizes, out, q.dtype)
-        if gradients is None:  # a layout to be copied, or a second derivative to be refused
+            gradients = cuda_launch._C.chunk_backward_at_once(
+                READ_TENSORS, MAKE_TENSORS, *tensors, *ctx.options, *needed
+            )
+        if gradients is not None:
+            gradients = _summed(q.shape[2], g.shape[2], gradients, q.dtype)
+        else:  # a layout to be copied, or a second derivative to be refused
+            scale, *options, sequence_split = ctx.options
+            scale = q.shape[3] ** -0.5 if scale is None else scale
             gradients = torch.ops.gdn2_ext.chunk_backward(
-                do, d_final_state, *inputs, A_minus_I, P, split, *ctx.options, needed, ctx.sequence_split,
-                "cuda",
-            )  # fmt: skip
+                *tensors, scale, *options, needed, sequence_split, "cuda"
+            )
             gradients = [x if wanted else None for x, wanted in zip(gradients, needed)]
-        return None, None, None, *gradients, None
+        return None, None, *gradients, None
 
 
 def chunk_at_once(
-    tensors: tuple, options: tuple, output_final_state: bool, sequence_split: int
-) -> tuple | None:
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, b: Tensor, w: Tensor, A_log: Tensor | None,
+    dt_bias: Tensor | None, initial_state: Tensor | None, cu_seqlens: Tensor | None, scale: float | None,
+    use_qk_l2norm: bool, use_gate: bool, lower_bound: float | None, use_gate_sigmoid: bool,
+    erase_scale: float, state_v_first: bool, sequence_split: int, output_final_state: bool,
+) -> tuple[Tensor, Tensor | None] | None:  # fmt: skip
     """`chunk_gdn2` for plain tensors on the current device, which are checked where their shapes and types
-    are read, in csrc/api/chunk_binding.cpp: (o, final_state or None).
+    are read, in csrc/api/chunk_at_once.cpp.
 
     None, and nothing done, for any other call and for any that is wrong, which ops.py then looks at.
-    tensors: q, k, v, g, b, w, A_log, dt_bias, initial_state, cu_seqlens; options: scale, use_qk_l2norm,
-    use_gate, lower_bound, use_gate_sigmoid, erase_scale, state_v_first.
+    sequence_split: 0 for whatever is quickest.
     """
-    if READ_TENSORS is None or cuda_launch._C is None or not nobody_traces():
+    if not nobody_traces() or READ_TENSORS is None or cuda_launch._C is None:
         return None
-    needs_grad, graph = False, torch.is_grad_enabled()
-    for x in tensors:
-        if x is not None:
-            if type(x) is not Tensor and type(x) is not torch.nn.Parameter:
+    if torch.is_grad_enabled():
+        tensors = (q, k, v, g, b, w, A_log, dt_bias, initial_state, cu_seqlens)
+        if not are_plain(tensors):
+            if not all(x is None or type(x) is Tensor or type(x) is torch.nn.Parameter for x in tensors):
                 return None
-            needs_grad = needs_grad or (graph and x.requires_grad)
-    q, _, v, g, *_ = tensors
-    if not (q.is_cuda and q.dim() == v.dim() == g.dim() == 4):
-        return None
-    if options[0] is None:
-        options = (q.shape[3] ** -0.5, *options[1:])
-    if needs_grad:
-        o, final_state = _Chunk.apply(output_final_state, sequence_split, options, *tensors)
-        return None if o is None else (o, final_state)
-    results = _forward_at_once(tensors, options, output_final_state, sequence_split, keep=False)
-    return None if results is None else results[:2]
+            options = (
+                scale, use_qk_l2norm, use_gate, lower_bound, use_gate_sigmoid, erase_scale, state_v_first,
+                sequence_split,
+            )  # fmt: skip
+            o, final_state = _Chunk.apply(output_final_state, options, *tensors)
+            return None if o is None else (o, final_state)
+    return cuda_launch._C.chunk_forward_at_once(
+        READ_TENSORS, MAKE_TENSORS, q, k, v, g, b, w, A_log, dt_bias, initial_state, cu_seqlens, scale,
+        use_qk_l2norm, use_gate, lower_bound, use_gate_sigmoid, erase_scale, state_v_first, sequence_split,
+        output_final_state, False,
+    )  # fmt: skip

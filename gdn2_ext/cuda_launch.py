@@ -6,10 +6,14 @@ that nobody watches are read and checked by the extension itself (csrc/api/pytho
 
 from __future__ import annotations
 
+import functools
 import importlib
 
 import torch
 from torch import Tensor
+from torch._C import _get_tracing_state, _len_torch_dispatch_stack, _len_torch_function_stack
+from torch._C._functorch import peek_interpreter_stack
+from torch.compiler import is_compiling
 
 _C, WHY_NO_EXTENSION = None, None
 try:
@@ -19,9 +23,11 @@ except ModuleNotFoundError:
 except ImportError as error:
     WHY_NO_EXTENSION = f"the kernels of gdn2_ext could not be loaded: {error}"
 
-# PyTorch 2.10 and newer: the extension reads tensors by itself.
+# PyTorch 2.10 and newer: the extension reads tensors by itself, and makes them by these functions.
 _EXCHANGE = getattr(Tensor, "__dlpack_c_exchange_api__", None)
 READ_TENSORS = None if _EXCHANGE is None else (_EXCHANGE, Tensor, torch.nn.Parameter)
+_new_float32 = functools.partial(Tensor.new_empty, dtype=torch.float32)
+MAKE_TENSORS = (torch.empty_like, Tensor.new_empty, _new_float32)
 # Kind of csrc/api/python_tensors.h
 _KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.int32: 3, torch.int64: 4}
 
@@ -36,11 +42,11 @@ def nobody_traces() -> bool:
     concerned: nobody compiles, traces, transforms or watches operators.
     """
     return not (
-        torch.compiler.is_compiling()
-        or torch._C._get_tracing_state()
-        or torch._C._functorch.peek_interpreter_stack()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
+        is_compiling()
+        or _get_tracing_state()
+        or peek_interpreter_stack()
+        or _len_torch_dispatch_stack()
+        or _len_torch_function_stack()
     )
 
 

@@ -363,19 +363,21 @@ def chunk_gdn2(
         >>> o.shape, state.shape
         (torch.Size([1, 100, 2, 64]), torch.Size([1, 2, 64, 64]))
     """
-    q, k, v, b, w = _autocast(q, k, v, b, w)
+    if torch.is_autocast_enabled():  # of GPUs: what goes at once is theirs
+        q, k, v, b, w = _autocast(q, k, v, b, w)
     if (
-        backend in ("auto", "cuda") and chunk_size == CHUNK and _is_split(sequence_split)
-        and not return_intermediate_states and cu_seqlens_cpu is None and not torch.compiler.is_compiling()
+        backend in ("auto", "cuda") and chunk_size == CHUNK
+        and (sequence_split is None or _is_split(sequence_split))
+        and not return_intermediate_states and cu_seqlens_cpu is None
     ):  # fmt: skip
         results = cuda_backend.chunk_at_once(
-            (q, k, v, g, b, w, A_log, dt_bias, initial_state, cu_seqlens),
-            (scale, use_qk_l2norm_in_kernel, use_gate_in_kernel, lower_bound, use_gate_sigmoid_in_kernel,
-             erase_scale, state_v_first),
-            output_final_state, sequence_split or 0,
+            q, k, v, g, b, w, A_log, dt_bias, initial_state, cu_seqlens, scale, use_qk_l2norm_in_kernel,
+            use_gate_in_kernel, lower_bound, use_gate_sigmoid_in_kernel, erase_scale, state_v_first,
+            sequence_split or 0, output_final_state,
         )  # fmt: skip
         if results is not None:
             return results
+    q, k, v, b, w = _autocast(q, k, v, b, w)
     _check_tokens(q, k, v, g, b, w)
     _check_decay_gate(q, use_gate_in_kernel, A_log, dt_bias, lower_bound)
     cu_seqlens, host_offsets = _check_offsets(q, cu_seqlens, cu_seqlens_cpu)

@@ -1,4 +1,8 @@
-"""What the extension's chunk_forward and chunk_backward let through to the GPU, tried without one."""
+"""What the extension's functions of the chunk form let through to the GPU, tried without one.
+
+chunk_forward and chunk_backward, whose caller makes all tensors; chunk_forward_at_once and
+chunk_backward_at_once, which make them.
+"""
 
 import disguise
 import pytest
@@ -83,13 +87,34 @@ def backward(call: dict) -> dict:
     return call | {"do": torch.zeros_like(call["v"]), "d_final_state": torch.zeros(B, HV, K, V)}
 
 
-def lets_through(read_tensors, call: dict) -> bool:
+def described(x: torch.Tensor, device: int = 0) -> tuple:
+    """As `cuda_launch.as_tuple`, of a device that is not there."""
+    kind = cuda_launch._KINDS.get(x.dtype, len(cuda_launch._KINDS))
+    return x.data_ptr(), tuple(x.shape), x.stride(), kind, device
+
+
+def lets_through(call: dict, device: int = 0) -> bool:
     tensors = BACKWARD if "do" in call else FORWARD
     call = dict.fromkeys(tensors) | OPTIONS | call
     assert set(call) == {*tensors, *OPTIONS}, "an argument that there is not"
     arguments = [call[name] for name in (*tensors, *OPTIONS)]
-    name = "chunk_backward" if "do" in call else "chunk_forward"
-    return disguise.gets_to_the_gpu(name, read_tensors, *arguments)
+    arguments = [described(x, device) if isinstance(x, torch.Tensor) else x for x in arguments]
+    return disguise.gets_to_the_gpu("chunk_backward" if "do" in call else "chunk_forward", *arguments)
+
+
+def at_once_takes(read_tensors, call: dict, sequence_split: int = 0) -> bool:
+    """Whether the function that makes its own tensors would launch; it does not see the others."""
+    call = dict.fromkeys((*BACKWARD, *FORWARD)) | OPTIONS | call
+    inputs, options = [call[name] for name in INPUTS], [call[name] for name in tuple(OPTIONS)[:7]]
+    how = (read_tensors, cuda_launch.MAKE_TENSORS)
+    if call["do"] is None:
+        wanted = [call[name] is not None for name in ("final_state", "P")]
+        arguments = (*inputs, *options, sequence_split, *wanted)
+        return disguise.gets_to_the_gpu("chunk_forward_at_once", *how, *arguments)
+    kept = [call[name] for name in ("A_minus_I", "P", "split")]
+    needed = [call[name] is not None for name in GRADIENTS]
+    arguments = (call["do"], call["d_final_state"], *inputs, *kept, *options, sequence_split, *needed)
+    return disguise.gets_to_the_gpu("chunk_backward_at_once", *how, *arguments)
 
 
 KINDS = {
@@ -118,20 +143,18 @@ def call(request, stage) -> dict:
     return stage(KINDS[request.param]())
 
 
-def test_calls_as_the_kernels_need_them_get_to_the_gpu(read_tensors, call):
-    assert lets_through(read_tensors, call)
+def test_calls_as_the_kernels_need_them_get_to_the_gpu(call):
+    assert lets_through(call)
 
 
-def test_so_do_tensors_that_come_as_tuples(call):
-    """With a device that does not exist, as `cuda_backend._launch` hands them over."""
-    tensors = {
-        name: (*cuda_launch.as_tuple(x)[:4], 0) for name, x in call.items() if isinstance(x, torch.Tensor)
-    }
-    assert lets_through(None, call | tensors)
+def test_so_do_those_that_make_their_tensors(read_tensors, call):
+    assert at_once_takes(read_tensors, call)
+    assert at_once_takes(read_tensors, call, sequence_split=call.get("num_segments", 1))
 
 
 def test_tensors_of_the_cpu_do_not(call):
-    assert not lets_through(cuda_launch.READ_TENSORS, call)
+    assert not lets_through(call, device=-1)
+    assert not at_once_takes(cuda_launch.READ_TENSORS, call)
 
 
 def aligned_view(x: torch.Tensor) -> torch.Tensor:
@@ -157,9 +180,9 @@ GOOD = {
 @pytest.mark.parametrize("changes", GOOD.values(), ids=GOOD)
 def test_variants_get_to_the_gpu(read_tensors, changes):
     call = forward(inputs())
-    assert lets_through(
-        read_tensors, call | {name: change(call.get(name)) for name, change in changes.items()}
-    )
+    call |= {name: change(call.get(name)) for name, change in changes.items()}
+    assert lets_through(call)
+    assert at_once_takes(read_tensors, call)
 
 
 def shifted(x: torch.Tensor) -> torch.Tensor:
@@ -178,40 +201,77 @@ BAD = {
     "rows of odd strides": ("k", lambda x: torch.zeros(B, T, H, K + 1, dtype=x.dtype)[..., :K]),
     "expanded tokens": ("v", lambda x: x[:, :1].expand(x.shape)),
     "three dimensions": ("g", lambda x: x[0]),
-    "no tensor": ("q", lambda _: 3),
-    "a list": ("g", lambda x: x.tolist()[:1]),
     "a state in 16 bits": ("initial_state", torch.Tensor.bfloat16),
     "a transposed state": ("initial_state", lambda x: x.transpose(2, 3).contiguous().transpose(2, 3)),
     "too few states": ("initial_state", lambda x: x[1:]),
-    "a short workspace": ("workspace", lambda x: x[:-16]),
-    "no workspace": ("workspace", lambda _: None),
     "A_log without a gate": ("A_log", lambda _: torch.zeros(H)),
     "a gate without A_log": ("use_gate", lambda _: True),
     "a bound without a gate": ("lower_bound", lambda _: -1.0),
     "an erase scale without sigmoids": ("erase_scale", lambda _: 2.0),
-    "a scale that is none": ("scale", lambda _: "large"),
+    "offsets of a batch": ("cu_seqlens", lambda _: torch.tensor([0, T])),
+}
+# Of what the caller makes.
+BAD_ROOM = {
+    "a short workspace": ("workspace", lambda x: x[:-16]),
+    "no workspace": ("workspace", lambda _: None),
     "no segments": ("num_segments", lambda _: 0),
     "segments that nothing was kept of": ("split", lambda x: torch.zeros(8)),
-    "offsets of a batch": ("cu_seqlens", lambda _: torch.tensor([0, T])),
+}
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+# Of what comes as Python has it.
+BAD_OBJECTS = {
+    "a scale that is none": ("scale", lambda _: "large"),
+    "no tensor": ("q", lambda _: 3),
+    "a list": ("g", lambda x: x.tolist()[:1]),
+    "a subclass": ("v", lambda x: x.as_subclass(Subclass)),
+    "a state of a subclass": ("initial_state", lambda x: x.as_subclass(Subclass)),
+    "a tensor without memory": ("k", lambda x: x.to("meta")),
+    "no tokens": ("q", lambda x: x[:, :0]),
 }
 
 
 @pytest.mark.parametrize(("name", "change"), BAD.values(), ids=BAD)
 def test_wrong_calls_do_not(read_tensors, stage, name, change):
     call = stage(inputs())
+    wrong = call | {name: change(call.get(name))}
+    assert lets_through(call)
+    assert not lets_through(wrong)
+    assert at_once_takes(read_tensors, call)
+    assert not at_once_takes(read_tensors, wrong)
+
+
+@pytest.mark.parametrize(("name", "change"), BAD_ROOM.values(), ids=BAD_ROOM)
+def test_calls_without_room_do_not(stage, name, change):
+    call = stage(inputs())
     if name == "split" and call.get("num_segments", 1) == 1:
         pytest.skip("there is one segment")
-    assert lets_through(read_tensors, call)
-    assert not lets_through(read_tensors, call | {name: change(call.get(name))})
+    assert lets_through(call)
+    assert not lets_through(call | {name: change(call.get(name))})
+
+
+@pytest.mark.parametrize(("name", "change"), BAD_OBJECTS.values(), ids=BAD_OBJECTS)
+def test_wrong_objects_do_not(read_tensors, stage, name, change):
+    call = stage(inputs())
+    assert not at_once_takes(read_tensors, call | {name: change(call.get(name))})
+
+
+@pytest.mark.parametrize("number", [-1, 1 << 16, 1 << 40])
+def test_numbers_of_segments_are_checked(read_tensors, stage, number):
+    assert not at_once_takes(read_tensors, stage(inputs()), sequence_split=number)
 
 
 @pytest.mark.parametrize("name", ["o", "final_state", "A_minus_I", "P", *GRADIENTS[:6], "d_initial_state"])
-def test_outputs_have_the_right_shape_and_no_gaps(read_tensors, name):
+def test_outputs_have_the_right_shape_and_no_gaps(name):
     call = backward(inputs()) if name.startswith("d") else keeping(inputs())
     x = call[name]
-    assert not lets_through(read_tensors, call | {name: x[..., :-1].contiguous()})
-    assert not lets_through(read_tensors, call | {name: x.transpose(0, 1).contiguous().transpose(0, 1)})
-    assert not lets_through(read_tensors, call | {name: x.to(torch.float64)})
+    assert not lets_through(call | {name: x[..., :-1].contiguous()})
+    assert not lets_through(call | {name: x.transpose(0, 1).contiguous().transpose(0, 1)})
+    assert not lets_through(call | {name: x.to(torch.float64)})
 
 
 def test_the_workspace_grows_with_what_is_in_it():

@@ -3,12 +3,13 @@
 import contextlib
 import ctypes
 
+import disguise
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gdn2_ext import cuda_launch, cuda_recurrent
+from gdn2_ext import chunk_gdn2, cuda_backend, cuda_launch, cuda_recurrent
 from gdn2_ext.torch_backend import GateOptions
 
 B, T, H, HV, K, V = 2, 3, 2, 4, 8, 16
@@ -168,3 +169,165 @@ def test_tensors_of_the_cpu_do_not_go_to_the_kernel_at_once(monkeypatch):
         None,
     )
     assert cuda_recurrent.recurrent_at_once(*tokens, *rest) is None
+
+
+# -- the chunk form at once ----------------------------------------------------------------------------------
+
+
+class ChunkStandIn:
+    """Takes every call, or none; its results are ones."""
+
+    def __init__(self, takes: bool):
+        self.takes, self.forwards, self.backwards = takes, [], []
+
+    def chunk_forward_at_once(self, read, make, *arguments):
+        assert (read, make) == (cuda_launch.READ_TENSORS, cuda_launch.MAKE_TENSORS)
+        self.forwards.append(arguments)
+        *_, output_final_state, keep = arguments
+        if not self.takes:
+            return None
+        final_state = torch.ones(B, HV, K, V) if output_final_state else None
+        kept = (torch.ones(3), torch.ones(4), None) if keep else ()
+        return (torch.ones_like(arguments[2]), final_state, *kept)
+
+    def chunk_backward_at_once(self, read, make, *arguments):
+        assert (read, make) == (cuda_launch.READ_TENSORS, cuda_launch.MAKE_TENSORS)
+        self.backwards.append(arguments)
+        inputs, needed = arguments[2:11], arguments[-9:]
+        return tuple(torch.ones_like(x) if asked else None for x, asked in zip(inputs, needed, strict=True))
+
+
+@pytest.fixture
+def stand_in(monkeypatch, request) -> ChunkStandIn:
+    if cuda_launch.READ_TENSORS is None:
+        pytest.skip("needs PyTorch 2.10")
+    stand_in = ChunkStandIn(getattr(request, "param", True))
+    monkeypatch.setattr(cuda_launch, "_C", stand_in)
+    return stand_in
+
+
+def chunk_inputs(**changes) -> dict:
+    bf16 = torch.bfloat16
+    tokens = {"q": (H, K), "k": (H, K), "v": (HV, V), "g": (H, K), "b": (H, K), "w": (HV, V)}
+    return {name: torch.zeros(B, T, *sizes, dtype=bf16) for name, sizes in tokens.items()} | changes
+
+
+def chunk_at_once(inputs: dict):
+    options = (None, False, False, None, False, 1.0, False, 0, False)
+    return cuda_backend.chunk_at_once(*inputs.values(), None, None, None, None, *options)
+
+
+def test_a_call_without_gradients_is_one_call_of_the_extension(stand_in):
+    inputs, state = chunk_inputs(), torch.zeros(B, HV, K, V)
+    o, final_state = chunk_gdn2(
+        **inputs, initial_state=state, output_final_state=True, scale=0.5, use_qk_l2norm_in_kernel=True
+    )
+    assert o.shape == inputs["v"].shape and final_state.shape == state.shape
+    (arguments,) = stand_in.forwards
+    assert all(x is y for x, y in zip(arguments, (*inputs.values(), None, None, state, None)))
+    assert arguments[10:] == (0.5, True, False, None, False, 1.0, False, 0, True, False)
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_a_number_of_segments_is_handed_over(stand_in, number):
+    chunk_gdn2(**chunk_inputs(), sequence_split=number)
+    assert stand_in.forwards[0][17] == number
+
+
+def test_leaves_that_nobody_differentiates_keep_nothing(stand_in):
+    inputs = chunk_inputs()
+    inputs["k"].requires_grad_()
+    with torch.no_grad():
+        o, _ = chunk_gdn2(**inputs)
+    assert not o.requires_grad and stand_in.forwards[0][-1] is False
+
+
+def test_gradients_are_asked_for_and_handed_on(stand_in):
+    inputs = chunk_inputs()
+    for name in ("q", "w"):
+        inputs[name].requires_grad_()
+    o, _ = chunk_gdn2(**inputs)
+    assert stand_in.forwards[0][-1] is True
+    o.backward(torch.zeros_like(o))
+    (arguments,) = stand_in.backwards
+    assert [x is None for x in arguments[12:15]] == [False, False, True], "A - I, P, no split"
+    assert arguments[15:23] == (None, False, False, None, False, 1.0, False, 0)
+    assert arguments[23:] == (True, False, False, False, False, True, False, False, False)
+    assert all((x.grad is not None) == (name in ("q", "w")) for name, x in inputs.items())
+
+
+@pytest.mark.parametrize("stand_in", [False], indirect=True)
+@pytest.mark.parametrize("differentiated", [False, True])
+def test_calls_that_the_extension_does_not_take_go_on(stand_in, differentiated):
+    inputs = chunk_inputs()
+    inputs["q"].requires_grad_(differentiated)
+    o, _ = chunk_gdn2(**inputs)
+    assert len(stand_in.forwards) == 1 and o.requires_grad == differentiated
+    assert not o.any(), "what the torch backend computes"
+
+
+@pytest.mark.parametrize(
+    "changes", [{"chunk_size": 64, "backend": "torch"}, {"return_intermediate_states": True}]
+)
+def test_other_calls_are_not_tried(stand_in, changes):
+    chunk_gdn2(**chunk_inputs(), **changes)
+    assert not stand_in.forwards
+
+
+def test_subclasses_are_not_differentiated_at_once(stand_in):
+    class Subclass(torch.Tensor):
+        pass
+
+    inputs = chunk_inputs()
+    inputs["q"].requires_grad_()
+    inputs["v"] = inputs["v"].as_subclass(Subclass)
+    assert chunk_at_once(inputs) is None
+    assert not stand_in.forwards
+
+
+@pytest.mark.parametrize("watched", [TorchFunctionMode, TorchDispatchMode])
+def test_nothing_goes_around_somebody_who_watches(stand_in, watched):
+    inputs = chunk_inputs()
+    with watched():
+        assert chunk_at_once(inputs) is None
+    assert not stand_in.forwards
+
+
+def test_tensors_are_made_by_pytorch():
+    like, empty, empty_float32 = cuda_launch.MAKE_TENSORS
+    x = torch.zeros(2, 3, dtype=torch.bfloat16, requires_grad=True)
+    with torch.no_grad():
+        made = like(x), empty(x, (4, 5)), empty_float32(x, (6,))
+    assert [tuple(y.shape) for y in made] == [(2, 3), (4, 5), (6,)]
+    assert [y.dtype for y in made] == [torch.bfloat16, torch.bfloat16, torch.float32]
+    assert not any(y.requires_grad for y in made)
+
+
+@pytest.mark.skipif(cuda_launch.READ_TENSORS is None, reason="needs PyTorch 2.10")
+def test_memory_comes_from_pytorch_and_goes_back():
+    """csrc/api/dlpack.h against the PyTorch that is here."""
+    api, size = disguise.exchange_api(), ctypes.c_int64(100_001)
+    cpu, uint8 = 1, 1
+    prototype = disguise.DLTensor(
+        device_type=cpu, ndim=1, code=uint8, bits=8, lanes=1, shape=ctypes.pointer(size)
+    )
+    memory = ctypes.POINTER(disguise.ManagedTensor)()
+    no_error = disguise.SetError(lambda *_: pytest.fail("an error"))
+    assert api.major_version == 1
+    assert api.allocate(ctypes.byref(prototype), ctypes.byref(memory), None, no_error) == 0
+    tensor = memory.contents.tensor
+    assert (tensor.device_type, tensor.ndim, tensor.shape[0], tensor.strides[0]) == (cpu, 1, size.value, 1)
+    assert (tensor.code, tensor.bits, tensor.lanes, tensor.byte_offset) == (uint8, 8, 1, 0)
+    assert tensor.data % 16 == 0
+    ctypes.memset(tensor.data, 1, size.value)
+    memory.contents.give_back(memory)
+
+
+@pytest.mark.skipif(cuda_launch.READ_TENSORS is None, reason="needs PyTorch 2.10")
+def test_memory_that_there_is_not_is_an_error():
+    api, size = disguise.exchange_api(), ctypes.c_int64(1 << 60)
+    prototype = disguise.DLTensor(device_type=1, ndim=1, code=1, bits=8, lanes=1, shape=ctypes.pointer(size))
+    memory, said = ctypes.POINTER(disguise.ManagedTensor)(), []
+    set_error = disguise.SetError(lambda _, kind, message: said.append(message))
+    assert api.allocate(ctypes.byref(prototype), ctypes.byref(memory), None, set_error) != 0
+    assert said

@@ -5,9 +5,13 @@ import compare
 import pytest
 import torch
 
+from gdn2_ext import cuda_launch
 from gdn2_ext.sequence_split import MAX_SEGMENTS, num_segments
 
 H200_SMS = 132
+needs_extension = pytest.mark.skipif(
+    cuda_launch._C is None, reason="needs an install with kernels (GDN2_CUDA=ON)"
+)
 
 
 def automatic(seqlen: int, heads: int, sequences: int = 1, num_sms: int = H200_SMS, **changes) -> int:
@@ -21,11 +25,13 @@ def automatic(seqlen: int, heads: int, sequences: int = 1, num_sms: int = H200_S
 # -- the choice ----------------------------------------------------------------------------------------------
 
 
+@needs_extension
 def test_few_heads_and_long_sequences_are_split():
     assert automatic(65536, 4) > 2
     assert automatic(131072, 2) >= automatic(65536, 4)
 
 
+@needs_extension
 @pytest.mark.parametrize(
     ("seqlen", "heads", "sequences"), [(4096, 16, 4), (2048, 16, 8), (8192, 64, 1), (64, 4, 1)]
 )
@@ -33,6 +39,7 @@ def test_what_fills_the_chip_or_is_short_is_not(seqlen, heads, sequences):
     assert automatic(seqlen, heads, sequences) == 1
 
 
+@needs_extension
 def test_the_number_is_bounded_and_what_was_asked_for_is_given():
     assert automatic(1 << 24, 1) <= MAX_SEGMENTS
     assert automatic(0, 1) == 1
@@ -40,6 +47,7 @@ def test_the_number_is_bounded_and_what_was_asked_for_is_given():
     assert [automatic(64, 64, requested=n) for n in (1, 2, 64)] == [1, 2, 64]
 
 
+@needs_extension
 def test_packed_sequences_count_as_long_as_the_average():
     assert automatic(65536, 4, 64, packed=True) == automatic(1024, 4, 64)
 

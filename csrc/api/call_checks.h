@@ -39,19 +39,24 @@ class CallChecks {
     return static_cast<std::int32_t>(x);
   }
 
-  // All but num_sequences and num_slots.
+  // Of o, or of its gradient.
+  void need_output(View const& o, View const& v) {
+    need(o.kind == v.kind && o.device == v.device && o.has_shape_of(v));
+  }
+
+  // From the inputs: all but num_sequences and num_slots.
   void fill_sizes(CallShape& shape, TokenViews const& x) {
     View const &q = x.q, &v = x.v, &g = x.g;
     need(q.device >= 0 && q.ndim == 4 && v.ndim == 4 && g.ndim == 4);
     need(q.kind == Kind::kBFloat16 || q.kind == Kind::kFloat16);
     need(g.kind == q.kind || g.kind == Kind::kFloat32);
-    for (View const* other : {&x.k, &x.v, &x.b, &x.w, &x.o}) {
+    for (View const* other : {&x.k, &x.v, &x.b, &x.w}) {
       need(other->kind == q.kind);
     }
-    for (View const* other : {&x.k, &v, &g, &x.b, &x.w, &x.o}) {
+    for (View const* other : {&x.k, &v, &g, &x.b, &x.w}) {
       need(other->device == q.device);
     }
-    need(x.k.has_shape_of(q) && x.w.has_shape_of(v) && x.b.has_shape_of(g) && x.o.has_shape_of(v));
+    need(x.k.has_shape_of(q) && x.w.has_shape_of(v) && x.b.has_shape_of(g));
     std::int64_t const heads = q.shape[2], value_heads = v.shape[2], gate_heads = g.shape[2];
     need(v.shape[0] == q.shape[0] && v.shape[1] == q.shape[1]);
     need(g.has_shape(q.shape[0], q.shape[1], gate_heads, q.shape[3]));

@@ -2,8 +2,8 @@
 
 #include <algorithm>
 
-#include "api/device.h"
 #include "api/sequence_split.h"
+#include "api/stage_times.h"
 
 namespace gdn2 {
 namespace {
@@ -11,24 +11,20 @@ namespace {
 // Where the walk has few CTAs it takes as long as its chunks take one after the other, and prepare may run beside it on
 // the other SMs. How many of them, or 0 where one after the other is quicker; from shapes alone.
 int sms_beside_scan(ChunkCall const& call) {
-  // Measured on an H200, in microseconds: an SM prepares a chunk and head, a walk takes a chunk; both take longer at the
-  // same time.
-  constexpr double kPrepare = 5.8, kScan = 1.08, kBeside = 1.25;
   CallShape const& shape = call.shape;
   if (call.cu_seqlens != nullptr || shape.seqlen == 0) {
     return 0;  // lengths are not known here
   }
-  int const num_sms = num_multiprocessors();
   constexpr int kColumns = 64;
   std::int64_t const walks =
       std::int64_t{shape.num_sequences} * shape.num_value_heads * ((shape.dim_v + kColumns - 1) / kColumns);
-  if (2 * walks > num_sms) {
+  if (2 * walks > call.num_sms) {
     return 0;
   }
-  int const others = num_sms - static_cast<int>(walks);
-  double const prepare = kPrepare * shape.num_slots * shape.num_gate_heads;
-  double const walk = kScan * (shape.num_slots / shape.batch);
-  return kBeside * std::max(prepare / others, walk) < prepare / num_sms + walk ? others : 0;
+  int const others = call.num_sms - static_cast<int>(walks);
+  double const prepare = kPrepareTime * shape.num_slots * shape.num_gate_heads;
+  double const walk = kScanTime * (shape.num_slots / shape.batch);
+  return kBeside * std::max(prepare / others, walk) < prepare / call.num_sms + walk ? others : 0;
 }
 
 }  // namespace

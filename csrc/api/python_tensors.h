@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <exception>
 #include <limits>
+#include <memory>
 
 #include "api/cuda_error.h"
 #include "api/dlpack.h"
@@ -42,6 +43,16 @@ struct View {
   bool has_shape_of(View const& other) const {
     return ndim == other.ndim && std::equal(shape, shape + ndim, other.shape);
   }
+  bool is_contiguous() const {
+    bool const empty = std::find(shape, shape + ndim, 0) != shape + ndim;
+    bool gaps = false;
+    std::int64_t stride = 1;
+    for (int i = ndim - 1; i >= 0; --i) {
+      gaps = gaps || (shape[i] != 1 && strides[i] != stride);
+      stride *= shape[i];
+    }
+    return empty || !gaps;
+  }
   bool is_index() const { return kind == Kind::kInt32 || kind == Kind::kInt64; }
 };
 
@@ -68,6 +79,19 @@ class Arguments {
   PyObject* const* next_;
 };
 
+inline std::uint8_t* address_of(dlpack::Tensor const& tensor) {
+  return static_cast<std::uint8_t*>(tensor.data) + tensor.byte_offset;
+}
+
+struct GiveBack {
+  void operator()(dlpack::ManagedTensor* memory) const {
+    if (memory->give_back != nullptr) {
+      memory->give_back(memory);
+    }
+  }
+};
+using Memory = std::unique_ptr<dlpack::ManagedTensor, GiveBack>;
+
 // How tensors come: as objects, by the interface of their type, or as tuples.
 class TensorReader {
  public:
@@ -76,16 +100,19 @@ class TensorReader {
     if (how == Py_None) {
       return;
     }
-    PyObject* capsule;
-    if (PyArg_ParseTuple(how, "OOO", &capsule, &tensor_, &parameter_) != 0) {
-      api_ = static_cast<dlpack::ExchangeApi*>(PyCapsule_GetPointer(capsule, dlpack::kCapsuleName));
+    if (!PyTuple_Check(how) || PyTuple_GET_SIZE(how) != 3) {
+      throw pybind11::type_error("expected None, or how tensors are read");
     }
+    api_ = static_cast<dlpack::ExchangeApi*>(
+        PyCapsule_GetPointer(PyTuple_GET_ITEM(how, 0), dlpack::kCapsuleName));
+    tensor_ = PyTuple_GET_ITEM(how, 1);
+    parameter_ = PyTuple_GET_ITEM(how, 2);
   }
 
   bool reads_objects() const { return tensor_ != nullptr; }
   bool usable() const {
-    return !reads_objects() ||
-           (api_ != nullptr && api_->major_version == dlpack::kMajorVersion && api_->view != nullptr);
+    return !reads_objects() || (api_ != nullptr && api_->major_version == dlpack::kMajorVersion &&
+                                api_->view != nullptr && api_->allocate != nullptr);
   }
 
   View read(PyObject* x) const {
@@ -95,6 +122,18 @@ class TensorReader {
       reads_objects() ? read_object(view, x) : read_tuple(view, x);
     }
     return view;
+  }
+
+  // Memory of PyTorch's allocator, which takes it back in the order of the current stream. Null where there is none.
+  Memory allocate(std::int64_t bytes, int device) const {
+    dlpack::Tensor prototype{};
+    prototype.device = {dlpack::kCuda, device};
+    prototype.dtype = {.code = dlpack::kUInt, .bits = 8, .lanes = 1};
+    prototype.ndim = 1;
+    prototype.shape = &bytes;
+    dlpack::ManagedTensor* tensor = nullptr;
+    auto const ignore = [](void*, char const*, char const*) {};
+    return Memory(api_->allocate(&prototype, &tensor, nullptr, ignore) == 0 ? tensor : nullptr);
   }
 
   cudaStream_t current_stream(int device) const {
@@ -115,7 +154,7 @@ class TensorReader {
         (tensor.ndim > 0 && tensor.strides == nullptr)) {
       return;
     }
-    view.data = static_cast<std::uint8_t*>(tensor.data) + tensor.byte_offset;
+    view.data = address_of(tensor);
     view.ndim = tensor.ndim;
     std::copy_n(tensor.shape, tensor.ndim, view.shape);
     std::copy_n(tensor.strides, tensor.ndim, view.strides);
@@ -165,7 +204,15 @@ inline bool is_current_hopper(int device) {
   return major == 9 && minor == 0;
 }
 
-// A function of Python's whose body(arguments) tells whether it launched; `number` arguments are expected.
+// What a function returns to Python: whether it launched, or what it made, where null stands for Python's error.
+inline PyObject* to_python(bool launched) {
+  return PyErr_Occurred() ? nullptr : PyBool_FromLong(launched);
+}
+inline PyObject* to_python(pybind11::object made) {
+  return made.release().ptr();
+}
+
+// A function of Python's that is body(arguments); `number` arguments are expected.
 template <class Body>
 PyObject* call_kernel(char const* name, PyObject* const* arguments, Py_ssize_t given, Py_ssize_t number,
                       Body body) {
@@ -174,12 +221,19 @@ PyObject* call_kernel(char const* name, PyObject* const* arguments, Py_ssize_t g
   }
   try {
     Arguments from(arguments);
-    bool const launched = body(from);
-    return PyErr_Occurred() ? nullptr : PyBool_FromLong(launched);
+    return to_python(body(from));
+  } catch (pybind11::error_already_set& error) {
+    error.restore();
+    return nullptr;
   } catch (std::exception const& error) {
     PyErr_SetString(PyExc_RuntimeError, error.what());
     return nullptr;
   }
+}
+
+template <class Function>
+PyMethodDef method(char const* name, Function* function, char const* doc) {
+  return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function)), METH_FASTCALL, doc};
 }
 
 }  // namespace gdn2::python

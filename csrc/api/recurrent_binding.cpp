@@ -31,6 +31,7 @@ class Parameters : public CallChecks {
   bool fill(RecurrentParams& params) {
     params = {};
     fill_sizes(params.shape, x_);
+    need_output(x_.o, x_.v);
     if (!good()) {
       return false;
     }
@@ -176,10 +177,10 @@ PyObject* recurrent_forward(PyObject*, PyObject* const* arguments, Py_ssize_t nu
 }
 
 PyMethodDef methods[] = {
-    {"recurrent_forward", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&recurrent_forward)),
-     METH_FASTCALL,
-     "A decoding step on the current device; see csrc/api/recurrent.h for shapes. False, and nothing launched, where "
-     "an argument is not as the kernel needs it."},
+    method(
+        "recurrent_forward", &recurrent_forward,
+        "A decoding step on the current device; see csrc/api/recurrent.h for shapes. False, and nothing launched, "
+        "where an argument is not as the kernel needs it."),
     {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace

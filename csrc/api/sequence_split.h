@@ -4,6 +4,8 @@
 
 #include <cuda_runtime_api.h>
 
+#include <cstdint>
+
 #include "params.h"
 
 namespace gdn2 {
@@ -34,6 +36,17 @@ struct SegmentStatesParams {
   // end in.
   float* states;
 };
+
+// What the number of segments is chosen by.
+struct SplitChoice {
+  std::int64_t seqlen;  // of a dense sequence, or of all packed ones
+  std::int64_t num_sequences, num_gate_heads, num_value_heads, dim_k, dim_v;
+  bool packed;
+  int num_sms;  // of the GPU
+};
+
+// The quickest; 1 for sequences that stay whole.
+int num_segments(SplitChoice const& call);
 
 void run_segment_maps(SegmentMapsParams const& params, cudaStream_t stream);  // csrc/sm90/segment_maps.cu
 void run_segment_states(SegmentStatesParams const& params,

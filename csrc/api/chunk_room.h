@@ -1,0 +1,117 @@
+// The memory that the kernels of a chunk call use among themselves, carved out of one workspace.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "api/chunk_backward.h"
+#include "api/chunk_forward.h"
+
+namespace gdn2 {
+
+constexpr std::int64_t kChunk = 64, kSlice = 64;
+constexpr std::int64_t kRoomAlignment = 256;  // bytes, of what is carved out
+constexpr std::int64_t kElementBytes = 2;     // of q, and of all tiles
+
+// Carves room out of one allocation. Without an address it only counts.
+class Workspace {
+ public:
+  explicit Workspace(std::uint8_t* first) : first_(first) {}
+
+  template <class T = void>
+  T* take(std::int64_t bytes) {
+    std::int64_t const at = size_;
+    size_ += (bytes + kRoomAlignment - 1) / kRoomAlignment * kRoomAlignment;
+    return reinterpret_cast<T*>(first_ == nullptr ? nullptr : first_ + at);
+  }
+  std::int64_t size() const { return size_; }
+
+ private:
+  std::uint8_t* first_;
+  std::int64_t size_ = 0;
+};
+
+inline std::int64_t padded_k(CallShape const& shape) {
+  return shape.dim_k <= 64 ? 64 : 128;
+}
+
+inline std::int64_t num_slots(std::int64_t batch, std::int64_t seqlen, std::int64_t num_sequences,
+                              bool packed) {
+  return packed ? seqlen / kChunk + num_sequences : batch * ((seqlen + kChunk - 1) / kChunk);
+}
+
+// In floats: M of the segments, and the states that they start from. Room of the second size is what each direction needs
+// for N and, in the reverse, for gradients like those states. Nothing where there is one segment.
+struct SplitSizes {
+  std::int64_t M = 0, states = 0;
+
+  SplitSizes(CallShape const& shape, std::int64_t num_segments) {
+    std::int64_t const rows = shape.num_sequences * std::max<std::int64_t>(num_segments - 1, 0),
+                       k = padded_k(shape);
+    M = rows * shape.num_gate_heads * k * k;
+    states = rows * shape.num_value_heads * shape.dim_v * k;
+  }
+};
+
+inline void take_call_room(Workspace& room, ChunkCall& call, bool packed) {
+  CallShape const& shape = call.shape;
+  std::int64_t const slot_heads = std::int64_t{shape.num_slots} * shape.num_gate_heads;
+  call.tiles.factors = room.take(slot_heads * 3 * kChunk * padded_k(shape) * kElementBytes);
+  call.tiles.gamma_last = room.take<float>(slot_heads * padded_k(shape) * sizeof(float));
+  call.ready = room.take<std::uint32_t>(slot_heads * sizeof(std::uint32_t));
+  if (packed) {
+    call.plan.slots = room.take<ChunkSlot>(shape.num_slots * sizeof(ChunkSlot));
+    call.plan.spans = room.take<SequenceSpan>(shape.num_sequences * sizeof(SequenceSpan));
+    call.plan.sequences = room.take<std::int32_t>(shape.num_sequences * sizeof(std::int32_t));
+  }
+}
+
+// What of a forward has memory of its own, for a backward.
+struct Kept {
+  bool matrices;  // A - I and P
+  bool split;     // M of the segments and their first states
+};
+
+inline void take_room(Workspace& room, ChunkForwardParams& params, bool packed, Kept const& kept) {
+  ChunkCall& call = params.call;
+  take_call_room(room, call, packed);
+  if (!kept.matrices) {
+    std::int64_t const bytes =
+        std::int64_t{call.shape.num_slots} * call.shape.num_gate_heads * kChunk * kChunk * kElementBytes;
+    call.tiles.A_minus_I = room.take(bytes);
+    call.tiles.P = room.take(bytes);
+  }
+  if (call.num_segments > 1) {
+    SplitSizes const sizes(call.shape, call.num_segments);
+    params.segment_N = room.take<float>(sizes.states * sizeof(float));
+    if (!kept.split) {
+      params.segment_M = room.take<float>(sizes.M * sizeof(float));
+      params.segment_states = room.take<float>(sizes.states * sizeof(float));
+    }
+  }
+}
+
+inline void take_room(Workspace& room, ChunkBackwardParams& params, bool packed) {
+  ChunkCall& call = params.call;
+  CallShape const& shape = call.shape;
+  take_call_room(room, call, packed);
+  std::int64_t const slices =
+      std::int64_t{shape.num_slots} * shape.num_value_heads * ((shape.dim_v + kSlice - 1) / kSlice);
+  std::int64_t const state = kSlice * padded_k(shape) * kElementBytes,
+                     square = kChunk * kSlice * kElementBytes;
+  params.tiles.S = room.take(slices * state);
+  params.tiles.dS = room.take(slices * state);
+  params.tiles.R = room.take(slices * square);
+  params.tiles.dX = room.take(slices * square);
+  if (call.gates.use_qk_l2norm) {
+    params.row_norms =
+        room.take<float>(std::int64_t{shape.num_slots} * shape.num_gate_heads * 2 * kChunk * sizeof(float));
+  }
+  if (call.num_segments > 1) {
+    SplitSizes const sizes(shape, call.num_segments);
+    params.segment_N = room.take<float>(sizes.states * sizeof(float));
+    params.segment_gradients = room.take<float>(sizes.states * sizeof(float));
+  }
+}
+
+}  // namespace gdn2
