@@ -1,7 +1,7 @@
 """`python -m bench.split`: whether cutting sequences into segments ever costs time.
 
 Where few heads leave most of the GPU without work, chunk_gdn2 walks segments of a sequence side by side
-(docs/kernels.md, gdn2_ext/sequence_split.py). Over batches, lengths and heads, K = V = 128, bfloat16: every
+(docs/kernels.md, csrc/api/sequence_split.cpp). Over batches, lengths and heads, K = V = 128, bfloat16: every
 shape that is cut, as it is chosen and whole (`sequence_split=1`), in turn in one process, forward and forward
 with backward, medians of eager calls and of CUDA graphs. Shapes that are not cut make one and the same call.
 

@@ -97,6 +97,20 @@ def test_a_call_runs_on_the_current_stream(seed):
     compare.assert_bitwise_equal(results[1], expected[1], "final state")
 
 
+def test_a_call_holds_its_outputs_alone(seed):
+    """And those are PyTorch's own: storage that came through DLPack would not hear of other streams."""
+    inputs = make_inputs(seed)
+    with torch.no_grad():
+        forward(inputs)
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        results = forward(inputs)
+        held = torch.cuda.memory_allocated() - before
+    storages = [x.untyped_storage() for x in results[:2]]
+    assert held == sum((x.nbytes() + 511) // 512 * 512 for x in storages)
+    assert all(x.resizable() for x in storages)
+
+
 def test_a_captured_call_follows_its_inputs(seed):
     inputs = make_inputs(seed)
     forward(inputs)
