@@ -164,8 +164,15 @@ struct GradientsParams {
   // Gradients, contiguous in the shapes of their inputs; null where nobody asked. dq and dk are float32 and
   // [batch, seqlen, num_gate_heads, dim_k], for somebody to sum, where num_gate_heads is not num_heads.
   void *dq, *dk, *dg, *db, *dv, *dw;
-  // Sums over the tokens of a slot, for somebody to sum on: [num_slots, num_gate_heads, dim_k]; or null.
-  float *dA_log, *d_dt_bias;
+  // Sums over the tokens of a slot, for gate_sums to sum on: [num_slots, num_gate_heads, boxes of 64 channels], and
+  // [num_slots, num_gate_heads, dim_k]; or null.
+  float *dA_log_of_slots, *d_dt_bias_of_slots;
+};
+
+struct GateSumsParams {
+  CallShape shape;
+  float const *dA_log_of_slots, *d_dt_bias_of_slots;  // as in GradientsParams
+  float *dA_log, *d_dt_bias;  // [num_heads], [num_heads, dim_k]; null where nobody asked
 };
 
 }  // namespace gdn2

@@ -218,21 +218,16 @@ def chunk_forward(
 def _new_gradients(sizes: _Sizes, inputs: Sequence[Tensor | None], needed: Sequence[bool]) -> list:
     """Where the kernels write the gradients that are needed, and None for the others.
 
-    What they leave to be summed is in float32: dA_log and d_dt_bias of every slot, and with gates per value
-    head dq and dk of every one of them.
+    With gates per value head dq and dk are float32 and of every one of them, to be summed.
     """
     q = inputs[0]
-    new = q.new_empty if sizes.seqlen else q.new_zeros  # without tokens nothing writes what is summed
     out: list[Tensor | None] = [None] * len(inputs)
     for n, (name, x, asked) in enumerate(zip(Gradients._fields, inputs, needed)):
         if not asked:
             continue
-        if name in ("dA_log", "d_dt_bias"):
-            shape = (sizes.num_slots, sizes.num_gate_heads, sizes.dim_k)
-            out[n] = new(shape, dtype=torch.float32)
-        elif name in ("dq", "dk") and sizes.num_gate_heads != sizes.num_heads:
+        if name in ("dq", "dk") and sizes.num_gate_heads != sizes.num_heads:
             shape = (sizes.batch, sizes.seqlen, sizes.num_gate_heads, sizes.dim_k)
-            out[n] = new(shape, dtype=torch.float32)
+            out[n] = q.new_empty(shape, dtype=torch.float32)
         else:
             out[n] = torch.empty_like(x, memory_format=torch.contiguous_format)
     return out
@@ -242,15 +237,11 @@ def _summed(
     num_heads: int, num_gate_heads: int, out: Sequence[Tensor | None], dtype: torch.dtype
 ) -> Gradients:
     """The gradients from what the kernels wrote."""
-    dq, dk, dv, dg, db, dw, dA_log, d_dt_bias, d_initial_state = out
-    groups = (num_heads, -1)
+    dq, dk, *others = out
     if num_gate_heads != num_heads:
+        groups = (num_heads, -1)
         dq, dk = (x if x is None else x.unflatten(2, groups).sum(3).to(dtype) for x in (dq, dk))
-    if dA_log is not None:
-        dA_log = dA_log.unflatten(1, groups).sum((0, 2, 3))
-    if d_dt_bias is not None:
-        d_dt_bias = d_dt_bias.unflatten(1, groups).sum((0, 2)).flatten()
-    return Gradients(dq, dk, dv, dg, db, dw, dA_log, d_dt_bias, d_initial_state)
+    return Gradients(dq, dk, *others)
 
 
 def chunk_backward(

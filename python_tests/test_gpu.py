@@ -309,8 +309,8 @@ def test_tensors_of_more_than_two_to_the_31_elements(seed):
     """The last and the first head of a call with 2^31 + 2^20 elements a tensor equal calls of their own."""
     seqlen, heads, dim = 2**17 + 64, 128, 128
     free, _ = torch.cuda.mem_get_info()
-    if free < 90 * 2**30:
-        pytest.skip(f"needs 90 GiB of GPU memory, {free / 2**30:.0f} GiB are free")
+    if free < 60 * 2**30:  # the call and its tensors take 49
+        pytest.skip(f"needs 60 GiB of GPU memory, {free / 2**30:.0f} GiB are free")
     generator = torch.Generator("cuda").manual_seed(seed)
     shape = (1, seqlen, heads, dim)
     q, k, v, b, w = (torch.empty(shape, device="cuda", dtype=torch.bfloat16) for _ in range(5))

@@ -185,14 +185,11 @@ py::object forward(Arguments& from) {
   return py::make_tuple(o, final_state, A_minus_I, P, split);
 }
 
-// Where the kernels write a gradient. What they leave to be summed is in float32: those of A_log and dt_bias of every
-// slot, and with gates per value head those of q and k of every one of them.
+// Where the kernels write a gradient. With gates per value head those of q and k are float32 and of every one of them, to
+// be summed.
 py::object new_gradient(TensorMaker const& maker, Inputs const& inputs, std::size_t n, View const& input,
                         CallShape const& shape) {
   View CallViews::* const which = kInputs[n];
-  if (which == &CallViews::A_log || which == &CallViews::dt_bias) {
-    return maker.empty_float32(inputs.q(), shape.num_slots, shape.num_gate_heads, shape.dim_k);
-  }
   if ((which == kInputs[0] || which == kInputs[1]) && shape.num_gate_heads != shape.num_heads) {
     return maker.empty_float32(inputs.q(), shape.batch, shape.seqlen, shape.num_gate_heads, shape.dim_k);
   }

@@ -60,6 +60,12 @@ void chunk_backward(ChunkBackwardParams const& params, cudaStream_t stream) {
                  .db = params.db,
                  .dv = params.dv,
                  .dw = params.dw,
+                 .dA_log_of_slots = params.dA_log != nullptr ? params.dA_log_of_slots : nullptr,
+                 .d_dt_bias_of_slots = params.d_dt_bias != nullptr ? params.d_dt_bias_of_slots : nullptr},
+                stream);
+  run_gate_sums({.shape = call.shape,
+                 .dA_log_of_slots = params.dA_log_of_slots,
+                 .d_dt_bias_of_slots = params.d_dt_bias_of_slots,
                  .dA_log = params.dA_log,
                  .d_dt_bias = params.d_dt_bias},
                 stream);

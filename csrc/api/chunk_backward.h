@@ -1,4 +1,4 @@
-// The chunk backward: plan (packed calls), prepare, scan_backward and gradients, one after the other on a stream of the
+// The chunk backward: plan (packed calls), prepare, scan_backward, gradients and gate_sums, one after the other on a stream of the
 // current device.
 #pragma once
 
@@ -20,7 +20,9 @@ struct ChunkBackwardParams {
   float *segment_N, *segment_gradients;
   // Gradients as in GradientsParams and ScanBackwardParams; null where nobody asked.
   void *dq, *dk, *dv, *dg, *db, *dw;
-  float *dA_log, *d_dt_bias, *d_initial_state;
+  float *dA_log, *d_dt_bias;  // [num_heads], [num_heads, dim_k]
+  float* d_initial_state;
+  float *dA_log_of_slots, *d_dt_bias_of_slots;  // room, see GradientsParams
 };
 
 // Launches only, and no more than the wanted gradients need: arguments are the caller's business. std::runtime_error
@@ -30,5 +32,6 @@ void chunk_backward(ChunkBackwardParams const& params, cudaStream_t stream);
 // The stages, csrc/sm90.
 void run_scan_backward(ScanBackwardParams const& params, cudaStream_t stream);
 void run_gradients(GradientsParams const& params, cudaStream_t stream);
+void run_gate_sums(GateSumsParams const& params, cudaStream_t stream);
 
 }  // namespace gdn2

@@ -111,8 +111,8 @@ class Parameters : public CallChecks {
     params.dg = gradient(x.dg, x.g);
     params.db = gradient(x.db, x.b);
     params.dw = gradient(x.dw, x.w);
-    params.dA_log = per_slot(x.dA_log, shape);
-    params.d_dt_bias = per_slot(x.d_dt_bias, shape);
+    params.dA_log = reinterpret_cast<float*>(gradient(x.dA_log, x.A_log));
+    params.d_dt_bias = reinterpret_cast<float*>(gradient(x.d_dt_bias, x.dt_bias));
     return good();
   }
 
@@ -211,15 +211,6 @@ class Parameters : public CallChecks {
     need(view.has_shape(shape.batch, shape.seqlen, shape.num_gate_heads, shape.dim_k));
     need(view.kind == Kind::kFloat32);
     return contiguous(view);
-  }
-
-  // [slots, gate heads, K] float32; or null.
-  float* per_slot(View const& view, CallShape const& shape) {
-    if (!view.given) {
-      return nullptr;
-    }
-    need(view.has_shape(shape.num_slots, shape.num_gate_heads, shape.dim_k) && view.kind == Kind::kFloat32);
-    return reinterpret_cast<float*>(contiguous(view));
   }
 };
 

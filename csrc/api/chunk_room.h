@@ -103,10 +103,12 @@ inline void take_room(Workspace& room, ChunkBackwardParams& params, bool packed)
   params.tiles.dS = room.take(slices * state);
   params.tiles.R = room.take(slices * square);
   params.tiles.dX = room.take(slices * square);
+  std::int64_t const slot_heads = std::int64_t{shape.num_slots} * shape.num_gate_heads;
   if (call.gates.use_qk_l2norm) {
-    params.row_norms =
-        room.take<float>(std::int64_t{shape.num_slots} * shape.num_gate_heads * 2 * kChunk * sizeof(float));
+    params.row_norms = room.take<float>(slot_heads * 2 * kChunk * sizeof(float));
   }
+  params.dA_log_of_slots = room.take<float>(slot_heads * padded_k(shape) / kSlice * sizeof(float));
+  params.d_dt_bias_of_slots = room.take<float>(slot_heads * shape.dim_k * sizeof(float));
   if (call.num_segments > 1) {
     SplitSizes const sizes(shape, call.num_segments);
     params.segment_N = room.take<float>(sizes.states * sizeof(float));

@@ -17,18 +17,19 @@
 // transposed, channels on the rows: 80 accumulators a thread. Then each warp has 16 channels x 32 tokens for itself,
 // and the pair products of pair_gradients.cuh add to the accumulators where they are.
 // Shared memory: two stages of 40 KB (S, dS', dO, R, dX of a slice; after the last slice q, k, b, g; decays in the
-// other), dP and dT 16 KB, terms of dg 16.5 KB: 112.5 KB.
+// other), dP and dT 16 KB, which then hold sums over channels, terms of dg 16 KB, which become dg: 113 KB. Raw gates come
+// a second time to where the decays have been.
 //
-//     slice 0 | slice 1 | .. | dP, dT out | decays | gamma, tail | pairs | sums, norms, out
-#include <cooperative_groups.h>
+//     slice 0 | slice 1 | .. | dP, dT out | gates | decays | gamma, tail | pairs | sums of dg | erase, norms | dq dk db dg out
+//                                                                                 raw g in ..                back through it
 #include <cutlass/arch/barrier.h>
 
 #include "api/chunk_backward.h"
 #include "api/cuda_error.h"
-#include "sm90/gradients_parts.cuh"
-#include "sm90/pair_gradients.cuh"
+#include "sm90/channel_gradients.cuh"
+#include "sm90/decay_gradients.cuh"
 #include "sm90/token_map.h"
-#include "tile/activation.cuh"
+#include "sm90/value_gradients.cuh"
 #include "tile/convert.cuh"
 #include "tile/launch_order.cuh"
 #include "tile/wgmma.cuh"
@@ -47,37 +48,33 @@ struct TensorMaps {
   CUtensorMap dq, dk, db;
 };
 
-// A slice: 64 columns of one of the value heads.
-struct SliceIndex {
-  int value_head, slice;
-  std::int64_t tile;  // among the tiles of all slots, value heads and slices
-
-  __device__ SliceIndex(CallShape const& shape, GradientsWork const& work, int index)
-      : value_head(work.gate_head * work.heads_per_gate + index / work.num_slices),
-        slice(index % work.num_slices) {
-    tile =
-        (static_cast<std::int64_t>(work.slot) * shape.num_value_heads + value_head) * work.num_slices + slice;
-  }
-};
-
 // ---- loads, by one thread ----------------------------------------------------------------------------------
 
-__device__ void bulk_load(void* smem, void const* tiles, std::int64_t tile, FullBarrier& full) {
-  cute::SM90_BULK_COPY_G2S::copy(static_cast<std::uint8_t const*>(tiles) + tile * kBoxBytes,
-                                 reinterpret_cast<std::uint64_t*>(&full), smem, kBoxBytes);
+__device__ void load_box(void* smem, void const* boxes, std::int64_t box, FullBarrier& full) {
+  bulk_load(smem, static_cast<std::uint8_t const*>(boxes) + box * kBoxBytes, kBoxBytes, full);
 }
 
 __device__ void load_slice(GradientsStorage& smem, int stage, GradientsParams const& params,
-                           TensorMaps const& maps, GradientsWork const& work, int index) {
-  SliceIndex const at(params.shape, work, index);
+                           GradientsDivisors const& by, TensorMaps const& maps, GradientsWork const& work,
+                           int index) {
+  SliceIndex const at(params.shape, by, work, index);
   auto& slice = smem.stages[stage].slice;
   FullBarrier& full = smem.full[stage];
   full.arrive_and_expect_tx(sizeof(slice));
   tma_load(maps.dO, full, slice.dO, at.slice * kColumns, at.value_head, work.first_token, work.batch);
-  bulk_load(slice.R, params.tiles.R, at.tile, full);
-  bulk_load(slice.dX, params.tiles.dX, at.tile, full);
-  bulk_load(slice.S, params.tiles.S, at.tile * work.num_boxes + work.box, full);
-  bulk_load(slice.dS, params.tiles.dS, at.tile * work.num_boxes + work.box, full);
+  std::int64_t const state_box = at.tile * work.num_boxes + work.box;
+  load_box(slice.R, params.tiles.R, at.tile, full);
+  load_box(slice.dX, params.tiles.dX, at.tile, full);
+  load_box(slice.S, params.tiles.S, state_box, full);
+  load_box(slice.dS, params.tiles.dS, state_box, full);
+}
+
+__device__ void load_gates(GradientsStorage::Tokens& tokens, FullBarrier& full, TensorMaps const& maps,
+                           GradientsWork const& work, ElementType gate_element) {
+  for (int box = 0; box < (gate_element == ElementType::kFloat32 ? 2 : 1); ++box) {
+    tma_load(maps.g, full, tokens.g[box], work.first_channel + box * kChannels / 2, work.gate_head,
+             work.first_token, work.batch);
+  }
 }
 
 __device__ void load_tokens(GradientsStorage& smem, int stage, TensorMaps const& maps,
@@ -87,9 +84,7 @@ __device__ void load_tokens(GradientsStorage& smem, int stage, TensorMaps const&
   FullBarrier& full = smem.full[stage];
   full.arrive_and_expect_tx((wide ? 5 : 4) * kBoxBytes);
   int const channel = work.first_channel, token = work.first_token;
-  for (int box = 0; box < (wide ? 2 : 1); ++box) {
-    tma_load(maps.g, full, tokens.g[box], channel + box * kChannels / 2, work.gate_head, token, work.batch);
-  }
+  load_gates(tokens, full, maps, work, gate_element);
   tma_load(maps.q, full, tokens.q, channel, work.head, token, work.batch);
   tma_load(maps.k, full, tokens.k, channel, work.head, token, work.batch);
   tma_load(maps.b, full, tokens.b, channel, work.gate_head, token, work.batch);
@@ -104,9 +99,10 @@ struct Products {
   float S_dS[2][4] = {};              // second warpgroup: [16 channels, 8 of them] S dS'^T, for its diagonal
 };
 
-template <class Element>
+// meanwhile(): while the tensor cores multiply.
+template <class Element, class Meanwhile>
 __device__ void multiply_slice(Products& x, GradientsStorage::Slice const& slice, GradientsPlace const& place,
-                               bool accumulate) {
+                               bool accumulate, Meanwhile meanwhile) {
   int const half_rows = place.half_of_chunk * kHalfTokens * kBoxRowBytes >> 4;
   auto const S = shared_descriptor<Major::MN>(slice.S), dS = shared_descriptor<Major::MN>(slice.dS);
   auto const dO = shared_descriptor<Major::K>(slice.dO), R = shared_descriptor<Major::K>(slice.R),
@@ -123,6 +119,7 @@ __device__ void multiply_slice(Products& x, GradientsStorage::Slice const& slice
     wgmma_shared<Element, Major::MN>(x.dS_R, dS + along_column, R + half_rows + along_row, add);
   }
   wgmma_commit();
+  meanwhile();
   wgmma_wait<0>();
   if (place.half_of_chunk == 1) {
 #pragma unroll
@@ -151,111 +148,6 @@ __device__ void clear_foreign_rows(std::uint8_t* tile, int num_rows) {
   __syncthreads();
 }
 
-// Eight neighbouring elements of a row of which `count` exist.
-template <class Element>
-__device__ uint4 load_piece(Element const* row, int count) {
-  if (count >= 8) {
-    return __ldg(reinterpret_cast<uint4 const*>(row));
-  }
-  uint4 piece{};
-  auto* const x = reinterpret_cast<Element*>(&piece);
-#pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    if (i < count) {
-      x[i] = row[i];
-    }
-  }
-  return piece;
-}
-
-template <class Element>
-__device__ void store_piece(Element* row, uint4 piece, int count, bool aligned) {
-  if (count >= 8 && aligned) {
-    *reinterpret_cast<uint4*>(row) = piece;
-    return;
-  }
-  auto const* const x = reinterpret_cast<Element const*>(&piece);
-#pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    if (i < count) {
-      row[i] = x[i];
-    }
-  }
-}
-
-// dv = w*dX and dw = v*dX of a slice, and through the sigmoid of w: a thread has pieces of 8 columns.
-template <class Cfg>
-struct ValueGradients {
-  using Element = typename Cfg::Element;
-  static constexpr int kRowStep = kThreads / 8, kRows = kChunk / kRowStep;
-
-  GradientsParams const& params;
-  GradientsWork const& work;
-  SliceIndex at;
-  int piece, column, count;  // `count` or fewer of the 8 columns exist
-
-  __device__ ValueGradients(GradientsParams const& params_, GradientsWork const& work_, int index)
-      : params(params_), work(work_), at(params_.shape, work_, index), piece(threadIdx.x % 8) {
-    column = at.slice * kColumns + 8 * piece;
-    count = params.shape.dim_v - column;
-  }
-
-  __device__ int row(int i) const { return threadIdx.x / 8 + kRowStep * i; }
-  __device__ bool is_mine(int i) const { return row(i) < work.num_rows && count > 0; }
-  __device__ Element const* row_of(TokenTensor const& x, int i) const {
-    return static_cast<Element const*>(x.data) + work.batch * x.stride_batch +
-           (work.first_token + row(i)) * x.stride_token + at.value_head * x.stride_head + column;
-  }
-
-  // Before the slice is waited for: v and w on their way to L2.
-  __device__ void prefetch() const {
-#pragma unroll
-    for (int i = 0; i < kRows; ++i) {
-      if (is_mine(i)) {
-        asm volatile("prefetch.global.L2 [%0];\n" ::"l"(row_of(params.v, i)));
-        asm volatile("prefetch.global.L2 [%0];\n" ::"l"(row_of(params.w, i)));
-      }
-    }
-  }
-
-  __device__ void store(std::uint8_t const* dX_tile) const {
-    CallShape const& shape = params.shape;
-#pragma unroll 1  // both at once cost registers that the products have
-    for (int i = 0; i < kRows; ++i) {
-      if (!is_mine(i)) {
-        break;
-      }
-      uint4 const v8 = load_piece(row_of(params.v, i), count), w8 = load_piece(row_of(params.w, i), count);
-      uint4 const dX8 = *reinterpret_cast<uint4 const*>(dX_tile + swizzled_offset(row(i), piece));
-      std::uint32_t const v[4] = {v8.x, v8.y, v8.z, v8.w}, w[4] = {w8.x, w8.y, w8.z, w8.w},
-                          dX[4] = {dX8.x, dX8.y, dX8.z, dX8.w};
-      std::uint32_t dv[4], dw[4];
-#pragma unroll
-      for (int p = 0; p < 4; ++p) {
-        float2 const v2 = unpack<Element>(v[p]), dX2 = unpack<Element>(dX[p]);
-        float2 w2 = unpack<Element>(w[p]), dw2{v2.x * dX2.x, v2.y * dX2.y};
-        if (Cfg::kFused && params.gates.use_gate_sigmoid) {
-          w2 = {sigmoid(w2.x), sigmoid(w2.y)};
-          dw2 = {dw2.x * w2.x * (1.f - w2.x), dw2.y * w2.y * (1.f - w2.y)};
-        }
-        dv[p] = pack<Element>(w2.x * dX2.x, w2.y * dX2.y);
-        dw[p] = pack<Element>(dw2.x, dw2.y);
-      }
-      std::int64_t const token_head = (work.token(shape) + row(i)) * shape.num_value_heads + at.value_head;
-      std::int64_t const place = token_head * shape.dim_v + column;
-      bool const aligned = shape.dim_v % 8 == 0;
-      if (params.dv != nullptr) {
-        store_piece(static_cast<Element*>(params.dv) + place, uint4{dv[0], dv[1], dv[2], dv[3]}, count,
-                    aligned);
-      }
-      if (params.dw != nullptr) {
-        store_piece(static_cast<Element*>(params.dw) + place, uint4{dw[0], dw[1], dw[2], dw[3]}, count,
-                    aligned);
-      }
-    }
-  }
-};
-
 // The rounded matrix to its tile [rows r][columns s].
 template <class Element>
 __device__ void store_matrix(std::uint8_t* tile, float const (&acc)[4 * kGroups], float factor,
@@ -267,498 +159,6 @@ __device__ void store_matrix(std::uint8_t* tile, float const (&acc)[4 * kGroups]
         pack<Element>(factor * acc[2 * i], factor * acc[2 * i + 1]);
   }
 }
-
-// ---- the warp's channels -----------------------------------------------------------------------------------
-
-// Bias and rate of the decay gate of the CTA's channels, to where they cost no registers.
-__device__ void load_gate_parameters(GradientsStorage& smem, GradientsParams const& params) {
-  GateParams const& gates = params.gates;
-  int const head = smem.work.head, channel = smem.work.first_channel + threadIdx.x;
-  if (threadIdx.x < kChannels) {
-    bool const has_bias = gates.dt_bias != nullptr && channel < params.shape.dim_k;
-    smem.gate_bias[threadIdx.x] =
-        has_bias ? gates.dt_bias[static_cast<std::int64_t>(head) * params.shape.dim_k + channel] : 0.f;
-  }
-  if (threadIdx.x == 0) {
-    smem.gate_rate = gates.A_log != nullptr ? __expf(gates.A_log[head]) : 1.f;
-  }
-}
-
-// g of a raw projection.
-__device__ float decay_gate(GradientsStorage const& smem, GateParams const& gates, float raw, int channel) {
-  if (gates.decay_gate == DecayGate::kNone) {
-    return raw;
-  }
-  float const u = raw + smem.gate_bias[channel], rate = smem.gate_rate;
-  return gates.decay_gate == DecayGate::kSoftplus ? -rate * softplus(u)
-                                                  : gates.lower_bound * sigmoid(rate * u);
-}
-
-// Gradient of the raw projection, and what dg adds to dA_log; zero where nothing moves any more.
-__device__ float decay_gate_backward(GradientsStorage const& smem, GateParams const& gates, float raw,
-                                     int channel, float dg, float& dA_log) {
-  float const u = raw + smem.gate_bias[channel], rate = smem.gate_rate;
-  if (gates.decay_gate == DecayGate::kSoftplus) {
-    float const g = -rate * softplus(u);
-    dA_log = isinf(g) ? 0.f : dg * g;
-    return -rate * sigmoid(u) * dg;
-  }
-  float const s = sigmoid(rate * u);
-  float const slope = gates.lower_bound * s * (1.f - s) * dg;
-  dA_log = slope == 0.f ? 0.f : slope * rate * u;
-  return rate * slope;
-}
-
-// What comes before and after the pair products, for one warp's 16 channels x 32 tokens.
-template <class Cfg>
-struct Channels {
-  using Element = typename Cfg::Element;
-
-  GradientsStorage& smem;
-  GradientsParams const& params;
-  GradientsWork const& work;
-  HalfAccumulators &dq, &dE, &dk;  // [16 channels, tokens]; start as dO S^T, dX S^T and R dS'^T transposed
-  HalfAccumulators& dG;
-
-  // g as it was given, of the lane's tokens of group i of the half, from its tile.
-  __device__ float raw_gate(GradientsPlace const& place, int i, int half, int c) const {
-    auto& tokens = smem.tokens();
-    if (Cfg::kFused && params.gate_element != ElementType::kFloat32) {
-      int const ch = place.channel(half);
-      auto const* const at =
-          tokens.g[0] + swizzled_offset(place.token(i, c), ch / 8) + ch % 8 * sizeof(Element);
-      return static_cast<float>(*reinterpret_cast<Element const*>(at));
-    }
-    int const t = place.token(i, c), ch = place.channel(half);
-    return *reinterpret_cast<float const*>(tokens.g[ch / 32] + swizzled_offset(t, ch % 32 / 4) + ch % 4 * 4);
-  }
-
-  // The same from global memory: its tile has become alpha.
-  __device__ float reload_raw_gate(GradientsPlace const& place, int i, int half, int c) const {
-    std::int64_t const at = work.batch * params.g.stride_batch +
-                            (work.first_token + place.token(i, c)) * params.g.stride_token +
-                            work.gate_head * params.g.stride_head + work.first_channel + place.channel(half);
-    return params.gate_element == ElementType::kFloat32
-               ? static_cast<float const*>(params.g.data)[at]
-               : static_cast<float>(static_cast<Element const*>(params.g.data)[at]);
-  }
-
-  // The warp's pieces of q, k and E as the products read them: normalised, rows that are not the chunk's own zero
-  // whatever lies there; E = b*k to the scratch tile.
-  __device__ void prepare_tiles() {
-    int const num_rows = uniform(smem.work.num_rows);
-    auto& tokens = smem.tokens();
-    auto& scratch = smem.scratch();
-    GradientsPlace const place;
-    bool const normalize = Cfg::kFused && params.gates.use_qk_l2norm;
-    bool const use_sigmoid = Cfg::kFused && params.gates.use_gate_sigmoid;
-    float const* const norms = normalize ? params.row_norms + work.tile * 2 * kChunk : nullptr;
-    int const t = kHalfTokens * place.half_of_chunk + lane_index();
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      int const piece = 2 * place.warp + i;
-      auto const at = [&](std::uint8_t* tile) {
-        return reinterpret_cast<uint4*>(tile + swizzled_offset(t, piece));
-      };
-      if (t >= num_rows) {
-        *at(tokens.q) = *at(tokens.k) = *at(scratch.E) = uint4{};
-        continue;
-      }
-      uint4 k8 = *at(tokens.k), b8 = *at(tokens.b), E8;
-      auto* const k = reinterpret_cast<std::uint32_t*>(&k8);
-      auto* const b = reinterpret_cast<std::uint32_t*>(&b8);
-      auto* const E = reinterpret_cast<std::uint32_t*>(&E8);
-      if (normalize) {
-        uint4 q8 = *at(tokens.q);
-        auto* const q = reinterpret_cast<std::uint32_t*>(&q8);
-        float const q_norm = norms[t], k_norm = norms[kChunk + t];
-#pragma unroll
-        for (int p = 0; p < 4; ++p) {
-          float2 const q2 = unpack<Element>(q[p]), k2 = unpack<Element>(k[p]);
-          q[p] = pack<Element>(q2.x * q_norm, q2.y * q_norm);
-          k[p] = pack<Element>(k2.x * k_norm, k2.y * k_norm);
-        }
-        *at(tokens.q) = q8;
-        *at(tokens.k) = k8;
-      }
-#pragma unroll
-      for (int p = 0; p < 4; ++p) {
-        if (use_sigmoid) {
-          float2 const b2 = unpack<Element>(b[p]), k2 = unpack<Element>(k[p]);
-          float const erase_scale = params.gates.erase_scale;
-          E[p] = pack<Element>(erase_scale * sigmoid(b2.x) * k2.x, erase_scale * sigmoid(b2.y) * k2.y);
-        } else {
-          E[p] = multiply_pairs<Element>(b[p], k[p]);
-        }
-      }
-      *at(scratch.E) = E8;
-    }
-  }
-
-  // The decays inside groups, and over them. Both warpgroups read all of them: ends with the CTA's barrier.
-  __device__ void prepare_decays() {
-    int const num_rows = uniform(smem.work.num_rows);
-    auto& tokens = smem.tokens();
-    auto& scratch = smem.scratch();
-    GradientsPlace const place;
-    int const thread = place.thread % kWarpgroupThreads;
-    float alpha[4 * kHalfGroups];
-#pragma unroll
-    for (int n = 0; n < 4 * kHalfGroups; ++n) {
-      int const i = n / 4, half = n / 2 % 2, c = n % 2;
-      float const raw = raw_gate(place, i, half, c);
-      float const g = Cfg::kFused ? decay_gate(smem, params.gates, raw, place.channel(half)) : raw;
-      alpha[n] = place.token(i, c) < num_rows ? exp2_approx(kLog2E * g) : 1.f;
-    }
-    __syncthreads();  // all of g has been read
-#pragma unroll
-    for (int n = 0; n < 2 * kHalfGroups; ++n) {
-      int const i = n / 2, half = n % 2, j = place.group(i), ch = place.channel(half);
-      float const a0 = alpha[2 * n], a1 = alpha[2 * n + 1];
-      tokens.alpha[0][2 * j + half][thread] = a0;
-      tokens.alpha[1][2 * j + half][thread] = a1;
-      LaneDecay const lane = scan_lane_decays(a0, a1);
-      scratch.F[2 * j + half][thread] = lane.F;
-      scratch.B[2 * j + half][thread] = lane.B;
-      if (place.quad == 0) {
-        scratch.groups[j][ch].first = a0;
-      }
-      if (place.quad == 3) {
-        scratch.groups[j][ch].rest = lane.F * a1;
-      }
-    }
-    __syncthreads();
-    // A thread a channel and direction. All is read before anything is written, or each read would wait for a write.
-    int const ch = threadIdx.x % kChannels;
-    bool const forwards = threadIdx.x < kChannels;
-    if (forwards || threadIdx.x >= kThreads - kChannels) {
-      GroupDecay groups[kGroups];
-#pragma unroll
-      for (int j = 0; j < kGroups; ++j) {
-        groups[j] = scratch.groups[j][ch];
-      }
-      float x = 1.f;
-      if (forwards) {
-#pragma unroll
-        for (int j = 0; j < kGroups; ++j) {
-          x *= groups[j].first;
-          scratch.places[j][ch].before = x;
-          x *= groups[j].rest;
-        }
-      } else {
-#pragma unroll
-        for (int j = kGroups - 1; j >= 0; --j) {
-          scratch.places[j][ch].after = x;
-          x *= groups[j].first * groups[j].rest;
-        }
-      }
-    }
-    __syncthreads();
-  }
-
-  // The products with S and dS' become their shares of dq, dE and dk, and of dg: reads of S by tokens r >= i and the
-  // state that is carried through in dG, to be summed from the end; writes to S' by tokens s < i summed here.
-  __device__ void finish_state_products(float const (&rowsums)[2]) {
-    LaneReader const lane(smem);
-    GradientsPlace const& place = lane.place;
-    float written[2] = {0.f, 0.f};
-#pragma unroll
-    for (float& x : dG) {
-      x = 0.f;
-    }
-#pragma unroll
-    for (int i = 0; i < kHalfGroups; ++i) {
-      if (lane.has_no_tokens(i)) {
-        break;
-      }
-      GroupTokens const q(lane.q_lane, i), k(lane.k_lane, i), E(lane.E_lane, i);
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        int const n = 4 * i + 2 * half;
-        float2 const q2 = unpack<Element>(q.pairs[half]), k2 = unpack<Element>(k.pairs[half]),
-                     E2 = unpack<Element>(E.pairs[half]);
-        GroupPlace const group = lane.group_place(i, half);
-        float const alpha1 = lane.alpha(i, half, 1);
-        float const gamma0 = group.before * lane.F(i, half), gamma1 = gamma0 * alpha1;
-        float const tail1 = group.after * lane.B(i, half), tail0 = tail1 * alpha1;
-        dq[n] *= params.scale * gamma0;
-        dq[n + 1] *= params.scale * gamma1;
-        dE[n] *= -gamma0;
-        dE[n + 1] *= -gamma1;
-        dk[n] *= tail0;
-        dk[n + 1] *= tail1;
-        dG[n] = q2.x * dq[n] + E2.x * dE[n];
-        dG[n + 1] = q2.y * dq[n + 1] + E2.y * dE[n + 1];
-        float const write0 = k2.x * dk[n], write1 = k2.y * dk[n + 1];
-        float all;
-        float const before = written[half] + exclusive_sum<true>(write0 + write1, all);
-        smem.dg_writes[n][place.thread] = before;
-        smem.dg_writes[n + 1][place.thread] = before + write0;
-        written[half] += all;
-      }
-    }
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      int const ch = place.channel(half);
-      if (place.half_of_chunk == 0) {
-        if (place.quad == 0) {
-          smem.first_writes[ch] = written[half];
-        }
-        continue;
-      }
-      constexpr int kLast = kHalfGroups - 1;
-      float const gamma_last = lane.group_place(kLast, half).before * lane.group_decay(kLast, half).rest;
-      float const carried = gamma_last * rowsums[half];
-      if (place.quad == 3) {
-        dG[4 * (kHalfGroups - 1) + 2 * half + 1] += carried;
-      }
-    }
-  }
-
-  // ---- outputs -----------------------------------------------------------------------------------------------
-
-  // dG becomes dg: summed from the end of the half, and over the other half.
-  __device__ void finish_decay_gradients() {
-    GradientsPlace const place;
-    float later[2] = {0.f, 0.f};
-#pragma unroll
-    for (int i = kHalfGroups - 1; i >= 0; --i) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        int const n = 4 * i + 2 * half;
-        float all;
-        float const both = dG[n] + dG[n + 1];
-        float const after = later[half] + exclusive_sum<false>(both, all);
-        later[half] += all;
-        dG[n] = after + both + smem.dg_writes[n][place.thread];
-        dG[n + 1] = after + dG[n + 1] + smem.dg_writes[n + 1][place.thread];
-      }
-    }
-    bool const first = place.half_of_chunk == 0;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      if (!first && place.quad == 0) {
-        smem.second_reads[place.channel(half)] = later[half];
-      }
-    }
-    __syncthreads();
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      int const ch = place.channel(half);
-      float const other = first ? smem.second_reads[ch] : smem.first_writes[ch];
-#pragma unroll
-      for (int i = 0; i < kHalfGroups; ++i) {
-        dG[4 * i + 2 * half] += other;
-        dG[4 * i + 2 * half + 1] += other;
-      }
-    }
-  }
-
-  // dg, through the gate where there is one.
-  __device__ void store_decay_gradients() {
-    int const num_rows = uniform(smem.work.num_rows);
-    GradientsPlace const place;
-    CallShape const& shape = params.shape;
-    float dA_log[2] = {0.f, 0.f}, d_bias[2] = {0.f, 0.f};
-    std::int64_t const first_row = work.token(shape) * shape.num_gate_heads + work.gate_head;
-    std::int64_t const first = first_row * shape.dim_k + work.first_channel;
-    int const row_stride = shape.num_gate_heads * shape.dim_k;  // from token to token
-#pragma unroll
-    for (int n = 0; n < 4 * kHalfGroups; ++n) {
-      int const i = n / 4, half = n / 2 % 2, c = n % 2, t = place.token(i, c), ch = place.channel(half);
-      if (t >= num_rows || work.first_channel + ch >= shape.dim_k) {
-        continue;
-      }
-      float dg = dG[n];
-      if (Cfg::kFused && params.gates.decay_gate != DecayGate::kNone) {
-        float of_A_log;
-        dg = decay_gate_backward(smem, params.gates, reload_raw_gate(place, i, half, c), ch, dg, of_A_log);
-        dA_log[half] += of_A_log;
-        d_bias[half] += dg;
-      }
-      if (params.dg != nullptr) {
-        if (Cfg::kFused && params.gate_element != ElementType::kFloat32) {
-          (static_cast<Element*>(params.dg) + first)[t * row_stride + ch] = round_to<Element>(dg);
-        } else {
-          (static_cast<float*>(params.dg) + first)[t * row_stride + ch] = dg;
-        }
-      }
-    }
-    if constexpr (Cfg::kFused) {
-      store_sums(place, dA_log, d_bias);
-    }
-  }
-
-  // Sums over tokens, to [num_slots, num_gate_heads, dim_k]: over the lanes of a channel, then both warpgroups.
-  __device__ void store_sums(GradientsPlace const& place, float const (&dA_log)[2],
-                             float const (&d_bias)[2]) {
-    if (params.dA_log == nullptr && params.d_dt_bias == nullptr) {
-      return;
-    }
-    // What the exchange of the other terms of dg has left free.
-    __syncthreads();
-    float all[2][2];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      exclusive_sum<true>(dA_log[half], all[0][half]);
-      exclusive_sum<true>(d_bias[half], all[1][half]);
-      if (place.half_of_chunk == 1 && place.quad == 0) {
-        smem.first_writes[place.channel(half)] = all[0][half];
-        smem.second_reads[place.channel(half)] = all[1][half];
-      }
-    }
-    __syncthreads();
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      int const ch = place.channel(half);
-      if (place.half_of_chunk == 0 && place.quad == 0 && work.first_channel + ch < params.shape.dim_k) {
-        std::int64_t const at = work.tile * params.shape.dim_k + work.first_channel + ch;
-        if (params.dA_log != nullptr) {
-          params.dA_log[at] = all[0][half] + smem.first_writes[ch];
-        }
-        if (params.d_dt_bias != nullptr) {
-          params.d_dt_bias[at] = all[1][half] + smem.second_reads[ch];
-        }
-      }
-    }
-  }
-
-  // dE becomes db, and dk takes its share; through the sigmoid of b where there is one.
-  __device__ void finish_erase_gradients() {
-    auto& tokens = smem.tokens();
-    GradientsPlace const place;
-    float const erase_scale = params.gates.erase_scale;
-    bool const use_sigmoid = Cfg::kFused && params.gates.use_gate_sigmoid;
-#pragma unroll
-    for (int pair = 0; pair < kHalfGroups / 2; ++pair) {
-      GroupPair const k(lane_address(place, tokens.k), 2 * pair), b(lane_address(place, tokens.b), 2 * pair);
-#pragma unroll
-      for (int m = 0; m < 4; ++m) {
-        int const i = 2 * pair + m / 2, half = m % 2, n = 4 * i + 2 * half;
-        float2 const k2 = unpack<Element>(k.at(i, half));
-        float2 b2 = unpack<Element>(b.at(i, half));
-        float2 slope{1.f, 1.f};
-        if (use_sigmoid) {
-          float2 const s{sigmoid(b2.x), sigmoid(b2.y)};
-          b2 = {erase_scale * s.x, erase_scale * s.y};
-          slope = {b2.x * (1.f - s.x), b2.y * (1.f - s.y)};
-        }
-        dk[n] += b2.x * dE[n];
-        dk[n + 1] += b2.y * dE[n + 1];
-        dE[n] *= k2.x * slope.x;
-        dE[n + 1] *= k2.y * slope.y;
-      }
-    }
-  }
-
-  // x[i] + x[kKeep + i] of two lanes, one the lower and one the upper half of the sums.
-  template <int kKeep>
-  __device__ static void halve_sums(float (&x)[2 * kHalfGroups], bool upper, int lane_distance) {
-#pragma unroll
-    for (int i = 0; i < kKeep; ++i) {
-      float const low = x[i], high = x[kKeep + i];
-      x[i] = (upper ? high : low) + __shfl_xor_sync(0xffffffff, upper ? low : high, lane_distance);
-    }
-  }
-
-  // Through the norms: with y the normalised row and n its norm, dx = (dy - y (y.dy)) / n. The sums over channels go
-  // over lanes, warps, and the CTA of the other channels.
-  __device__ void finish_norm_gradients() {
-    auto& tokens = smem.tokens();
-    GradientsPlace const place;
-    float dots[2][2 * kHalfGroups];  // [of q, of k][2*i + c]
-#pragma unroll
-    for (int pair = 0; pair < kHalfGroups / 2; ++pair) {
-      GroupPair const q(lane_address(place, tokens.q), 2 * pair), k(lane_address(place, tokens.k), 2 * pair);
-#pragma unroll
-      for (int g = 0; g < 2; ++g) {
-        int const i = 2 * pair + g;
-        float2 const q0 = unpack<Element>(q.at(i, 0)), q1 = unpack<Element>(q.at(i, 1));
-        float2 const k0 = unpack<Element>(k.at(i, 0)), k1 = unpack<Element>(k.at(i, 1));
-        dots[0][2 * i] = q0.x * dq[4 * i] + q1.x * dq[4 * i + 2];
-        dots[0][2 * i + 1] = q0.y * dq[4 * i + 1] + q1.y * dq[4 * i + 3];
-        dots[1][2 * i] = k0.x * dk[4 * i] + k1.x * dk[4 * i + 2];
-        dots[1][2 * i + 1] = k0.y * dk[4 * i + 1] + k1.y * dk[4 * i + 3];
-      }
-    }
-    __syncthreads();  // every warp is done with dP and dT
-    // Each step halves the tokens that a lane has sums of: at the end one of q's and one of k's, index row.
-#pragma unroll
-    for (int which = 0; which < 2; ++which) {
-      halve_sums<4>(dots[which], place.row & 4, 16);
-      halve_sums<2>(dots[which], place.row & 2, 8);
-      halve_sums<1>(dots[which], place.row & 1, 4);
-    }
-    *reinterpret_cast<float2*>(smem.dots.of_warp[place.warp][place.token(place.row / 2, place.row % 2)]) =
-        float2{dots[0][0], dots[1][0]};
-    auto const cluster = cooperative_groups::this_cluster();
-    cluster.sync();
-    if (threadIdx.x < 2 * kChunk) {
-      int const t = threadIdx.x / 2, which = threadIdx.x % 2;
-      float sum = 0.f;
-      for (int box = 0; box < work.num_boxes; ++box) {
-        auto const& of_box = *cluster.map_shared_rank(&smem.dots, box);
-        for (auto const& of_warp : of_box.of_warp) {
-          sum += of_warp[t][which];
-        }
-      }
-      smem.dots.all[t][which] = sum;
-    }
-    cluster.sync();  // all of them are there, and nobody reads the other CTA's memory any more
-    float const* const norms = params.row_norms + work.tile * 2 * kChunk;
-#pragma unroll
-    for (int pair = 0; pair < kHalfGroups / 2; ++pair) {
-      GroupPair const q(lane_address(place, tokens.q), 2 * pair), k(lane_address(place, tokens.k), 2 * pair);
-#pragma unroll
-      for (int m = 0; m < 4; ++m) {
-        int const i = 2 * pair + m / 2, half = m % 2, n = 4 * i + 2 * half;
-        float2 const q2 = unpack<Element>(q.at(i, half)), k2 = unpack<Element>(k.at(i, half));
-        int const t = place.token(i, 0);
-        float2 const dots0 = *reinterpret_cast<float2 const*>(smem.dots.all[t]);
-        float2 const dots1 = *reinterpret_cast<float2 const*>(smem.dots.all[t + 1]);
-        dq[n] = (dq[n] - q2.x * dots0.x) * norms[t];
-        dq[n + 1] = (dq[n + 1] - q2.y * dots1.x) * norms[t + 1];
-        dk[n] = (dk[n] - k2.x * dots0.y) * norms[kChunk + t];
-        dk[n + 1] = (dk[n + 1] - k2.y * dots1.y) * norms[kChunk + t + 1];
-      }
-    }
-  }
-
-  // The rounded gradient over the warp's part of the tile of its input.
-  __device__ void store_tile(std::uint8_t* tile, HalfAccumulators const& acc) const {
-    GradientsPlace const place;
-#pragma unroll
-    for (int pair = 0; pair < kHalfGroups / 2; ++pair) {
-      std::uint32_t r[4];
-#pragma unroll
-      for (int m = 0; m < 4; ++m) {
-        int const n = 4 * (2 * pair + m % 2) + 2 * (m / 2);
-        r[m] = pack<Element>(acc[n], acc[n + 1]);
-      }
-      store_matrices_transposed(r, tile, kGroup * place.group(2 * pair), 2 * place.warp);
-    }
-  }
-
-  // dq or dk for every gate head, float32 [batch, seqlen, num_gate_heads, dim_k].
-  __device__ void store_partial(void* out, HalfAccumulators const& acc) const {
-    int const num_rows = uniform(smem.work.num_rows);
-    GradientsPlace const place;
-    if (out == nullptr) {
-      return;
-    }
-    CallShape const& shape = params.shape;
-    std::int64_t const first_row = work.token(shape) * shape.num_gate_heads + work.gate_head;
-    float* const base = static_cast<float*>(out) + first_row * shape.dim_k + work.first_channel;
-    int const row_stride = shape.num_gate_heads * shape.dim_k;  // from token to token
-#pragma unroll
-    for (int n = 0; n < 4 * kHalfGroups; ++n) {
-      int const t = place.token(n / 4, n % 2), ch = place.channel(n / 2 % 2);
-      if (t < num_rows && work.first_channel + ch < shape.dim_k) {
-        base[t * row_stride + ch] = acc[n];
-      }
-    }
-  }
-};
 
 // The chunk's own rows of a gradient [batch, seqlen, heads, dim_k], from its tile.
 template <class Element>
@@ -790,13 +190,15 @@ __device__ void poison(void* out, std::int64_t first, std::int64_t count) {
   if (out == nullptr) {
     return;
   }
+#pragma unroll 1
   for (std::int64_t i = threadIdx.x; i < count; i += kThreads) {
     static_cast<Value*>(out)[first + i] = static_cast<Value>(__int_as_float(0x7fffffff));
   }
 }
 
+// Rarely called and never inlined: code that is not in the way.
 template <class Cfg>
-__device__ void poison_unowned_rows(GradientsParams const& params) {
+__device__ __noinline__ void poison_unowned_rows(GradientsParams const& params) {
   using Element = typename Cfg::Element;
   CallShape const& shape = params.shape;
   SequenceSpan const last = params.plan.spans[shape.num_sequences - 1];
@@ -820,10 +222,11 @@ __device__ void poison_unowned_rows(GradientsParams const& params) {
 // A slot without tokens adds nothing to dA_log and d_dt_bias.
 __device__ void store_no_sums(GradientsParams const& params, GradientsWork const& work) {
   int const channel = work.first_channel + threadIdx.x;
-  for (float* const sums : {params.dA_log, params.d_dt_bias}) {
-    if (sums != nullptr && threadIdx.x < kChannels && channel < params.shape.dim_k) {
-      sums[work.tile * params.shape.dim_k + channel] = 0.f;
-    }
+  if (params.d_dt_bias_of_slots != nullptr && threadIdx.x < kChannels && channel < params.shape.dim_k) {
+    params.d_dt_bias_of_slots[work.tile * params.shape.dim_k + channel] = 0.f;
+  }
+  if (params.dA_log_of_slots != nullptr && threadIdx.x == 0) {
+    params.dA_log_of_slots[work.tile * work.num_boxes + work.box] = 0.f;
   }
 }
 
@@ -832,29 +235,16 @@ __device__ void store_no_sums(GradientsParams const& params, GradientsWork const
 template <class Cfg>
 __global__ void __launch_bounds__(kThreads, 2)
     gradients_kernel(__grid_constant__ GradientsParams const params,
-                     __grid_constant__ TensorMaps const maps) {
+                     __grid_constant__ GradientsDivisors const by, __grid_constant__ TensorMaps const maps) {
   using Element = typename Cfg::Element;
   extern __shared__ std::uint8_t smem_bytes[];
   auto& smem = *reinterpret_cast<GradientsStorage*>(smem_bytes);
-  wait_for_earlier_kernels();  // scan_backward
-  if (threadIdx.x == 0) {
-    smem.work = GradientsWork(params);
-  }
-  __syncthreads();
   GradientsWork const& work = smem.work;  // where it costs no registers
-  int const num_rows = uniform(work.num_rows);
-  if (params.plan.spans != nullptr) {
-    poison_unowned_rows<Cfg>(params);
-  }
-  if (num_rows == 0) {  // a slot without a chunk
-    store_no_sums(params, work);
-    return;
-  }
-  int const num_slices = work.heads_per_gate * work.num_slices;
+  int const num_slices = by.heads_per_gate * by.slices.divisor;
   auto const load = [&](int index) {
     int const stage = (num_slices - index) % kStages;
     if (index < num_slices) {
-      load_slice(smem, stage, params, maps, work, index);
+      load_slice(smem, stage, params, by, maps, work, index);
     } else if (index == num_slices) {
       load_tokens(smem, stage, maps, work, params.gate_element);
     }
@@ -863,14 +253,30 @@ __global__ void __launch_bounds__(kThreads, 2)
     for (FullBarrier& full : smem.full) {
       full.init(1);
     }
+    if constexpr (Cfg::kFused) {
+      smem.dots_full.init(1);
+    }
     cutlass::arch::fence_barrier_init();
-    load(0);
-    load(1);
+    if constexpr (Cfg::kFused) {
+      smem.dots_full.arrive_and_expect_tx(sizeof(smem.dots.of_box[0]));
+    }
+  }
+  wait_for_earlier_kernels();  // scan_backward
+  if (threadIdx.x == 0) {
+    smem.work = GradientsWork(params, by);
+    if (work.num_rows > 0) {
+      load(0);
+      load(1);
+    }
   }
   __syncthreads();
-
-  if constexpr (Cfg::kFused) {
-    load_gate_parameters(smem, params);  // read behind the barriers of the slices
+  int const num_rows = uniform(work.num_rows);
+  if (params.plan.spans != nullptr) {
+    poison_unowned_rows<Cfg>(params);
+  }
+  if (num_rows == 0) {  // a slot without a chunk
+    store_no_sums(params, work);
+    return;
   }
 
   GradientsPlace const place;
@@ -879,7 +285,8 @@ __global__ void __launch_bounds__(kThreads, 2)
     int const stage = (num_slices - index) % kStages;
     auto& slice = smem.stages[stage].slice;
     bool const has_values = index % work.num_boxes == work.box;  // else the CTA of the other channels
-    ValueGradients<Cfg> const values(params, work, index);
+    ValueGradients<Cfg> const values(params, by, work, index);
+    typename ValueGradients<Cfg>::Inputs first_values;
     if (has_values) {
       values.prefetch();
     }
@@ -887,9 +294,15 @@ __global__ void __launch_bounds__(kThreads, 2)
     if (num_rows < kChunk) {
       clear_foreign_rows(slice.dO, num_rows);
     }
-    multiply_slice<Element>(products, slice, place, index > 0);
+    multiply_slice<Element>(products, slice, place, index > 0, [&] {
+      if (has_values) {
+        first_values = values.load(0);
+      }
+    });
     if (has_values) {
-      values.store(slice.dX);
+      auto const second_values = values.load(1);
+      values.store(0, first_values, slice.dX);
+      values.store(1, second_values, slice.dX);
     }
     __syncthreads();  // every warp is done with the slice
     if (threadIdx.x == 0) {
@@ -900,17 +313,34 @@ __global__ void __launch_bounds__(kThreads, 2)
   place.half_of_chunk == 0 ? store_matrix<Element>(smem.dP, products.dM, params.scale, place)
                            : store_matrix<Element>(smem.dT, products.dM, -1.f, place);
 
-  smem.full[0].wait(num_slices / kStages % 2);
   HalfAccumulators &dq = products.S_dO, &dE = products.S_dX, &dk = products.dS_R;
   HalfAccumulators dG;
   Channels<Cfg> x{smem, params, work, dq, dE, dk, dG};
-  x.prepare_tiles();
+  typename Channels<Cfg>::Parameters const parameters = x.load_parameters();
+  smem.full[0].wait(num_slices / kStages % 2);
+  if constexpr (Cfg::kFused) {
+    x.activate_gates(parameters);
+  }
+  x.prepare_tiles(parameters);
+  if constexpr (Cfg::kFused) {
+    __syncthreads();  // alpha, which others read
+  }
   x.prepare_decays();
   x.finish_state_products(rowsums);
   PairGradients<Element>(smem, dq, dE, dk, dG).run();
-  if (params.dg != nullptr || params.dA_log != nullptr || params.d_dt_bias != nullptr) {
-    x.finish_decay_gradients();
-    x.store_decay_gradients();
+  DecayGradients<Cfg> decays{smem, params, work, dG};
+  decays.finish();
+  if (Cfg::kFused && params.gates.use_qk_l2norm) {
+    x.announce_dots();
+  }
+  bool const wants_decays =
+      params.dg != nullptr || params.dA_log_of_slots != nullptr || params.d_dt_bias_of_slots != nullptr;
+  bool const needs_raw_gates = Cfg::kFused && params.gates.decay_gate != DecayGate::kNone && wants_decays;
+  auto& raw_gates = smem.stages[1].tokens;
+  if (needs_raw_gates && threadIdx.x == 0) {
+    cutlass::arch::fence_view_async_shared();  // what the scratch was, before the copy engine writes there
+    smem.full[1].arrive_and_expect_tx((params.gate_element == ElementType::kFloat32 ? 2 : 1) * kBoxBytes);
+    load_gates(raw_gates, smem.full[1], maps, work, params.gate_element);
   }
   if (params.dk != nullptr || params.db != nullptr) {
     x.finish_erase_gradients();
@@ -938,6 +368,12 @@ __global__ void __launch_bounds__(kThreads, 2)
     store_rows<Element>(params.dk, maps.dk, tokens.k, shape, work, work.head, shape.num_heads);
   }
   store_rows<Element>(params.db, maps.db, tokens.b, shape, work, work.gate_head, shape.num_gate_heads);
+  if (needs_raw_gates) {
+    smem.full[1].wait((num_slices + 1) / kStages % 2);
+  }
+  if (wants_decays) {
+    decays.store(raw_gates);
+  }
   if (threadIdx.x == 0) {
     cute::tma_store_arrive();
     cute::tma_store_wait<0>();  // the tiles have been read
@@ -986,7 +422,8 @@ void launch(GradientsParams const& params, cudaStream_t stream) {
   config.stream = stream;
   config.attrs = attributes;
   config.numAttrs = 2;
-  throw_on_error(cudaLaunchKernelEx(&config, kernel, params, maps), "gradients: launch");
+  throw_on_error(cudaLaunchKernelEx(&config, kernel, params, GradientsDivisors(shape), maps),
+                 "gradients: launch");
 }
 
 template <class Element>

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cutlass/arch/barrier.h>
+#include <cutlass/fast_math.h>
 
 #include "params.h"
 #include "tile/decay_levels.cuh"
@@ -20,36 +21,47 @@ constexpr int kThreads = kHalves * kWarpgroupThreads;
 constexpr int kBoxBytes = kChunk * kBoxRowBytes;
 constexpr int kStages = 2;
 
+// What places in a call are divided by, and how many value heads share a gate head.
+struct GradientsDivisors {
+  cutlass::FastDivmod boxes, gate_heads, chunks, gate_heads_of_head, slices;
+  int heads_per_gate;
+
+  explicit GradientsDivisors(CallShape const& shape)
+      : boxes(shape.dim_k > kChannels ? 2 : 1),
+        gate_heads(shape.num_gate_heads),
+        chunks(shape.num_slots / shape.batch),
+        gate_heads_of_head(shape.num_gate_heads / shape.num_heads),
+        slices((shape.dim_v + kColumns - 1) / kColumns),
+        heads_per_gate(shape.num_value_heads / shape.num_gate_heads) {}
+};
+
 // What one CTA works on.
 struct GradientsWork {
   int batch, first_token, num_rows;  // rows beyond num_rows belong to nobody here
   int slot, box, first_channel;
   int head, gate_head, num_boxes;
-  int heads_per_gate, num_slices;  // value heads that share the gate head; slices of each
-  std::int64_t tile;               // index of the slot and gate head
+  std::int64_t tile;  // index of the slot and gate head
 
   GradientsWork() = default;
 
-  __device__ explicit GradientsWork(GradientsParams const& params) {
+  __device__ GradientsWork(GradientsParams const& params, GradientsDivisors const& by) {
     CallShape const& shape = params.shape;
-    num_boxes = shape.dim_k > kChannels ? 2 : 1;
-    box = blockIdx.x % num_boxes;
+    int tile_index;
+    by.boxes(tile_index, box, static_cast<int>(blockIdx.x));
+    num_boxes = by.boxes.divisor;
     first_channel = box * kChannels;
-    tile = blockIdx.x / num_boxes;
-    slot = static_cast<int>(tile / shape.num_gate_heads);
-    gate_head = static_cast<int>(tile % shape.num_gate_heads);
-    head = gate_head / (shape.num_gate_heads / shape.num_heads);
-    heads_per_gate = shape.num_value_heads / shape.num_gate_heads;
-    num_slices = (shape.dim_v + kColumns - 1) / kColumns;
+    tile = tile_index;
+    by.gate_heads(slot, gate_head, tile_index);
+    head = by.gate_heads_of_head.div(gate_head);
     if (params.plan.slots != nullptr) {
       ChunkSlot const at = params.plan.slots[slot];
       batch = 0;
       first_token = at.first_token;
       num_rows = at.num_rows;
     } else {
-      int const chunks = shape.num_slots / shape.batch;
-      batch = slot / chunks;
-      first_token = slot % chunks * kChunk;
+      int chunk;
+      by.chunks(batch, chunk, slot);
+      first_token = chunk * kChunk;
       num_rows = min(kChunk, shape.seqlen - first_token);
     }
   }
@@ -67,12 +79,22 @@ struct GradientsStorage {
   struct Tokens {
     std::uint8_t q[kBoxBytes], k[kBoxBytes], b[kBoxBytes];
     union {
-      std::uint8_t g[2][kBoxBytes];                    // float32; the first one where g is 16 bits wide
+      std::uint8_t
+          g[2][kBoxBytes];  // float32; the first one where g is 16 bits wide. With gates then alpha, float32
       float alpha[2][2 * kGroups][kWarpgroupThreads];  // then alpha: [c][2*j + half][thread of the warpgroup]
     };
+
+    __device__ float g_at(int token, int channel) const {
+      return *reinterpret_cast<float const*>(g[channel / 32] + swizzled_offset(token, channel % 32 / 4) +
+                                             channel % 4 * 4);
+    }
   };
   struct Scratch {  // in the stage that no slice and no tokens need
-    std::uint8_t E[kBoxBytes];
+    union {
+      std::uint8_t E[kBoxBytes];
+      float2 sums[kThreads / kWarpThreads]
+                 [kChannels];  // at the end: of dA_log and d_dt_bias, over a warp's tokens
+    };
     // LaneDecay of group j and channel `half`, [2*j + half][thread of the warpgroup].
     float F[2 * kGroups][kWarpgroupThreads], B[2 * kGroups][kWarpgroupThreads];
     GroupDecay groups[kGroups][kChannels];
@@ -83,8 +105,10 @@ struct GradientsStorage {
     Tokens tokens;
     Scratch scratch;
   };
-  struct RowDots {  // of the rows of q and k with their gradients: over a warp's channels, over all
-    float of_warp[kChannels / kWarpChannels][kChunk][2], all[kChunk][2];
+  struct
+      RowDots {  // of the rows of q and k with their gradients: over a warp's channels, and over a CTA's; and 1 / norms
+    float of_warp[kChannels / kWarpChannels][kChunk][2], of_box[2][kChunk][2];
+    float inverse_norms[kChunk][2];
   };
 
   Stage stages[kStages];
@@ -94,17 +118,20 @@ struct GradientsStorage {
     };
     RowDots dots;  // after the pair products
   };
-  float dg_writes[4 * kHalfGroups]
-                 [kThreads];  // what the writes to S' by earlier tokens of the half add to dg
+  union {
+    // What the writes to S' by earlier tokens of the half add to dg; then dg.
+    float dg_writes[4 * kHalfGroups][kThreads], dg[kChunk][kChannels];
+  };
   // Of a channel: all writes of the first half, and all other terms of the second.
   float first_writes[kChannels], second_reads[kChannels];
-  float gate_bias[kChannels], gate_rate;  // of the decay gate
-  FullBarrier full[kStages];
+  FullBarrier full[kStages], dots_full;  // dots_full: of_box of the other CTA has come
   GradientsWork work;
 
   // Slices alternate between the stages such that q, k, b and g follow the last one in stage 0.
   __device__ Tokens& tokens() { return stages[0].tokens; }
   __device__ Scratch& scratch() { return stages[1].scratch; }
+  // Permuted, so that lanes of four tokens and eight channels, and pieces of four channels, have banks of their own.
+  __device__ float& dg_at(int token, int channel) { return dg[token][channel ^ (token / 2 % 4 * 8)]; }
 };
 
 // A value that all lanes of a warp have, known to ptxas as such: branches on it need no care for divergence.

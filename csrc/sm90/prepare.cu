@@ -13,14 +13,15 @@
 //
 // Grid: as many CTAs as run at once, each for every so many-th chunk slot and gate head, heads fastest. K 128: 256
 // threads, two CTAs an SM. K 64: 128 threads, three.
-// Roles: a thread owns two channels of 16 tokens, in registers from the first read to the last store, so that the
+// Roles: norms, gates and sigmoids are made in the inputs' tiles first, where they are asked for. Then a thread owns two
+// channels of 16 tokens, in registers from the first read to the last store, so that the
 // running products stay inside it; the four warps of a warpgroup take the four blocks of 16 tokens of 64 channels.
 // Warpgroups take turns in the products of the levels; the first one inverts.
 // Shared memory (K 128): q, k, b, g 80 KB, which then hold three operand buffers of 24 KB; T 17 KB, P 8 KB, block
 // products 4 KB: 110 KB.
 //
-//     wait | tiles out | levels 1 2 4 8 16 32: operands of one while the last one's product runs | A, P out
-//          | g of the next chunk in ..                                    level 32 | q in ..     | k, b in ..
+//     wait | gates | tiles out | build 1, 2 | multiply both | build 4 | build 8 | multiply both | .. 16, 32 .. | A, P out
+//                                                                                            next chunk in ..
 #include <cutlass/arch/barrier.h>
 #include <cutlass/fast_math.h>
 
@@ -28,6 +29,7 @@
 
 #include "api/chunk_forward.h"
 #include "api/cuda_error.h"
+#include "sm90/gate_tiles.cuh"
 #include "sm90/token_map.h"
 #include "tile/activation.cuh"
 #include "tile/convert.cuh"
@@ -64,8 +66,8 @@ struct Config {
   static constexpr int kCtasPerSm = kTeamsPerSm / kTeams;
   static constexpr int kTileBytes = kBoxes * kBoxBytes;
   static constexpr int kGateColumns = kBoxRowBytes / sizeof(float);  // of a box of float32 g
-  // Where ptxas runs out of registers: in a loop over chunks, and with gates. Then it is given smaller phases.
-  static constexpr bool kCrowded = kStays || kFused;
+  // Where ptxas runs out of registers, in a loop over chunks above all. Then it is given smaller phases.
+  static constexpr bool kCrowded = kStays || (kFused && kFactorsOnly);
   static constexpr int kGroup = kCrowded ? 4 : kBlock;  // tokens of a thread that are looked at together
 };
 
@@ -197,9 +199,9 @@ struct InputLoads {
       load(maps.k, smem.in.k[box], box * kBoxColumns, work.head, work);
       load(maps.b, smem.in.b[box], box * kBoxColumns, work.gate_head, work);
     }
-    for (int box = 0; box < (wide ? 2 : 1) * Cfg::kBoxes; ++box) {
-      int const channel = box * (wide ? Cfg::kGateColumns : kBoxColumns);
-      load(maps.g, smem.in.g[box], channel, work.gate_head, work);
+    // 16-bit g lies where the first half of its alpha will.
+    for (int box = 0; box < 2 * Cfg::kBoxes; box += wide ? 1 : 2) {
+      load(maps.g, smem.in.g[box], box * Cfg::kGateColumns, work.gate_head, work);
     }
   }
 
@@ -261,77 +263,47 @@ __device__ float2 operator*(float2 a, float b) {
 }
 
 template <class Cfg>
-__device__ float2 load_gate(SharedStorage<Cfg>& smem, ElementType gate_element, ThreadPlace at, int row) {
-  if (Cfg::kFused && gate_element != ElementType::kFloat32) {
-    return unpack<typename Cfg::Element>(pair_at(smem.in.g[at.box], row, at.lane));
-  }
-  std::uint8_t* const box = smem.in.g[2 * at.box + at.lane / 16];
-  return *reinterpret_cast<float2*>(box + swizzled_offset(row, at.lane % 16 / 2) + at.lane % 2 * 8);
-}
+using PreparedGates = GatePieces<typename Cfg::Element, Cfg::kDimK, Cfg::kTeamThreads>;
 
-// The decay gate and the sigmoid of the erase gate, where they are asked for.
+// What is asked for of decay gate and sigmoid of the erase gate, in place: g becomes alpha, b becomes E = b*k. In pieces
+// of 16 bytes and short loops (see gate_tiles.cuh).
 template <class Cfg>
-struct Activations {
-  GateParams const& gates;
-  float2 bias{0.f, 0.f};
-  float rate = 1.f;
+__device__ void activate_inputs(SharedStorage<Cfg>& smem, PrepareParams const& params,
+                                GateChannels const& channels) {
+  using Element = typename Cfg::Element;
+  PreparedGates<Cfg> const gates(smem.in.g, thread_of_team<Cfg>());
+  gates.activate(params.gates, channels, params.gate_element);
 
-  __device__ Activations(PrepareParams const& params, int head, int channel) : gates(params.gates) {
-    if (gates.decay_gate == DecayGate::kNone) {
-      return;
-    }
-    int const dim_k = params.shape.dim_k;
-    if (gates.dt_bias != nullptr && channel < dim_k) {
-      float const* const row = gates.dt_bias + static_cast<std::int64_t>(head) * dim_k;
-      bias.x = row[channel];
-      bias.y = channel + 1 < dim_k ? row[channel + 1] : 0.f;
-    }
-    rate = gates.A_log != nullptr ? __expf(gates.A_log[head]) : 1.f;
+  constexpr int kPieces = Cfg::kDimK / 8, kRows = Cfg::kTeamThreads / kPieces;
+  static_assert(kRows % 8 == 0);  // so that the pieces lie in the same place of their rows
+  int const row = thread_of_team<Cfg>() / kPieces, piece = thread_of_team<Cfg>() % kPieces;
+  int const offset = swizzled_offset(row, piece % 8);
+  std::uint8_t *b = smem.in.b[piece / 8] + offset, *k = smem.in.k[piece / 8] + offset;
+#pragma unroll 2
+  for (int i = 0; i < kChunk / kRows; ++i, b += kRows * kBoxRowBytes, k += kRows * kBoxRowBytes) {
+    auto& piece_of_b = *reinterpret_cast<uint4*>(b);
+    piece_of_b = multiply_erase_gate<Element>(params.gates, piece_of_b, *reinterpret_cast<uint4 const*>(k));
   }
-
-  __device__ float2 decay(float2 g) const {
-    if (gates.decay_gate == DecayGate::kSoftplus) {
-      return {-rate * softplus(g.x + bias.x), -rate * softplus(g.y + bias.y)};
-    }
-    if (gates.decay_gate == DecayGate::kLowerBound) {
-      return {gates.lower_bound * sigmoid(rate * (g.x + bias.x)),
-              gates.lower_bound * sigmoid(rate * (g.y + bias.y))};
-    }
-    return g;
-  }
-
-  // E = b*k, a pair
-  __device__ std::uint32_t erase(std::uint32_t b, std::uint32_t k) const {
-    using Element = typename Cfg::Element;
-    if (!gates.use_gate_sigmoid) {
-      return multiply_pairs<Element>(b, k);
-    }
-    float2 const b2 = unpack<Element>(b), k2 = unpack<Element>(k);
-    return pack<Element>(gates.erase_scale * sigmoid(b2.x) * k2.x, gates.erase_scale * sigmoid(b2.y) * k2.y);
-  }
-};
+}
 
 // Tokens [first, first + kGroup) of a thread's 16. Where kTail, rows that are not the sequence's become g = 0 and
 // q = k = E = 0, whatever lies there.
 template <bool kTail, class Cfg>
-__device__ void read_group(ThreadInputs<Cfg>& x, SharedStorage<Cfg>& smem, ElementType gate_element,
-                           Activations<Cfg> const& activations, ThreadPlace at, int first, int num_rows) {
+__device__ void read_group(ThreadInputs<Cfg>& x, SharedStorage<Cfg>& smem, ThreadPlace at, int first,
+                           int num_rows) {
   using Element = typename Cfg::Element;
 #pragma unroll
   for (int i = first; i < first + Cfg::kGroup; ++i) {
     int const row = at.block * kBlock + i;
-    float2 g = load_gate(smem, gate_element, at, row);
+    std::uint8_t* const box = smem.in.g[2 * at.box + at.lane / 16];
+    float2 const g =
+        *reinterpret_cast<float2*>(box + swizzled_offset(row, at.lane % 16 / 2) + at.lane % 2 * 8);
     x.q[i] = pair_at(smem.in.q[at.box], row, at.lane);
     x.k[i] = pair_at(smem.in.k[at.box], row, at.lane);
     std::uint32_t const b = pair_at(smem.in.b[at.box], row, at.lane);
-    if constexpr (Cfg::kFused) {
-      g = activations.decay(g);
-      x.E[i] = activations.erase(b, x.k[i]);
-    } else {
-      x.E[i] = multiply_pairs<Element>(b, x.k[i]);
-    }
-    x.alpha[i][0] = exp2_approx(kLog2E * g.x);
-    x.alpha[i][1] = exp2_approx(kLog2E * g.y);
+    x.E[i] = Cfg::kFused ? b : multiply_pairs<Element>(b, x.k[i]);
+    x.alpha[i][0] = Cfg::kFused ? g.x : exp2_approx(kLog2E * g.x);
+    x.alpha[i][1] = Cfg::kFused ? g.y : exp2_approx(kLog2E * g.y);
     if (kTail && row >= num_rows) {
       x.q[i] = x.k[i] = x.E[i] = 0u;
       x.alpha[i][0] = x.alpha[i][1] = 1.f;
@@ -340,15 +312,14 @@ __device__ void read_group(ThreadInputs<Cfg>& x, SharedStorage<Cfg>& smem, Eleme
 }
 
 template <class Cfg>
-__device__ void read_inputs(ThreadInputs<Cfg>& x, SharedStorage<Cfg>& smem, PrepareParams const& params,
-                            Work const& work, ThreadPlace at) {
-  Activations<Cfg> const activations(params, work.head, at.channel());
+__device__ void read_inputs(ThreadInputs<Cfg>& x, SharedStorage<Cfg>& smem, Work const& work,
+                            ThreadPlace at) {
 #pragma unroll
   for (int first = 0; first < kBlock; first += Cfg::kGroup) {
     if (at.block * kBlock + first + Cfg::kGroup <= work.num_rows) {
-      read_group<false>(x, smem, params.gate_element, activations, at, first, work.num_rows);
+      read_group<false>(x, smem, at, first, work.num_rows);
     } else {
-      read_group<true>(x, smem, params.gate_element, activations, at, first, work.num_rows);
+      read_group<true>(x, smem, at, first, work.num_rows);
     }
   }
 }
@@ -798,18 +769,28 @@ struct NextChunk {
   }
 };
 
+template <class Cfg>
+__device__ GateChannels load_gate_channels(PrepareParams const& params, Work const& work) {
+  int const piece = thread_of_team<Cfg>() % PreparedGates<Cfg>::kPieces;
+  return {params.gates, work.head, 4 * piece, params.shape.dim_k};
+}
+
 // One chunk and gate head, whose inputs are in shared memory. inputs_read(): when they are in registers;
 // operands_read(): when the products are made.
 template <class Cfg, class InputsRead, class OperandsRead>
 __device__ void run_tile(SharedStorage<Cfg>& smem, PrepareParams const& params, Work const& work,
-                         InputsRead inputs_read, OperandsRead operands_read) {
+                         GateChannels const& channels, InputsRead inputs_read, OperandsRead operands_read) {
   ThreadPlace const at = thread_place<Cfg>();
   bool const normalize = Cfg::kFused && params.gates.use_qk_l2norm;
   if (at.box == 0 && (Cfg::kFused || !Cfg::kFactorsOnly)) {
     row_products(smem, params, work);
   }
+  if constexpr (Cfg::kFused) {
+    activate_inputs(smem, params, channels);
+    sync_team<Cfg>();
+  }
   ThreadInputs<Cfg> x;
-  read_inputs(x, smem, params, work, at);
+  read_inputs(x, smem, work, at);
   store_block_products(smem, x, at);
   // The inputs are in registers: their shared memory becomes operands. Nobody reads the tiles of the chunk before.
   sync_team<Cfg>();
@@ -882,14 +863,16 @@ __global__ void __launch_bounds__(Cfg::kThreads, Cfg::kCtasPerSm)
     sync_team<Cfg>();
     for (unsigned round = 0; has_order(params, smem.work[round % 4].order); ++round) {
       NextChunk<Cfg> const next{smem, params, by, loads, smem.work[round % 4], smem.work[(round + 1) % 4]};
+      GateChannels const channels = load_gate_channels<Cfg>(params, next.work);
       smem.inputs_full.wait(round % 2);
-      run_tile(smem, params, next.work, [&] { next.find(); }, [&] { next.load(); });
+      run_tile(smem, params, next.work, channels, [&] { next.find(); }, [&] { next.load(); });
     }
   } else {
     let_next_kernel_start();  // where there is room; it waits for the end of this one
     sync_team<Cfg>();
+    GateChannels const channels = load_gate_channels<Cfg>(params, smem.work[0]);
     smem.inputs_full.wait(0);
-    run_tile(smem, params, smem.work[0], [] {}, [] {});
+    run_tile(smem, params, smem.work[0], channels, [] {}, [] {});
   }
 }
 

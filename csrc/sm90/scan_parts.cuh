@@ -102,14 +102,22 @@ __device__ void make_Z(FragmentsZ& Z, std::uint8_t const* v, std::uint8_t const*
     std::uint32_t v4[4], w4[4];
     load_matrices_transposed(v4, v, 16 * t, 2 * warp);
     load_matrices_transposed(w4, w, 16 * t, 2 * warp);
-    float2 z[4];
+    float2 z[4], gate[4];
+    // One branch for all, so that they are computed side by side.
+    if (use_gate_sigmoid) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        gate[i] = sigmoid(unpack<Element>(w4[i]));
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        gate[i] = unpack<Element>(w4[i]);
+      }
+    }
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      float2 const v2 = unpack<Element>(v4[i]);
-      float2 w2 = unpack<Element>(w4[i]);
-      if (use_gate_sigmoid) {
-        w2 = {sigmoid(w2.x), sigmoid(w2.y)};
-      }
+      float2 const v2 = unpack<Element>(v4[i]), w2 = gate[i];
       // v4[i]: tokens 16*t + 8*(i%2) + token and the next, value columns 8*(i/2) of the warp's 16
       int const row = 16 * t + 8 * (i % 2) + token;
       z[i].x = row < num_rows ? v2.x * w2.x : 0.f;

@@ -49,6 +49,12 @@ __device__ std::uint32_t multiply_pairs(std::uint32_t a, std::uint32_t b) {
 }
 
 template <class Element>
+__device__ uint4 multiply_pairs(uint4 a, uint4 b) {
+  return {multiply_pairs<Element>(a.x, b.x), multiply_pairs<Element>(a.y, b.y),
+          multiply_pairs<Element>(a.z, b.z), multiply_pairs<Element>(a.w, b.w)};
+}
+
+template <class Element>
 __device__ Element round_to(float x) {
   if constexpr (std::is_same_v<Element, __half>) {
     return __float2half_rn(x);

@@ -1,0 +1,383 @@
+// The gradients of q, k and b in `gradients`, before and after the pair products.
+#pragma once
+
+#include <cutlass/arch/barrier.h>
+#include <cute/arch/cluster_sm90.hpp>
+
+#include "sm90/gate_tiles.cuh"
+#include "sm90/gradients_parts.cuh"
+#include "sm90/pair_gradients.cuh"
+#include "tile/activation.cuh"
+#include "tile/convert.cuh"
+
+namespace gdn2 {
+
+// What comes before and after the pair products, for one warp's 16 channels x 32 tokens.
+template <class Cfg>
+struct Channels {
+  using Element = typename Cfg::Element;
+
+  GradientsStorage& smem;
+  GradientsParams const& params;
+  GradientsWork const& work;
+  HalfAccumulators &dq, &dE, &dk;  // [16 channels, tokens]; start as dO S^T, dX S^T and R dS'^T transposed
+  HalfAccumulators& dG;
+
+  using Pieces = GatePieces<Element, kChannels, kThreads>;
+
+  // What the fused inputs are made with, from global memory.
+  struct Parameters {
+    GateChannels channels;             // of the thread's Pieces
+    float q_norm = 1.f, k_norm = 1.f;  // 1 / norm of the lane's token in prepare_tiles
+  };
+
+  __device__ float const* row_norms() const { return params.row_norms + work.tile * 2 * kChunk; }
+
+  __device__ Parameters load_parameters() const {
+    Parameters x;
+    if constexpr (Cfg::kFused) {
+      int const channel = work.first_channel + 4 * (threadIdx.x % Pieces::kPieces);
+      x.channels = {params.gates, work.head, channel, params.shape.dim_k};
+    }
+    if (Cfg::kFused && params.gates.use_qk_l2norm) {
+      int const t = token_of_lane(GradientsPlace());
+      x.q_norm = row_norms()[t];
+      x.k_norm = row_norms()[kChunk + t];
+    }
+    return x;
+  }
+  __device__ static int token_of_lane(GradientsPlace const& place) {
+    return kHalfTokens * place.half_of_chunk + place.lane;
+  }
+
+  // alpha where g has been.
+  __device__ void activate_gates(Parameters const& parameters) {
+    Pieces const pieces(smem.tokens().g, threadIdx.x);
+    pieces.activate(params.gates, parameters.channels, params.gate_element);
+  }
+
+  // The warp's pieces of q, k and E as the products read them: normalised, rows that are not the chunk's own zero
+  // whatever lies there; E = b*k to the scratch tile.
+  __device__ void prepare_tiles(Parameters const& parameters) {
+    int const num_rows = uniform(smem.work.num_rows);
+    auto& tokens = smem.tokens();
+    auto& scratch = smem.scratch();
+    GradientsPlace const place;
+    int const t = token_of_lane(place);
+#pragma unroll 1
+    for (int i = 0; i < 2; ++i) {
+      int const piece = 2 * place.warp + i;
+      auto const at = [&](std::uint8_t* tile) {
+        return reinterpret_cast<uint4*>(tile + swizzled_offset(t, piece));
+      };
+      if (t >= num_rows) {
+        *at(tokens.q) = *at(tokens.k) = *at(scratch.E) = uint4{};
+        continue;
+      }
+      if (Cfg::kFused && params.gates.use_qk_l2norm) {
+        *at(tokens.q) = scaled(*at(tokens.q), parameters.q_norm);
+        *at(tokens.k) = scaled(*at(tokens.k), parameters.k_norm);
+      }
+      *at(scratch.E) = Cfg::kFused ? multiply_erase_gate<Element>(params.gates, *at(tokens.b), *at(tokens.k))
+                                   : multiply_pairs<Element>(*at(tokens.b), *at(tokens.k));
+    }
+  }
+
+  __device__ static uint4 scaled(uint4 x8, float factor) {
+    std::uint32_t x[4] = {x8.x, x8.y, x8.z, x8.w};
+#pragma unroll
+    for (std::uint32_t& pair : x) {
+      float2 const x2 = unpack<Element>(pair);
+      pair = pack<Element>(x2.x * factor, x2.y * factor);
+    }
+    return {x[0], x[1], x[2], x[3]};
+  }
+
+  // The decays inside groups, and over them. Both warpgroups read all of them: ends with the CTA's barrier.
+  __device__ void prepare_decays() {
+    int const num_rows = uniform(smem.work.num_rows);
+    auto& tokens = smem.tokens();
+    auto& scratch = smem.scratch();
+    GradientsPlace const place;
+    int const thread = place.thread % kWarpgroupThreads;
+    float alpha[4 * kHalfGroups];
+#pragma unroll
+    for (int n = 0; n < 4 * kHalfGroups; ++n) {
+      int const i = n / 4, half = n / 2 % 2, c = n % 2;
+      float const g = tokens.g_at(place.token(i, c), place.channel(half));
+      alpha[n] = place.token(i, c) >= num_rows ? 1.f : Cfg::kFused ? g : exp2_approx(kLog2E * g);
+    }
+    __syncthreads();  // all of g has been read
+#pragma unroll
+    for (int n = 0; n < 2 * kHalfGroups; ++n) {
+      int const i = n / 2, half = n % 2, j = place.group(i), ch = place.channel(half);
+      float const a0 = alpha[2 * n], a1 = alpha[2 * n + 1];
+      tokens.alpha[0][2 * j + half][thread] = a0;
+      tokens.alpha[1][2 * j + half][thread] = a1;
+      LaneDecay const lane = scan_lane_decays(a0, a1);
+      scratch.F[2 * j + half][thread] = lane.F;
+      scratch.B[2 * j + half][thread] = lane.B;
+      if (place.quad == 0) {
+        scratch.groups[j][ch].first = a0;
+      }
+      if (place.quad == 3) {
+        scratch.groups[j][ch].rest = lane.F * a1;
+      }
+    }
+    __syncthreads();
+    // A thread a channel and direction. All is read before anything is written, or each read would wait for a write.
+    int const ch = threadIdx.x % kChannels;
+    bool const forwards = threadIdx.x < kChannels;
+    if (forwards || threadIdx.x >= kThreads - kChannels) {
+      GroupDecay groups[kGroups];
+#pragma unroll
+      for (int j = 0; j < kGroups; ++j) {
+        groups[j] = scratch.groups[j][ch];
+      }
+      float x = 1.f;
+      if (forwards) {
+#pragma unroll
+        for (int j = 0; j < kGroups; ++j) {
+          x *= groups[j].first;
+          scratch.places[j][ch].before = x;
+          x *= groups[j].rest;
+        }
+      } else {
+#pragma unroll
+        for (int j = kGroups - 1; j >= 0; --j) {
+          scratch.places[j][ch].after = x;
+          x *= groups[j].first * groups[j].rest;
+        }
+      }
+    }
+    __syncthreads();
+  }
+
+  // The products with S and dS' become their shares of dq, dE and dk, and of dg: reads of S by tokens r >= i and the
+  // state that is carried through in dG, to be summed from the end; writes to S' by tokens s < i summed here.
+  __device__ void finish_state_products(float const (&rowsums)[2]) {
+    LaneReader const lane(smem);
+    GradientsPlace const& place = lane.place;
+    float written[2] = {0.f, 0.f};
+#pragma unroll
+    for (float& x : dG) {
+      x = 0.f;
+    }
+#pragma unroll
+    for (int i = 0; i < kHalfGroups; ++i) {
+      if (lane.has_no_tokens(i)) {
+        break;
+      }
+      GroupTokens const q(lane.q_lane, i), k(lane.k_lane, i), E(lane.E_lane, i);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        int const n = 4 * i + 2 * half;
+        float2 const q2 = unpack<Element>(q.pairs[half]), k2 = unpack<Element>(k.pairs[half]),
+                     E2 = unpack<Element>(E.pairs[half]);
+        GroupPlace const group = lane.group_place(i, half);
+        float const alpha1 = lane.alpha(i, half, 1);
+        float const gamma0 = group.before * lane.F(i, half), gamma1 = gamma0 * alpha1;
+        float const tail1 = group.after * lane.B(i, half), tail0 = tail1 * alpha1;
+        dq[n] *= params.scale * gamma0;
+        dq[n + 1] *= params.scale * gamma1;
+        dE[n] *= -gamma0;
+        dE[n + 1] *= -gamma1;
+        dk[n] *= tail0;
+        dk[n + 1] *= tail1;
+        dG[n] = q2.x * dq[n] + E2.x * dE[n];
+        dG[n + 1] = q2.y * dq[n + 1] + E2.y * dE[n + 1];
+        float const write0 = k2.x * dk[n], write1 = k2.y * dk[n + 1];
+        float all;
+        float const before = written[half] + exclusive_sum<true>(write0 + write1, all);
+        smem.dg_writes[n][place.thread] = before;
+        smem.dg_writes[n + 1][place.thread] = before + write0;
+        written[half] += all;
+      }
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      int const ch = place.channel(half);
+      if (place.half_of_chunk == 0) {
+        if (place.quad == 0) {
+          smem.first_writes[ch] = written[half];
+        }
+        continue;
+      }
+      constexpr int kLast = kHalfGroups - 1;
+      float const gamma_last = lane.group_place(kLast, half).before * lane.group_decay(kLast, half).rest;
+      float const carried = gamma_last * rowsums[half];
+      if (place.quad == 3) {
+        dG[4 * (kHalfGroups - 1) + 2 * half + 1] += carried;
+      }
+    }
+  }
+
+  // dE becomes db, and dk takes its share; through the sigmoid of b where there is one.
+  __device__ void finish_erase_gradients() {
+    bool const use_sigmoid = Cfg::kFused && params.gates.use_gate_sigmoid;
+    use_sigmoid ? finish_erase_gradients_as<true>() : finish_erase_gradients_as<false>();
+  }
+
+  template <bool kSigmoid>
+  __device__ void finish_erase_gradients_as() {
+    auto& tokens = smem.tokens();
+    GradientsPlace const place;
+    float const erase_scale = params.gates.erase_scale;
+#pragma unroll
+    for (int pair = 0; pair < kHalfGroups / 2; ++pair) {
+      GroupPair const k(lane_address(place, tokens.k), 2 * pair), b(lane_address(place, tokens.b), 2 * pair);
+#pragma unroll
+      for (int m = 0; m < 4; ++m) {
+        int const i = 2 * pair + m / 2, half = m % 2, n = 4 * i + 2 * half;
+        float2 const k2 = unpack<Element>(k.at(i, half));
+        float2 b2 = unpack<Element>(b.at(i, half));
+        float2 slope{1.f, 1.f};
+        if constexpr (kSigmoid) {
+          float2 const s = sigmoid(b2);
+          b2 = {erase_scale * s.x, erase_scale * s.y};
+          slope = {b2.x * (1.f - s.x), b2.y * (1.f - s.y)};
+        }
+        dk[n] += b2.x * dE[n];
+        dk[n + 1] += b2.y * dE[n + 1];
+        dE[n] *= k2.x * slope.x;
+        dE[n + 1] *= k2.y * slope.y;
+      }
+    }
+  }
+
+  // The CTA is done with dP and dT: sums of the CTA of the other channels may come to lie there. After DecayGradients::finish,
+  // which stores what every product that reads them has gone into; so there is nothing to fence, and a fence would wait for
+  // all stores to memory.
+  __device__ void announce_dots() const {
+    if (work.num_boxes == 2) {
+      cute::cluster_arrive_relaxed();
+    }
+  }
+
+  // x[i] + x[kKeep + i] of two lanes, one the lower and one the upper half of the sums.
+  template <int kKeep>
+  __device__ static void halve_sums(float (&x)[2 * kHalfGroups], bool upper, int lane_distance) {
+#pragma unroll
+    for (int i = 0; i < kKeep; ++i) {
+      float const low = x[i], high = x[kKeep + i];
+      x[i] = (upper ? high : low) + __shfl_xor_sync(0xffffffff, upper ? low : high, lane_distance);
+    }
+  }
+
+  // Through the norms: with y the normalised row and n its norm, dx = (dy - y (y.dy)) / n. The sums over channels go
+  // over lanes, warps, and the CTA of the other channels.
+  __device__ void finish_norm_gradients() {
+    auto& tokens = smem.tokens();
+    GradientsPlace const place;
+    // By a thread for a token, of q or of k.
+    int const summed_token = threadIdx.x / 2, which = threadIdx.x % 2;
+    bool const sums = summed_token < kChunk;
+    float const inverse_norm = sums ? row_norms()[which * kChunk + summed_token] : 0.f;
+    float dots[2][2 * kHalfGroups];  // [of q, of k][2*i + c]
+#pragma unroll
+    for (int pair = 0; pair < kHalfGroups / 2; ++pair) {
+      GroupPair const q(lane_address(place, tokens.q), 2 * pair), k(lane_address(place, tokens.k), 2 * pair);
+#pragma unroll
+      for (int g = 0; g < 2; ++g) {
+        int const i = 2 * pair + g;
+        float2 const q0 = unpack<Element>(q.at(i, 0)), q1 = unpack<Element>(q.at(i, 1));
+        float2 const k0 = unpack<Element>(k.at(i, 0)), k1 = unpack<Element>(k.at(i, 1));
+        dots[0][2 * i] = q0.x * dq[4 * i] + q1.x * dq[4 * i + 2];
+        dots[0][2 * i + 1] = q0.y * dq[4 * i + 1] + q1.y * dq[4 * i + 3];
+        dots[1][2 * i] = k0.x * dk[4 * i] + k1.x * dk[4 * i + 2];
+        dots[1][2 * i + 1] = k0.y * dk[4 * i + 1] + k1.y * dk[4 * i + 3];
+      }
+    }
+    // Each step halves the tokens that a lane has sums of: at the end one of q's and one of k's, index row.
+#pragma unroll
+    for (auto& of_tokens : dots) {
+      halve_sums<4>(of_tokens, place.row & 4, 16);
+      halve_sums<2>(of_tokens, place.row & 2, 8);
+      halve_sums<1>(of_tokens, place.row & 1, 4);
+    }
+    *reinterpret_cast<float2*>(smem.dots.of_warp[place.warp][place.token(place.row / 2, place.row % 2)]) =
+        float2{dots[0][0], dots[1][0]};
+    __syncthreads();
+    bool const has_other = work.num_boxes == 2;
+    if (has_other) {
+      cute::cluster_wait();  // the other CTA is done with its dP and dT (see announce_dots)
+    }
+    if (sums) {
+      float sum = 0.f;
+      for (auto const& of_warp : smem.dots.of_warp) {
+        sum += of_warp[summed_token][which];
+      }
+      smem.dots.inverse_norms[summed_token][which] = inverse_norm;
+      float& of_box = smem.dots.of_box[work.box][summed_token][which];
+      of_box = sum;
+      if (has_other) {
+        cute::store_shared_remote(__float_as_uint(sum), cute::cast_smem_ptr_to_uint(&of_box),
+                                  cute::cast_smem_ptr_to_uint(&smem.dots_full), work.box ^ 1);
+      } else {
+        smem.dots.of_box[work.box ^ 1][summed_token][which] = 0.f;
+      }
+    }
+    __syncthreads();
+    if (has_other) {
+      smem.dots_full.wait(0);
+    }
+#pragma unroll
+    for (int pair = 0; pair < kHalfGroups / 2; ++pair) {
+      GroupPair const q(lane_address(place, tokens.q), 2 * pair), k(lane_address(place, tokens.k), 2 * pair);
+#pragma unroll
+      for (int g = 0; g < 2; ++g) {
+        int const i = 2 * pair + g, t = place.token(i, 0);
+        // of q and k, of both tokens
+        float4 const dots0 = *reinterpret_cast<float4 const*>(smem.dots.of_box[0][t]),
+                     dots1 = *reinterpret_cast<float4 const*>(smem.dots.of_box[1][t]),
+                     norms = *reinterpret_cast<float4 const*>(smem.dots.inverse_norms[t]);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          int const n = 4 * i + 2 * half;
+          float2 const q2 = unpack<Element>(q.at(i, half)), k2 = unpack<Element>(k.at(i, half));
+          dq[n] = (dq[n] - q2.x * (dots0.x + dots1.x)) * norms.x;
+          dq[n + 1] = (dq[n + 1] - q2.y * (dots0.z + dots1.z)) * norms.z;
+          dk[n] = (dk[n] - k2.x * (dots0.y + dots1.y)) * norms.y;
+          dk[n + 1] = (dk[n + 1] - k2.y * (dots0.w + dots1.w)) * norms.w;
+        }
+      }
+    }
+  }
+
+  // The rounded gradient over the warp's part of the tile of its input.
+  __device__ void store_tile(std::uint8_t* tile, HalfAccumulators const& acc) const {
+    GradientsPlace const place;
+#pragma unroll
+    for (int pair = 0; pair < kHalfGroups / 2; ++pair) {
+      std::uint32_t r[4];
+#pragma unroll
+      for (int m = 0; m < 4; ++m) {
+        int const n = 4 * (2 * pair + m % 2) + 2 * (m / 2);
+        r[m] = pack<Element>(acc[n], acc[n + 1]);
+      }
+      store_matrices_transposed(r, tile, kGroup * place.group(2 * pair), 2 * place.warp);
+    }
+  }
+
+  // dq or dk for every gate head, float32 [batch, seqlen, num_gate_heads, dim_k].
+  __device__ void store_partial(void* out, HalfAccumulators const& acc) const {
+    int const num_rows = uniform(smem.work.num_rows);
+    GradientsPlace const place;
+    if (out == nullptr) {
+      return;
+    }
+    CallShape const& shape = params.shape;
+    std::int64_t const first_row = work.token(shape) * shape.num_gate_heads + work.gate_head;
+    float* const base = static_cast<float*>(out) + first_row * shape.dim_k + work.first_channel;
+    int const row_stride = shape.num_gate_heads * shape.dim_k;  // from token to token
+#pragma unroll
+    for (int n = 0; n < 4 * kHalfGroups; ++n) {
+      int const t = place.token(n / 4, n % 2), ch = place.channel(n / 2 % 2);
+      if (t < num_rows && work.first_channel + ch < shape.dim_k) {
+        base[t * row_stride + ch] = acc[n];
+      }
+    }
+  }
+};
+
+}  // namespace gdn2
