@@ -124,7 +124,7 @@ gpu-test: $(INSTALLED) $(TEST_TOOLS)
 	@$(BIN)/python -I -c 'import sys, torch; \
 	hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0); \
 	sys.exit(not hopper and "gpu-test needs a GPU of compute capability 9.0, and torch sees none")'
-	$(BIN)/pytest -m gpu --timeout $(TEST_TIMEOUT) --record bench/results/gpu_tests.json $(PYTEST_ARGS)
+	$(BIN)/pytest python_tests -m gpu --timeout $(TEST_TIMEOUT) --record bench/results/gpu_tests.json $(PYTEST_ARGS)
 
 coverage: $(INSTALLED) $(TEST_TOOLS)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(TEST_JOBS) --timeout $(TEST_TIMEOUT) --cov --cov-report=term-missing \

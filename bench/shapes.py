@@ -33,6 +33,7 @@ OP_SHAPES = (
     Shape(1, 8192, 64),
     Shape(1, 8192, 8),
     Shape(1, 65536, 4),
+    Shape(1, 131072, 2),
     Shape(1, sum(PACKED), 16, lengths=PACKED),
 )
 

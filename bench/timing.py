@@ -62,10 +62,10 @@ def captured(call: Callable[[], object]) -> Callable[[], None] | None:
 
 
 def eager_and_graphs(
-    calls: dict[str, Callable[[], object]], repeats: int
+    calls: dict[str, Callable[[], object]], repeats: int, warmup: int = 5
 ) -> tuple[dict[str, Time], dict[str, Time]]:
     """Of calls that take turns, and of their CUDA graphs, as far as they can be captured."""
-    eager = alternate(calls, repeats)
+    eager = alternate(calls, repeats, warmup)
     graphs = {name: replay for name, call in calls.items() if (replay := captured(call))}
     return eager, alternate(graphs, repeats) if graphs else {}
 
