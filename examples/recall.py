@@ -15,7 +15,7 @@ Small language models of two layers whose mixers differ in their gates alone ("g
 "gated_deltanet", "deltanet"): the same state, and the same number of parameters, which the width of the MLP
 evens out. Each is trained on all n, first on few pairs and in little noise, all on the same batches, and
 scored on new ones for each n. The folder gets recall.json (every run), recall.csv (means), recall.md (the
-table) and recall.png.
+table) and recall.png. What its recall.json has already is not run again: a stopped run goes on where it was.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import NamedTuple
 
@@ -359,15 +359,35 @@ def plot(rows: list[dict], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
+def provenance(options: argparse.Namespace) -> dict:
+    """What all runs of a folder have in common."""
+    device = torch.cuda.get_device_name() if options.device == "cuda" else "cpu"
+    others = ("out", "jobs", "threads", "budget", "tasks", "variants", "seeds")
+    arguments = {name: value for name, value in vars(options).items() if name not in others}
+    return {"device": device, "torch": torch.__version__, "options": arguments}
+
+
+def recorded(options: argparse.Namespace) -> list[dict]:
+    """The runs that the folder has already; SystemExit where they are of another device or other options."""
+    path = options.out / "recall.json"
+    if not path.is_file():
+        return []
+    record = json.loads(path.read_text())
+    runs = record.pop("runs")
+    if record != provenance(options):
+        raise SystemExit(
+            f"{path} has runs of {record}, and these are of {provenance(options)}: another --out?"
+        )
+    for result in runs:
+        result["accuracy"] = {int(n): x for n, x in result["accuracy"].items()}
+    return runs
+
+
 def save(results: list[dict], options: argparse.Namespace) -> str:
     """Writes what there is so far, and gives the table."""
     results = sorted(results, key=lambda x: (x["task"], x["variant"], x["seed"]))
     rows, folder = means(results), options.out
-    device = torch.cuda.get_device_name() if options.device == "cuda" else "cpu"
-    arguments = {
-        name: value for name, value in vars(options).items() if name not in ("out", "jobs", "threads")
-    }
-    record = {"device": device, "torch": torch.__version__, "options": arguments, "runs": results}
+    record = {**provenance(options), "runs": results}
     (folder / "recall.json").write_text(json.dumps(record, indent=2) + "\n")
     with open(folder / "recall.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
@@ -396,6 +416,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--jobs", type=int, default=1, help="models that are trained at the same time")
+    parser.add_argument("--budget", type=float, help="seconds after which no model is begun")
     parser.add_argument("--threads", type=int, default=max(1, torch.get_num_threads()), help="of a job")
     parser.add_argument("--out", type=Path, default=Path("recall"))
     options = parser.parse_args(arguments)
@@ -413,11 +434,12 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
-    runs = [
-        Run(*x) for x in ((t, v, s) for t in options.tasks for s in options.seeds for v in options.variants)
-    ]
-    results: list[dict] = []
-    progress = tqdm(total=len(runs), unit="model", file=sys.stderr)
+    results = recorded(options)
+    done = {Run(x["task"], x["variant"], x["seed"]) for x in results}
+    runs = [Run(t, v, s) for s in options.seeds for t in options.tasks for v in options.variants]
+    progress = tqdm(total=len(runs), initial=len(done & set(runs)), unit="model", file=sys.stderr)
+    runs = [run for run in runs if run not in done]
+    end = math.inf if options.budget is None else time.monotonic() + options.budget
 
     def add(result: dict) -> None:
         results.append(result)
@@ -429,14 +451,23 @@ def main(arguments: list[str] | None = None) -> int:
         progress.update()
 
     if options.jobs == 1:
-        for run in runs:
-            add(train_and_score(run, options))
+        while runs and time.monotonic() < end:
+            add(train_and_score(runs.pop(0), options))
     else:
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(options.jobs, mp_context=context) as pool:
-            for done in as_completed([pool.submit(train_and_score, run, options) for run in runs]):
-                add(done.result())
+            training: set[Future] = set()
+            while training or (runs and time.monotonic() < end):
+                while runs and len(training) < options.jobs and time.monotonic() < end:
+                    training.add(pool.submit(train_and_score, runs.pop(0), options))
+                ready, training = wait(training, return_when=FIRST_COMPLETED)
+                for result in ready:
+                    add(result.result())
     progress.close()
+    if runs:
+        print(f"{len(runs)} models are left: run this again", file=sys.stderr)
+    if not results:
+        return 0
     plot(means(results), options.out / "recall.png")
     print(save(results, options), end="")
     return 0

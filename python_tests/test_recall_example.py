@@ -156,6 +156,24 @@ def test_a_small_run_ends_with_its_table_and_plot(tmp_path):
     assert (tmp_path / "recall.md").read_text() == done.stdout
 
 
+def test_a_stopped_run_goes_on_where_it_was(tmp_path):
+    """A budget of nothing begins nothing; what is recorded is kept; other options are refused."""
+    small = "--tasks mqar --pairs 2 --variants gdn2 --steps 2".split()
+    done = run(*small, "--seeds", "1", out=tmp_path)
+    assert done.returncode == 0, done.stderr
+    first = json.loads((tmp_path / "recall.json").read_text())
+    done = run(*small, "--seeds", "1", "2", "--budget", "0", out=tmp_path)
+    assert done.returncode == 0 and "1 models are left" in done.stderr
+    assert json.loads((tmp_path / "recall.json").read_text()) == first
+    done = run(*small, "--seeds", "1", "2", "--jobs", "2", out=tmp_path)
+    assert done.returncode == 0, done.stderr
+    runs = json.loads((tmp_path / "recall.json").read_text())["runs"]
+    assert runs[0] == first["runs"][0] and [x["seed"] for x in runs] == [1, 2]
+    done = run(*small, "--lr", "0.5", out=tmp_path)
+    assert done.returncode == 1 and "another --out?" in done.stderr
+    assert json.loads((tmp_path / "recall.json").read_text())["runs"] == runs
+
+
 def test_impossible_numbers_are_refused(tmp_path):
     done = run("--pairs", "20", out=tmp_path)
     assert done.returncode == 2 and "needles 3 tokens of --length each" in done.stderr
