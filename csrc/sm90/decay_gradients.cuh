@@ -127,7 +127,7 @@ struct DecayGradients {
   template <class Value, class Piece>
   __device__ void store_piece4(Value* out, Piece piece, int count) const {
     if (count >= 4 && params.shape.dim_k % 4 == 0) {
-      *reinterpret_cast<Piece*>(out) = piece;
+      __stcg(reinterpret_cast<Piece*>(out), piece);  // a plain store is merged with those below, and split
       return;
     }
     auto const* const x = reinterpret_cast<Value const*>(&piece);
