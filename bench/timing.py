@@ -23,19 +23,26 @@ def alternate(calls: dict[str, Callable[[], object]], repeats: int, warmup: int 
     Nobody waits for the GPU in between, as in a training loop: a call's host time counts where it is longer
     than what the GPU still has to do.
     """
-    events: dict[str, list[tuple]] = {name: [] for name in calls}
-    for turn in range(warmup + repeats):
+    events = {name: [(_event(), _event()) for _ in range(repeats)] for name in calls}
+    for _ in range(warmup):
+        for call in calls.values():
+            call()
+    torch.cuda.synchronize()
+    for turn in range(repeats):
         for name, call in calls.items():
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin, end = events[name][turn]
             begin.record()
             call()
             end.record()
-            if turn >= warmup:
-                events[name].append((begin, end))
-        if turn == warmup - 1:
-            torch.cuda.synchronize()
     torch.cuda.synchronize()
     return {name: _summary([begin.elapsed_time(end) for begin, end in x]) for name, x in events.items()}
+
+
+def _event() -> torch.cuda.Event:
+    """Recorded once, for it is made when it is first recorded, which takes longer than a short call."""
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
 
 
 def _summary(values: list[float]) -> Time:
