@@ -3,15 +3,15 @@
 Correctness first: o and every gradient of one head of every shape, against float64. Then both
 implementations take turns in one process on the same inputs: medians with spread, eagerly and as CUDA graphs,
 and peak memory. The table goes to the screen, and with versions, GPU and a digest of the sources to
-bench/results/op.csv and op.json.
+bench/results/op.csv and op.json, where several runs of the same sources add up.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import cases
 import compare
@@ -154,24 +154,30 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--no-fla", action="store_true", help="without the baseline")
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=records.RESULTS, help="folder of the results")
+    records.add_arguments(parser)
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("bench.op needs a GPU, and PyTorch sees none", file=sys.stderr)
         return 1
+    budget = records.Budget(options.budget)
     fla = None if options.no_fla else fla_tuning.load_fla("chunk_gdn2", options.out)
+    who = ["gdn2_ext"] if fla is None else ["gdn2_ext", "fla"]
     copy = timing.copy_terabytes_per_second()
     print(f"{torch.cuda.get_device_name()}, copy {copy:.2f} TB/s\n{HEADER}")
-    rows = []
-    for index in options.shapes:
-        for l2norm in (False, True) if options.l2norm else (False,):
-            rows += measure(OP_SHAPES[index], options.passes, l2norm, options.repeats, fla, options.seed)
-            for row in rows:
-                row["floor_ms"] = row["floor_bytes"] / (copy * 1e9)
-            torch.cuda.empty_cache()
-            records.save(options.out, "op", rows, copy_tb_per_s=copy)
-            if fla is not None:
-                fla_tuning.collect(options.out)
+    rows = records.Rows(options.out, "op", ("shape", "l2norm", "pass", "implementation"), options.again)
+    for shape, l2norm in itertools.product(
+        (OP_SHAPES[index] for index in options.shapes), (False, True) if options.l2norm else (False,)
+    ):
+        about = itertools.product((shape.label,), (l2norm,), options.passes, who)
+        if all(rows.has(*x) for x in about) or budget.spent():
+            continue
+        measured = measure(shape, options.passes, l2norm, options.repeats, fla, options.seed)
+        for row in measured:
+            row["floor_ms"] = row["floor_bytes"] / (copy * 1e9)
+        torch.cuda.empty_cache()
+        rows.add(measured, copy_tb_per_s=copy)
+        if fla is not None:
+            fla_tuning.collect(options.out)
     return 0
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from . import records
 from .records import number
+from .shapes import OP_SHAPES
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 PASSES = ("forward", "forward+backward")
@@ -49,7 +50,9 @@ def ratio(rows: dict[str, dict], column: str) -> float | None:
 
 
 def op(record: dict) -> str:
+    order = {shape.label: n for n, shape in enumerate(OP_SHAPES)}  # whichever was measured first
     rows = [row for row in record["rows"] if not row["l2norm"]]
+    rows.sort(key=lambda row: order.get(row["shape"], len(order)))
     shapes = by_shape(rows, "shape", "pass")
 
     def cells(rows: dict[str, dict]) -> list[str]:
