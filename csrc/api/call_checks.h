@@ -44,6 +44,18 @@ class CallChecks {
     need(o.kind == v.kind && o.device == v.device && o.has_shape_of(v));
   }
 
+  // Where the inputs lie: tokens(view) makes of a view what the launchers of this kind of call read.
+  template <class Call, class Tokens>
+  static void fill_tokens(Call& call, TokenViews const& x, Tokens tokens) {
+    call.q = tokens(x.q);
+    call.k = tokens(x.k);
+    call.v = tokens(x.v);
+    call.g = tokens(x.g);
+    call.b = tokens(x.b);
+    call.w = tokens(x.w);
+    call.gate_element = static_cast<ElementType>(x.g.kind);
+  }
+
   // From the inputs: all but num_sequences and num_slots.
   void fill_sizes(CallShape& shape, TokenViews const& x) {
     View const &q = x.q, &v = x.v, &g = x.g;

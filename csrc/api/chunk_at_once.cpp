@@ -87,19 +87,21 @@ struct Inputs {
 };
 
 // Whether the arguments, all read now, are of a call that the kernels take; what is wrong with one that they do not, the
-// caller goes on to say more precisely.
-bool takes(Parameters& parameters, ChunkCall& call, View const& q) {
+// caller goes on to say more precisely. Where Python asked for 0 segments they are as many as are quickest, and one where
+// the call is not `split`.
+bool takes(Parameters& parameters, ChunkCall& call, View const& q, bool split) {
   if (PyErr_Occurred()) {
     PyErr_Clear();
     return false;
   }
-  return parameters.fill(call) && call.shape.seqlen > 0 && is_current_hopper(q.device);
-}
-
-// Where Python asked for 0 segments, as many as are quickest.
-void choose_segments(ChunkCall& call) {
   CallShape const& shape = call.shape;
-  if (call.num_segments == 0) {
+  if (!parameters.fill(call) || shape.seqlen == 0 || !is_current_hopper(q.device)) {
+    return false;
+  }
+  call.num_sms = num_multiprocessors(q.device);
+  if (!split) {
+    call.num_segments = 1;
+  } else if (call.num_segments == 0) {
     call.num_segments = num_segments({.seqlen = shape.seqlen,
                                       .num_sequences = shape.num_sequences,
                                       .num_gate_heads = shape.num_gate_heads,
@@ -109,6 +111,7 @@ void choose_segments(ChunkCall& call) {
                                       .packed = call.cu_seqlens != nullptr,
                                       .num_sms = call.num_sms});
   }
+  return true;
 }
 
 // take(room) carves all that the kernels use among themselves, run(stream) launches.
@@ -140,11 +143,9 @@ py::object forward(Arguments& from) {
   Parameters parameters(x, options);
   ChunkForwardParams params{};
   ChunkCall& call = params.call;
-  if (!takes(parameters, call, x.q)) {
+  if (!takes(parameters, call, x.q, true)) {
     return py::none();
   }
-  call.num_sms = num_multiprocessors(x.q.device);
-  choose_segments(call);
 
   CallShape const& shape = call.shape;
   py::object final_state = py::none(), A_minus_I = py::none(), P = py::none(), split = py::none();
@@ -222,14 +223,9 @@ py::object backward(Arguments& from) {
   Parameters parameters(x, options);
   ChunkBackwardParams params{};
   ChunkCall& call = params.call;
-  if (!takes(parameters, call, x.q)) {
+  if (!takes(parameters, call, x.q, x.split.given)) {
     return py::none();
   }
-  call.num_sms = num_multiprocessors(x.q.device);
-  if (!x.split.given) {
-    call.num_segments = 1;
-  }
-  choose_segments(call);
 
   py::tuple gradients(kNumGradients);
   for (std::size_t n = 0; n < kNumGradients; ++n) {

@@ -58,70 +58,52 @@ constexpr View B::* kBackwardOrder[] = {&B::o,
                                         &B::d_dt_bias,
                                         &B::d_initial_state};
 
-// Reads tensors and options in the order of gdn2_ext/cuda_backend.py.
-template <class Views, std::size_t kNumViews>
-Options read(Arguments& from, Views& x, View Views::* const (&order)[kNumViews]) {
+// What the caller keeps for a backward has memory of its own.
+void take_all_room(Workspace& room, ChunkForwardParams& params, ForwardViews const& x) {
+  take_room(room, params, x.cu_seqlens.given, {.matrices = x.P.given, .split = x.split.given});
+}
+void take_all_room(Workspace& room, ChunkBackwardParams& params, BackwardViews const& x) {
+  take_room(room, params, x.cu_seqlens.given);
+}
+
+// Reads tensors and options in the order of gdn2_ext/cuda_backend.py, and launches.
+template <class Views, class Params, std::size_t kNumViews>
+bool launch(Arguments& from, View Views::* const (&order)[kNumViews],
+            void (*run)(Params const&, cudaStream_t)) {
   TensorReader const reader(Py_None);
+  Views x;
   for (auto const view : order) {
     x.*view = reader.read(from.object());
   }
-  return Options(from);
-}
-
-// The rest of a launch: take(room) carves all that the kernels use among themselves, run(stream) launches.
-template <class Take, class Run>
-bool launch(Arguments& from, Parameters& parameters, View const& workspace, ChunkCall& call, Take take,
-            Run run) {
+  Options const options(from);
   auto const stream = reinterpret_cast<cudaStream_t>(from.integer());
-  Workspace needed(nullptr), room(workspace.data);
-  take(needed);
-  if (PyErr_Occurred() || !parameters.has_room(needed.size())) {
+  Parameters parameters(x, options);
+  Params params{};
+  if (PyErr_Occurred() || !parameters.fill(params.call) || !parameters.fill(params, x)) {
     return false;
   }
-  take(room);
-  call.num_sms = num_multiprocessors();
+  Workspace needed(nullptr), room(x.workspace.data);
+  take_all_room(needed, params, x);
+  if (!parameters.has_room(needed.size())) {
+    return false;
+  }
+  take_all_room(room, params, x);
+  params.call.num_sms = num_multiprocessors();
   pybind11::gil_scoped_release const release;  // a full queue makes a launch wait
-  run(stream);
+  run(params, stream);
   return true;
-}
-
-bool forward(Arguments& from) {
-  ForwardViews x;
-  Options const options = read(from, x, kForwardOrder);
-  Parameters parameters(x, options);
-  ChunkForwardParams params{};
-  if (!parameters.fill(params.call) || !parameters.fill(params, x)) {
-    return false;
-  }
-  Kept const kept{.matrices = x.P.given, .split = x.split.given};
-  return launch(
-      from, parameters, x.workspace, params.call,
-      [&](Workspace& room) { take_room(room, params, x.cu_seqlens.given, kept); },
-      [&](cudaStream_t stream) { chunk_forward(params, stream); });
-}
-
-bool backward(Arguments& from) {
-  BackwardViews x;
-  Options const options = read(from, x, kBackwardOrder);
-  Parameters parameters(x, options);
-  ChunkBackwardParams params{};
-  if (!parameters.fill(params.call) || !parameters.fill(params, x)) {
-    return false;
-  }
-  return launch(
-      from, parameters, x.workspace, params.call,
-      [&](Workspace& room) { take_room(room, params, x.cu_seqlens.given); },
-      [&](cudaStream_t stream) { chunk_backward(params, stream); });
 }
 
 constexpr Py_ssize_t kNumOthers = 9;  // 8 options, the stream
 
 PyObject* forward_of_python(PyObject*, PyObject* const* arguments, Py_ssize_t number) {
-  return call_kernel("chunk_forward", arguments, number, std::size(kForwardOrder) + kNumOthers, forward);
+  return call_kernel("chunk_forward", arguments, number, std::size(kForwardOrder) + kNumOthers,
+                     [](Arguments& from) { return launch<F>(from, kForwardOrder, chunk_forward); });
 }
 
 PyObject* backward_of_python(PyObject*, PyObject* const* arguments, Py_ssize_t number) {
-  return call_kernel("chunk_backward", arguments, number, std::size(kBackwardOrder) + kNumOthers, backward);
+  return call_kernel("chunk_backward", arguments, number, std::size(kBackwardOrder) + kNumOthers,
+                     [](Arguments& from) { return launch<B>(from, kBackwardOrder, chunk_backward); });
 }
 
 // (batch, seqlen, num_sequences, gate heads, value heads, K, V, packed, keeps A - I and P, backward, L2 norm, segments)

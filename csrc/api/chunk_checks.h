@@ -55,13 +55,7 @@ class Parameters : public CallChecks {
     // Without tokens there is nothing to split.
     call.num_segments = shape.seqlen > 0 ? small(options_.num_segments) : 1;
     need(options_.num_segments >= 0 && options_.num_segments <= kMaxSegments);
-    call.q = tokens(x_.q);
-    call.k = tokens(x_.k);
-    call.v = tokens(x_.v);
-    call.g = tokens(x_.g);
-    call.b = tokens(x_.b);
-    call.w = tokens(x_.w);
-    call.gate_element = static_cast<ElementType>(x_.g.kind);
+    fill_tokens(call, x_, [this](View const& view) { return tokens(view); });
     call.initial_state = states(x_.initial_state, shape.num_sequences, shape);
     call.state_v_first = options_.state_v_first;
     return good();

@@ -35,7 +35,8 @@ class Parameters : public CallChecks {
     if (!good()) {
       return false;
     }
-    fill_tokens(params);
+    fill_tokens(params, x_, [this](View const& view) { return tokens(view); });
+    params.o = tokens(x_.o);
     fill_gates(params.gates, params.scale, options_, params.shape, x_.A_log, x_.dt_bias, x_.q.device);
     fill_sequences(params);
     fill_states(params);
@@ -58,17 +59,6 @@ class Parameters : public CallChecks {
             .stride_token = small_stride(view, 1),
             .stride_head = small_stride(view, 2),
             .stride_channel = small_stride(view, 3)};
-  }
-
-  void fill_tokens(RecurrentParams& params) {
-    params.q = tokens(x_.q);
-    params.k = tokens(x_.k);
-    params.v = tokens(x_.v);
-    params.g = tokens(x_.g);
-    params.b = tokens(x_.b);
-    params.w = tokens(x_.w);
-    params.o = tokens(x_.o);
-    params.gate_element = static_cast<ElementType>(x_.g.kind);
   }
 
   // [N] or [N, T]

@@ -54,19 +54,18 @@ struct DecayFunction {
   // The gradient of the raw projection of that of the decay dg; adds to `sum` what dA_log is made of. Zero where nothing
   // moves any more.
   __device__ float backward(float g, float bias_log2, float dg, float& sum) const {
+    static_assert(kGate != DecayGate::kNone);
     float const u_log2 = fmaf(kLog2E, g, bias_log2);
     if constexpr (kGate == DecayGate::kSoftplus) {
       float const t = exp2_approx(-fabsf(u_log2)), larger = reciprocal_approx(1.f + t);
       float const decay = fmaxf(u_log2, 0.f) + log2_1p(t);
       sum += isinf(decay) ? 0.f : dg * decay;
       return (-rate * dg) * (u_log2 < 0.f ? t * larger : larger);
-    } else if constexpr (kGate == DecayGate::kLowerBound) {
+    } else {
       float const s = sigmoid_log2(rate * u_log2);
       float const slope = s * (1.f - s) * dg;
       sum = fmaf(slope, fmaxf(fminf(u_log2, kLargest), -kLargest), sum);
       return lower_bound * rate * slope;
-    } else {
-      return dg;
     }
   }
 

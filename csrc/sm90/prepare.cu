@@ -14,8 +14,8 @@
 // Grid: as many CTAs as run at once, each for every so many-th chunk slot and gate head, heads fastest. K 128: 256
 // threads, two CTAs an SM. K 64: 128 threads, three.
 // Roles: norms, gates and sigmoids are made in the inputs' tiles first, where they are asked for. Then a thread owns two
-// channels of 16 tokens, in registers from the first read to the last store, so that the
-// running products stay inside it; the four warps of a warpgroup take the four blocks of 16 tokens of 64 channels.
+// channels of 16 tokens, in registers from the first read to the last store, so that the running products stay inside it;
+// the four warps of a warpgroup take the four blocks of 16 tokens of 64 channels.
 // Warpgroups take turns in the products of the levels; the first one inverts.
 // Shared memory (K 128): q, k, b, g 80 KB, which then hold three operand buffers of 24 KB; T 17 KB, P 8 KB, block
 // products 4 KB: 110 KB.

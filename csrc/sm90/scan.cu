@@ -14,7 +14,8 @@
 // A sequence is one segment, or several whose first states segment_states has made.
 // Roles: kWarpgroups math warpgroups of 64 value columns each (S 64, X 32, O 32 accumulators; 32 rounded S, 16 rounded
 // X or R or O a thread); one warpgroup that makes Z; one whose first warp loads factors, whose next ones store O, one a
-// math warpgroup, and whose next one loads v and w. A math warp has its scheduler nearly to itself, so that every instruction it is spared shortens the chain.
+// math warpgroup, and whose next one loads v and w. A math warp has its scheduler nearly to itself, so that every
+// instruction it is spared shortens the chain.
 // Shared memory (K 128): rings of stages, each let go as soon as its product is done: v and w (16 KB a warpgroup), Z
 // (16 KB a warpgroup, float32, in the order of the accumulators), gamma*E (16 KB), scale*gamma*q and A-I (24 KB), Kt
 // and P (24 KB); O 8 KB a warpgroup.
