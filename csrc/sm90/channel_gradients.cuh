@@ -53,6 +53,10 @@ struct Channels {
   // alpha where g has been.
   __device__ void activate_gates(Parameters const& parameters) {
     Pieces const pieces(smem.tokens().g, threadIdx.x);
+    if (pieces.first_row == 0) {
+      smem.gate_bias[pieces.channel / 4] = parameters.channels.bias_log2;
+      smem.gate_A_log = parameters.channels.A_log;  // the same of all
+    }
     pieces.activate(params.gates, parameters.channels, params.gate_element);
   }
 
@@ -245,9 +249,9 @@ struct Channels {
     }
   }
 
-  // The CTA is done with dP and dT: sums of the CTA of the other channels may come to lie there. After DecayGradients::finish,
-  // which stores what every product that reads them has gone into; so there is nothing to fence, and a fence would wait for
-  // all stores to memory.
+  // The CTA is done with dP and dT: sums of the CTA of the other channels may come to lie there. After the barrier in
+  // DecayGradients::finish, before which all of them were loaded; so there is nothing to fence, and a fence would wait for all
+  // stores to memory.
   __device__ void announce_dots() const {
     if (work.num_boxes == 2) {
       cute::cluster_arrive_relaxed();

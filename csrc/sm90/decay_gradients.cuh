@@ -60,9 +60,7 @@ struct DecayGradients {
       for_each_piece(pieces, [](int, float4 dg) { return dg; });
       return;
     }
-    GateChannels const channels(params.gates, work.head, work.first_channel + pieces.channel,
-                                params.shape.dim_k);
-    float4 const bias4 = channels.bias_log2;
+    float4 const bias4 = smem.gate_bias[pieces.channel / 4];
     auto const through = [&](auto decay) {
       for_each_piece(pieces, [&](int i, float4 dg) -> float4 {
         float4 const g = pieces.read(i, params.gate_element);
@@ -80,9 +78,9 @@ struct DecayGradients {
       }
     };
     if (params.gates.decay_gate == DecayGate::kSoftplus) {
-      through(DecayFunction<DecayGate::kSoftplus>(params.gates, channels.A_log));
+      through(DecayFunction<DecayGate::kSoftplus>(params.gates, smem.gate_A_log));
     } else {
-      through(DecayFunction<DecayGate::kLowerBound>(params.gates, channels.A_log));
+      through(DecayFunction<DecayGate::kLowerBound>(params.gates, smem.gate_A_log));
     }
     if (params.dA_log_of_slots != nullptr || params.d_dt_bias_of_slots != nullptr) {
       store_sums(pieces, dA_log, d_bias);

@@ -99,10 +99,9 @@ struct Products {
   float S_dS[2][4] = {};              // second warpgroup: [16 channels, 8 of them] S dS'^T, for its diagonal
 };
 
-// meanwhile(): while the tensor cores multiply.
-template <class Element, class Meanwhile>
+template <class Element>
 __device__ void multiply_slice(Products& x, GradientsStorage::Slice const& slice, GradientsPlace const& place,
-                               bool accumulate, Meanwhile meanwhile) {
+                               bool accumulate) {
   int const half_rows = place.half_of_chunk * kHalfTokens * kBoxRowBytes >> 4;
   auto const S = shared_descriptor<Major::MN>(slice.S), dS = shared_descriptor<Major::MN>(slice.dS);
   auto const dO = shared_descriptor<Major::K>(slice.dO), R = shared_descriptor<Major::K>(slice.R),
@@ -119,18 +118,21 @@ __device__ void multiply_slice(Products& x, GradientsStorage::Slice const& slice
     wgmma_shared<Element, Major::MN>(x.dS_R, dS + along_column, R + half_rows + along_row, add);
   }
   wgmma_commit();
-  meanwhile();
   wgmma_wait<0>();
-  if (place.half_of_chunk == 1) {
+}
+
+// S_dS, by the second warpgroup.
+template <class Element>
+__device__ void multiply_states(Products& x, GradientsStorage::Slice const& slice,
+                                GradientsPlace const& place) {
 #pragma unroll
-    for (int step = 0; step < kColumns / 16; ++step) {
-      std::uint32_t s[4], ds[4];
-      load_matrices_transposed(s, slice.S, 16 * step, 2 * place.warp);
-      load_matrices_transposed(ds, slice.dS, 16 * step, 2 * place.warp);
-      std::uint32_t const a[4] = {s[0], s[2], s[1], s[3]};
-      mma_16x8x16<Element>(x.S_dS[0], a, ds[0], ds[1]);
-      mma_16x8x16<Element>(x.S_dS[1], a, ds[2], ds[3]);
-    }
+  for (int step = 0; step < kColumns / 16; ++step) {
+    std::uint32_t s[4], ds[4];
+    load_matrices_transposed(s, slice.S, 16 * step, 2 * place.warp);
+    load_matrices_transposed(ds, slice.dS, 16 * step, 2 * place.warp);
+    std::uint32_t const a[4] = {s[0], s[2], s[1], s[3]};
+    mma_16x8x16<Element>(x.S_dS[0], a, ds[0], ds[1]);
+    mma_16x8x16<Element>(x.S_dS[1], a, ds[2], ds[3]);
   }
 }
 
@@ -160,27 +162,52 @@ __device__ void store_matrix(std::uint8_t* tile, float const (&acc)[4 * kGroups]
   }
 }
 
-// The chunk's own rows of a gradient [batch, seqlen, heads, dim_k], from its tile.
+// The chunk's own rows of a gradient [batch, seqlen, heads, dim_k], from its tile: where a copy by the copy engine would
+// touch the next sequence's rows, or rows are not whole 16 bytes. Never inlined: code that is not in the way.
 template <class Element>
-__device__ void store_rows(void* out, CUtensorMap const& map, std::uint8_t const* tile,
-                           CallShape const& shape, GradientsWork const& work, int head, int heads) {
+__device__ __noinline__ void store_some_rows(void* out, std::uint8_t const* tile, CallShape const& shape,
+                                             GradientsWork const& work, int head, int heads) {
   if (out == nullptr) {
     return;
   }
-  if (work.num_rows == kChunk && shape.dim_k % 8 == 0) {
-    if (threadIdx.x == 0) {
-      cute::SM90_TMA_STORE::copy(&map, tile, work.first_channel, head, work.first_token, work.batch);
-    }
-    return;
-  }
-  // A tail must not touch the next sequence's rows, and a copy needs rows of whole 16 bytes.
   int const piece = threadIdx.x % 8, channel = work.first_channel + 8 * piece, count = shape.dim_k - channel;
+#pragma unroll 1
   for (int row = threadIdx.x / 8; row < work.num_rows && count > 0; row += kThreads / 8) {
     std::int64_t const token = static_cast<std::int64_t>(work.batch) * shape.seqlen + work.first_token + row;
     store_piece(static_cast<Element*>(out) + (token * heads + head) * shape.dim_k + channel,
                 *reinterpret_cast<uint4 const*>(tile + swizzled_offset(row, piece)), count,
                 shape.dim_k % 8 == 0);
   }
+}
+
+// dq and dk (unless they are partial) and db from their tiles.
+template <class Element>
+__device__ void store_rows(GradientsStorage& smem, GradientsParams const& params, TensorMaps const& maps,
+                           GradientsWork const& work, bool partial) {
+  CallShape const& shape = params.shape;
+  auto& tokens = smem.tokens();
+  if (uniform(work.num_rows) < kChunk || shape.dim_k % 8 != 0) {
+    if (!partial) {
+      store_some_rows<Element>(params.dq, tokens.q, shape, work, work.head, shape.num_heads);
+      store_some_rows<Element>(params.dk, tokens.k, shape, work, work.head, shape.num_heads);
+    }
+    store_some_rows<Element>(params.db, tokens.b, shape, work, work.gate_head, shape.num_gate_heads);
+    return;
+  }
+  if (!is_first_thread()) {
+    return;
+  }
+  auto const store = [&](void const* out, CUtensorMap const& map, std::uint8_t const* tile, int head) {
+    if (out != nullptr) {
+      cute::SM90_TMA_STORE::copy(&map, tile, work.first_channel, head, work.first_token, work.batch);
+    }
+  };
+  if (!partial) {
+    store(params.dq, maps.dq, tokens.q, work.head);
+    store(params.dk, maps.dk, tokens.k, work.head);
+  }
+  store(params.db, maps.db, tokens.b, work.gate_head);
+  cute::tma_store_arrive();
 }
 
 // ---- rows that no sequence owns, behind the last well-formed one: NaN ----------------------------------------
@@ -284,28 +311,28 @@ __global__ void __launch_bounds__(kThreads, 2)
   for (int index = 0; index < num_slices; ++index) {
     int const stage = (num_slices - index) % kStages;
     auto& slice = smem.stages[stage].slice;
-    bool const has_values = index % work.num_boxes == work.box;  // else the CTA of the other channels
+    // Else the CTA of the other channels. There are one or two.
+    bool const has_values = (index & (work.num_boxes - 1)) == work.box;
     ValueGradients<Cfg> const values(params, by, work, index);
-    typename ValueGradients<Cfg>::Inputs first_values;
+    typename ValueGradients<Cfg>::Inputs rows[2];
     if (has_values) {
-      values.prefetch();
+      rows[0] = values.load(0);
+      rows[1] = values.load(1);
     }
     smem.full[stage].wait(index / kStages % 2);
     if (num_rows < kChunk) {
       clear_foreign_rows(slice.dO, num_rows);
     }
-    multiply_slice<Element>(products, slice, place, index > 0, [&] {
-      if (has_values) {
-        first_values = values.load(0);
-      }
-    });
+    multiply_slice<Element>(products, slice, place, index > 0);
     if (has_values) {
-      auto const second_values = values.load(1);
-      values.store(0, first_values, slice.dX);
-      values.store(1, second_values, slice.dX);
+      values.store(0, rows[0], slice.dX);
+      values.store(1, rows[1], slice.dX);
+    }
+    if (place.half_of_chunk == 1) {
+      multiply_states<Element>(products, slice, place);
     }
     __syncthreads();  // every warp is done with the slice
-    if (threadIdx.x == 0) {
+    if (is_first_thread()) {
       load(index + kStages);
     }
   }
@@ -333,11 +360,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   if (Cfg::kFused && params.gates.use_qk_l2norm) {
     x.announce_dots();
   }
-  bool const wants_decays =
-      params.dg != nullptr || params.dA_log_of_slots != nullptr || params.d_dt_bias_of_slots != nullptr;
-  bool const needs_raw_gates = Cfg::kFused && params.gates.decay_gate != DecayGate::kNone && wants_decays;
   auto& raw_gates = smem.stages[1].tokens;
-  if (needs_raw_gates && threadIdx.x == 0) {
+  if (Cfg::kFused && work.needs_raw_gates && is_first_thread()) {
     cutlass::arch::fence_view_async_shared();  // what the scratch was, before the copy engine writes there
     smem.full[1].arrive_and_expect_tx((params.gate_element == ElementType::kFloat32 ? 2 : 1) * kBoxBytes);
     load_gates(raw_gates, smem.full[1], maps, work, params.gate_element);
@@ -363,19 +387,14 @@ __global__ void __launch_bounds__(kThreads, 2)
   x.store_tile(tokens.b, dE);
   cutlass::arch::fence_view_async_shared();  // the tiles' ordinary stores, before the copy engine reads them
   __syncthreads();
-  if (!partial) {
-    store_rows<Element>(params.dq, maps.dq, tokens.q, shape, work, work.head, shape.num_heads);
-    store_rows<Element>(params.dk, maps.dk, tokens.k, shape, work, work.head, shape.num_heads);
-  }
-  store_rows<Element>(params.db, maps.db, tokens.b, shape, work, work.gate_head, shape.num_gate_heads);
-  if (needs_raw_gates) {
+  store_rows<Element>(smem, params, maps, work, partial);
+  if (Cfg::kFused && work.needs_raw_gates) {
     smem.full[1].wait((num_slices + 1) / kStages % 2);
   }
-  if (wants_decays) {
+  if (work.wants_decays) {
     decays.store(raw_gates);
   }
-  if (threadIdx.x == 0) {
-    cute::tma_store_arrive();
+  if (is_first_thread()) {
     cute::tma_store_wait<0>();  // the tiles have been read
   }
 }

@@ -40,7 +40,8 @@ struct GradientsWork {
   int batch, first_token, num_rows;  // rows beyond num_rows belong to nobody here
   int slot, box, first_channel;
   int head, gate_head, num_boxes;
-  std::int64_t tile;  // index of the slot and gate head
+  std::int64_t tile;                   // index of the slot and gate head
+  bool wants_decays, needs_raw_gates;  // dg or sums of it; and through a decay gate
 
   GradientsWork() = default;
 
@@ -51,6 +52,9 @@ struct GradientsWork {
     num_boxes = by.boxes.divisor;
     first_channel = box * kChannels;
     tile = tile_index;
+    wants_decays =
+        params.dg != nullptr || params.dA_log_of_slots != nullptr || params.d_dt_bias_of_slots != nullptr;
+    needs_raw_gates = wants_decays && params.gates.decay_gate != DecayGate::kNone;
     by.gate_heads(slot, gate_head, tile_index);
     head = by.gate_heads_of_head.div(gate_head);
     if (params.plan.slots != nullptr) {
@@ -126,6 +130,8 @@ struct GradientsStorage {
   float first_writes[kChannels], second_reads[kChannels];
   FullBarrier full[kStages], dots_full;  // dots_full: of_box of the other CTA has come
   GradientsWork work;
+  float4 gate_bias[kChannels / 4];  // of GateChannels, kept for the way back
+  float gate_A_log;
 
   // Slices alternate between the stages such that q, k, b and g follow the last one in stage 0.
   __device__ Tokens& tokens() { return stages[0].tokens; }
@@ -137,6 +143,13 @@ struct GradientsStorage {
 // A value that all lanes of a warp have, known to ptxas as such: branches on it need no care for divergence.
 __device__ inline int uniform(int x) {
   return __shfl_sync(0xffffffff, x, 0);
+}
+
+// Asked anew every time: what ptxas knows it keeps, packed into registers that there are not.
+__device__ inline bool is_first_thread() {
+  unsigned id;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(id));
+  return id == 0;
 }
 
 // A thread's place: its warpgroup has half of the tokens, its warp 16 channels of them. Every phase finds it anew: what

@@ -179,9 +179,33 @@ struct PairGradients : LaneReader {
   __device__ std::uint32_t entries_of_level(std::uint32_t entries) const {
     return place.row / (2 * kLevel) == 2 * place.quad / (2 * kLevel) ? entries : 0u;
   }
-  // The entries with r = s.
-  __device__ std::uint32_t entries_of_diagonal(std::uint32_t entries) const {
-    return entries_of_level<1>(entries) & (place.row % 2 ? 0xffff0000u : 0x0000ffffu);
+
+  // The lane's own two tokens t0 and t1 of group i: each with itself, where there is no decay, and level 1, t1 with t0.
+  // What is taken away from dG at t0 is what is added at t1.
+  __device__ void own_pairs(int i, float const (&alpha1)[2], GroupTokens const& q, GroupTokens const& k,
+                            GroupTokens const& E) {
+    int const quad = lane_index() % 4, group = place.group(i), row = kGroup * group + 2 * quad;
+    auto const entries = [&](std::uint8_t const* tile, int r) {  // of row r and the columns of t0 and t1
+      return unpack<Element>(
+          *reinterpret_cast<std::uint32_t const*>(tile + swizzled_offset(r, group) + quad * 4));
+    };
+    float2 const P1 = entries(smem.dP, row + 1);  // P10, P11
+    float const P00 = entries(smem.dP, row).x, T10 = entries(smem.dT, row + 1).x;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      int const n = 4 * i + 2 * half;
+      float2 const q2 = unpack<Element>(q.pairs[half]);
+      float const earlier = T10 * unpack<Element>(E.pairs[half]).y + P1.x * q2.y;
+      dk[n] += P00 * q2.x + alpha1[half] * earlier;
+      dk[n + 1] += P1.y * q2.y;
+      float const k_U = unpack<Element>(times(k.pairs[half], pack<Element>(alpha1[half], 0.f))).x;
+      dG[n] -= k_U * earlier;
+      dG[n + 1] += k_U * earlier;
+      dE[n + 1] += T10 * k_U;
+      float2 const k2 = unpack<Element>(k.pairs[half]);
+      dq[n] += P00 * k2.x;
+      dq[n + 1] += P1.y * k2.y + P1.x * k_U;
+    }
   }
 
   // Pairs inside group i. D and U [half][token], zero where the token is not in the level's later or earlier half.
@@ -233,20 +257,9 @@ struct PairGradients : LaneReader {
       load_blocks<false>(plain, matrix, i, i);
       load_blocks<true>(transposed, matrix, i, i);
       DiagonalBlocks const blocks{plain[0], plain[1], transposed[0], transposed[1]};
-      // r = s: no decay between them.
-      std::uint32_t const diagonal = entries_of_diagonal(blocks.dP);
-      mma_16x8x8<Element>(*reinterpret_cast<float (*)[4]>(&dq[4 * i]), k.pairs, diagonal);
-      mma_16x8x8<Element>(*reinterpret_cast<float (*)[4]>(&dk[4 * i]), q.pairs, diagonal);
+      own_pairs(i, a1, q, k, E);
 
       float D[2][2], U[2][2];
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        D[half][0] = 0.f;
-        D[half][1] = 1.f;
-        U[half][0] = a1[half];
-        U[half][1] = 0.f;
-      }
-      inner_level<1>(i, D, U, q, k, E, blocks);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         bool const later = q4 % 2 == 1;

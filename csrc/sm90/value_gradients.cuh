@@ -83,17 +83,7 @@ struct ValueGradients {
            (work.first_token + row(i)) * x.stride_token + at.value_head * x.stride_head + column;
   }
 
-  // Before the slice is waited for: v and w on their way to L2.
-  __device__ void prefetch() const {
-#pragma unroll
-    for (int i = 0; i < kRows; ++i) {
-      if (is_mine(i)) {
-        asm volatile("prefetch.global.L2 [%0];\n" ::"l"(row_of(params.v, i)));
-        asm volatile("prefetch.global.L2 [%0];\n" ::"l"(row_of(params.w, i)));
-      }
-    }
-  }
-
+  // Before the slice is waited for.
   __device__ Inputs load(int i) const {
     Inputs x{};
     if (is_mine(i)) {
