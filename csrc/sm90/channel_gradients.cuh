@@ -25,44 +25,37 @@ struct Channels {
 
   using Pieces = GatePieces<Element, kChannels, kThreads>;
 
-  // What the fused inputs are made with, from global memory.
-  struct Parameters {
-    GateChannels channels;             // of the thread's Pieces
-    float q_norm = 1.f, k_norm = 1.f;  // 1 / norm of the lane's token in prepare_tiles
-  };
-
   __device__ float const* row_norms() const { return params.row_norms + work.tile * 2 * kChunk; }
 
-  __device__ Parameters load_parameters() const {
-    Parameters x;
-    if constexpr (Cfg::kFused) {
-      int const channel = work.first_channel + 4 * (threadIdx.x % Pieces::kPieces);
-      x.channels = {params.gates, work.head, channel, params.shape.dim_k};
+  // What the fused inputs are made with, from global memory, while the first slice is on its way.
+  __device__ void load_parameters() const {
+    int const thread = threadIdx.x;
+    if (params.gates.decay_gate != DecayGate::kNone) {
+      if (thread < kChannels) {
+        smem.gate_bias[thread] =
+            load_bias_log2(params.gates, work.head, work.first_channel + thread, params.shape.dim_k);
+      }
+      if (thread == kChannels) {
+        smem.gate_A_log = load_A_log(params.gates, work.head);
+      }
     }
-    if (Cfg::kFused && params.gates.use_qk_l2norm) {
-      int const t = token_of_lane(GradientsPlace());
-      x.q_norm = row_norms()[t];
-      x.k_norm = row_norms()[kChunk + t];
+    if (params.gates.use_qk_l2norm && thread < 2 * kChunk) {
+      smem.inverse_norms[thread % kChunk][thread / kChunk] = row_norms()[thread];
     }
-    return x;
   }
   __device__ static int token_of_lane(GradientsPlace const& place) {
     return kHalfTokens * place.half_of_chunk + place.lane;
   }
 
   // alpha where g has been.
-  __device__ void activate_gates(Parameters const& parameters) {
+  __device__ void activate_gates() {
     Pieces const pieces(smem.tokens().g, threadIdx.x);
-    if (pieces.first_row == 0) {
-      smem.gate_bias[pieces.channel / 4] = parameters.channels.bias_log2;
-      smem.gate_A_log = parameters.channels.A_log;  // the same of all
-    }
-    pieces.activate(params.gates, parameters.channels, params.gate_element);
+    pieces.activate(params.gates, smem.gate_channels(pieces.channel), params.gate_element);
   }
 
   // The warp's pieces of q, k and E as the products read them: normalised, rows that are not the chunk's own zero
   // whatever lies there; E = b*k to the scratch tile.
-  __device__ void prepare_tiles(Parameters const& parameters) {
+  __device__ void prepare_tiles() {
     int const num_rows = uniform(smem.work.num_rows);
     auto& tokens = smem.tokens();
     auto& scratch = smem.scratch();
@@ -79,8 +72,8 @@ struct Channels {
         continue;
       }
       if (Cfg::kFused && params.gates.use_qk_l2norm) {
-        *at(tokens.q) = scaled(*at(tokens.q), parameters.q_norm);
-        *at(tokens.k) = scaled(*at(tokens.k), parameters.k_norm);
+        *at(tokens.q) = scaled(*at(tokens.q), smem.inverse_norms[t][0]);
+        *at(tokens.k) = scaled(*at(tokens.k), smem.inverse_norms[t][1]);
       }
       *at(scratch.E) = Cfg::kFused ? multiply_erase_gate<Element>(params.gates, *at(tokens.b), *at(tokens.k))
                                    : multiply_pairs<Element>(*at(tokens.b), *at(tokens.k));

@@ -60,7 +60,8 @@ struct DecayGradients {
       for_each_piece(pieces, [](int, float4 dg) { return dg; });
       return;
     }
-    float4 const bias4 = smem.gate_bias[pieces.channel / 4];
+    GateChannels const channels = smem.gate_channels(pieces.channel);
+    float4 const bias4 = channels.bias_log2;
     auto const through = [&](auto decay) {
       for_each_piece(pieces, [&](int i, float4 dg) -> float4 {
         float4 const g = pieces.read(i, params.gate_element);
@@ -78,9 +79,9 @@ struct DecayGradients {
       }
     };
     if (params.gates.decay_gate == DecayGate::kSoftplus) {
-      through(DecayFunction<DecayGate::kSoftplus>(params.gates, smem.gate_A_log));
+      through(DecayFunction<DecayGate::kSoftplus>(params.gates, channels.A_log));
     } else {
-      through(DecayFunction<DecayGate::kLowerBound>(params.gates, smem.gate_A_log));
+      through(DecayFunction<DecayGate::kLowerBound>(params.gates, channels.A_log));
     }
     if (params.dA_log_of_slots != nullptr || params.d_dt_bias_of_slots != nullptr) {
       store_sums(pieces, dA_log, d_bias);

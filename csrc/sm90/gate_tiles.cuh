@@ -11,26 +11,26 @@
 
 namespace gdn2 {
 
-// What the gate of a key head has for four channels. Loaded before it is needed: it comes from global memory.
+// What the gate of a key head has, from global memory: loaded before it is needed. Zero where there is none.
+__device__ inline float load_A_log(GateParams const& gates, int head) {
+  return gates.A_log != nullptr ? gates.A_log[head] : 0.f;
+}
+// dt_bias / ln(2); zero behind the last channel too.
+__device__ inline float load_bias_log2(GateParams const& gates, int head, int channel, int dim_k) {
+  bool const exists = gates.dt_bias != nullptr && channel < dim_k;
+  return exists ? kLog2E * gates.dt_bias[static_cast<std::int64_t>(head) * dim_k + channel] : 0.f;
+}
+
+// The same for four channels.
 struct GateChannels {
-  float A_log = 0.f;   // zero where there is none
-  float4 bias_log2{};  // dt_bias / ln(2); zero behind the last channel, and where there is none
-
-  GateChannels() = default;
-
-  __device__ GateChannels(GateParams const& gates, int head, int channel, int dim_k) {
-    A_log = gates.A_log != nullptr ? gates.A_log[head] : 0.f;
-    float x[4] = {};
-    if (gates.dt_bias != nullptr) {
-      float const* const row = gates.dt_bias + static_cast<std::int64_t>(head) * dim_k;
-#pragma unroll
-      for (int c = 0; c < 4; ++c) {
-        x[c] = channel + c < dim_k ? kLog2E * row[channel + c] : 0.f;
-      }
-    }
-    bias_log2 = {x[0], x[1], x[2], x[3]};
-  }
+  float A_log;
+  float4 bias_log2;
 };
+
+__device__ inline GateChannels load_gate_channels(GateParams const& gates, int head, int channel, int dim_k) {
+  auto const bias = [&](int c) { return load_bias_log2(gates, head, channel + c, dim_k); };
+  return {load_A_log(gates, head), {bias(0), bias(1), bias(2), bias(3)}};
+}
 
 // A gate of a key head: from the raw projection g to alpha, and back. u = g + dt_bias.
 template <DecayGate kGate>

@@ -308,6 +308,12 @@ __global__ void __launch_bounds__(kThreads, 2)
 
   GradientsPlace const place;
   Products products;
+  HalfAccumulators &dq = products.S_dO, &dE = products.S_dX, &dk = products.dS_R;
+  HalfAccumulators dG;
+  Channels<Cfg> x{smem, params, work, dq, dE, dk, dG};
+  if constexpr (Cfg::kFused) {
+    x.load_parameters();
+  }
   for (int index = 0; index < num_slices; ++index) {
     int const stage = (num_slices - index) % kStages;
     auto& slice = smem.stages[stage].slice;
@@ -340,15 +346,11 @@ __global__ void __launch_bounds__(kThreads, 2)
   place.half_of_chunk == 0 ? store_matrix<Element>(smem.dP, products.dM, params.scale, place)
                            : store_matrix<Element>(smem.dT, products.dM, -1.f, place);
 
-  HalfAccumulators &dq = products.S_dO, &dE = products.S_dX, &dk = products.dS_R;
-  HalfAccumulators dG;
-  Channels<Cfg> x{smem, params, work, dq, dE, dk, dG};
-  typename Channels<Cfg>::Parameters const parameters = x.load_parameters();
   smem.full[0].wait(num_slices / kStages % 2);
   if constexpr (Cfg::kFused) {
-    x.activate_gates(parameters);
+    x.activate_gates();
   }
-  x.prepare_tiles(parameters);
+  x.prepare_tiles();
   if constexpr (Cfg::kFused) {
     __syncthreads();  // alpha, which others read
   }

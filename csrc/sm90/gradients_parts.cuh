@@ -5,6 +5,7 @@
 #include <cutlass/fast_math.h>
 
 #include "params.h"
+#include "sm90/gate_tiles.cuh"
 #include "tile/decay_levels.cuh"
 #include "tile/pipeline.cuh"
 #include "tile/tma.cuh"
@@ -123,6 +124,7 @@ struct GradientsStorage {
     RowDots dots;  // after the pair products
   };
   union {
+    float inverse_norms[kChunk][2];  // 1 / norm of the rows of q and of k, until they are normalised
     // What the writes to S' by earlier tokens of the half add to dg; then dg.
     float dg_writes[4 * kHalfGroups][kThreads], dg[kChunk][kChannels];
   };
@@ -130,12 +132,16 @@ struct GradientsStorage {
   float first_writes[kChannels], second_reads[kChannels];
   FullBarrier full[kStages], dots_full;  // dots_full: of_box of the other CTA has come
   GradientsWork work;
-  float4 gate_bias[kChannels / 4];  // of GateChannels, kept for the way back
+  // Of GateChannels.
+  alignas(16) float gate_bias[kChannels];
   float gate_A_log;
 
   // Slices alternate between the stages such that q, k, b and g follow the last one in stage 0.
   __device__ Tokens& tokens() { return stages[0].tokens; }
   __device__ Scratch& scratch() { return stages[1].scratch; }
+  __device__ GateChannels gate_channels(int channel) const {
+    return {gate_A_log, *reinterpret_cast<float4 const*>(&gate_bias[channel])};
+  }
   // Permuted, so that lanes of four tokens and eight channels, and pieces of four channels, have banks of their own.
   __device__ float& dg_at(int token, int channel) { return dg[token][channel ^ (token / 2 % 4 * 8)]; }
 };

@@ -770,9 +770,9 @@ struct NextChunk {
 };
 
 template <class Cfg>
-__device__ GateChannels load_gate_channels(PrepareParams const& params, Work const& work) {
+__device__ GateChannels load_piece_channels(PrepareParams const& params, Work const& work) {
   int const piece = thread_of_team<Cfg>() % PreparedGates<Cfg>::kPieces;
-  return {params.gates, work.head, 4 * piece, params.shape.dim_k};
+  return load_gate_channels(params.gates, work.head, 4 * piece, params.shape.dim_k);
 }
 
 // One chunk and gate head, whose inputs are in shared memory. inputs_read(): when they are in registers;
@@ -863,14 +863,14 @@ __global__ void __launch_bounds__(Cfg::kThreads, Cfg::kCtasPerSm)
     sync_team<Cfg>();
     for (unsigned round = 0; has_order(params, smem.work[round % 4].order); ++round) {
       NextChunk<Cfg> const next{smem, params, by, loads, smem.work[round % 4], smem.work[(round + 1) % 4]};
-      GateChannels const channels = load_gate_channels<Cfg>(params, next.work);
+      GateChannels const channels = load_piece_channels<Cfg>(params, next.work);
       smem.inputs_full.wait(round % 2);
       run_tile(smem, params, next.work, channels, [&] { next.find(); }, [&] { next.load(); });
     }
   } else {
     let_next_kernel_start();  // where there is room; it waits for the end of this one
     sync_team<Cfg>();
-    GateChannels const channels = load_gate_channels<Cfg>(params, smem.work[0]);
+    GateChannels const channels = load_piece_channels<Cfg>(params, smem.work[0]);
     smem.inputs_full.wait(0);
     run_tile(smem, params, smem.work[0], channels, [] {}, [] {});
   }
