@@ -139,8 +139,10 @@ def recall(record: dict) -> str:
         for (task, n), by_name in sorted(scores.items())
     ]
     return (
-        "Recall, accuracy in percent over seeds, by the number of pairs or needles n "
-        f"(`python examples/recall.py`,\n{link('recall')}):\n\n{table(('task', 'n', *names), lines)}"
+        "Recall, accuracy in percent over seeds, by the number of pairs or needles n, trained on an "
+        f"{record['device']}\n(`python examples/recall.py`, {link('recall')}):\n\n"
+        f"{table(('task', 'n', *names), lines)}\n\n"
+        "![accuracy against pairs and needles](bench/results/recall.png)"
     )
 
 

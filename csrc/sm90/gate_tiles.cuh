@@ -2,8 +2,6 @@
 // registers nor the instruction cache of what follows.
 #pragma once
 
-#include <cmath>
-
 #include "params.h"
 #include "tile/activation.cuh"
 #include "tile/convert.cuh"
@@ -35,10 +33,10 @@ __device__ inline GateChannels load_gate_channels(GateParams const& gates, int h
 // A gate of a key head: from the raw projection g to alpha, and back. u = g + dt_bias.
 template <DecayGate kGate>
 struct DecayFunction {
-  float rate, lower_bound;
+  float rate, opposite_rate, lower_bound;
 
   __device__ DecayFunction(GateParams const& gates, float A_log)
-      : rate(exp2_approx(kLog2E * A_log)), lower_bound(gates.lower_bound) {}
+      : rate(exp2_approx(kLog2E * A_log)), opposite_rate(-rate), lower_bound(gates.lower_bound) {}
 
   __device__ float alpha(float g, float bias_log2) const {
     float const u_log2 = fmaf(kLog2E, g, bias_log2);
@@ -58,9 +56,9 @@ struct DecayFunction {
     float const u_log2 = fmaf(kLog2E, g, bias_log2);
     if constexpr (kGate == DecayGate::kSoftplus) {
       float const t = exp2_approx(-fabsf(u_log2)), larger = reciprocal_approx(1.f + t);
-      float const decay = fmaxf(u_log2, 0.f) + log2_1p(t);
-      sum += isinf(decay) ? 0.f : dg * decay;
-      return (-rate * dg) * (u_log2 < 0.f ? t * larger : larger);
+      // An infinite decay has a dg of zero, and so shall the product be.
+      sum = fmaf(dg, fmaxf(fminf(u_log2, kLargest), 0.f) + log2_1p(t), sum);
+      return opposite_rate * dg * (u_log2 < 0.f ? t * larger : larger);
     } else {
       float const s = sigmoid_log2(rate * u_log2);
       float const slope = s * (1.f - s) * dg;
