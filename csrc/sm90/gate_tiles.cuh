@@ -61,7 +61,7 @@ struct DecayFunction {
       return opposite_rate * dg * (u_log2 < 0.f ? t * larger : larger);
     } else {
       float const s = sigmoid_log2(rate * u_log2);
-      float const slope = s * (1.f - s) * dg;
+      float const slope = fmaf(-s, s, s) * dg;
       sum = fmaf(slope, fmaxf(fminf(u_log2, kLargest), -kLargest), sum);
       return lower_bound * rate * slope;
     }
