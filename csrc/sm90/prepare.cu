@@ -374,13 +374,12 @@ __device__ void row_products(SharedStorage<Cfg>& smem, PrepareParams const& para
       bool const inside = row < work.num_rows;
       smem.q_scale[row] = inside ? params.scale * q_norm : 0.f;
       smem.k_scale[row] = inside ? k_norm : 0.f;
-      if constexpr (Cfg::kFactorsOnly) {
-        if (params.row_norms != nullptr) {
-          float* const norms = params.row_norms + static_cast<std::int64_t>(work.tile) * 2 * kChunk;
-          norms[row] = inside ? q_norm : 0.f;
-          norms[kChunk + row] = inside ? k_norm : 0.f;
-        }
-      } else {
+      if (params.row_norms != nullptr) {
+        float* const norms = params.row_norms + static_cast<std::int64_t>(work.tile) * 2 * kChunk;
+        norms[row] = inside ? q_norm : 0.f;
+        norms[kChunk + row] = inside ? k_norm : 0.f;
+      }
+      if constexpr (!Cfg::kFactorsOnly) {
         float const qk_norm =
             (c ? qk[half][2 * half + 1] : qk[half][2 * half]) * params.scale * q_norm * k_norm;
         smem.diagonal[row] = inside ? qk_norm : 0.f;
