@@ -61,7 +61,7 @@ struct GateParams {
   DecayGate decay_gate;
   float lower_bound;
   bool use_gate_sigmoid;
-  float erase_scale;
+  float erase_scale;     // 1 or 2
   float const* A_log;    // [num_heads] or null
   float const* dt_bias;  // [num_heads, dim_k] or null
 };
