@@ -2,6 +2,8 @@
 // registers nor the instruction cache of what follows.
 #pragma once
 
+#include <cmath>
+
 #include "params.h"
 #include "tile/activation.cuh"
 #include "tile/convert.cuh"
@@ -56,8 +58,9 @@ struct DecayFunction {
     float const u_log2 = fmaf(kLog2E, g, bias_log2);
     if constexpr (kGate == DecayGate::kSoftplus) {
       float const t = exp2_approx(-fabsf(u_log2)), larger = reciprocal_approx(1.f + t);
-      // An infinite decay has a dg of zero, and so shall the product be.
-      sum = fmaf(dg, fmaxf(fminf(u_log2, kLargest), 0.f) + log2_1p(t), sum);
+      float const decay = fmaxf(u_log2, 0.f) + log2_1p(t);
+      // An infinite decay has a dg of zero but for rounding, and so shall the product be.
+      sum = fmaf(dg, isinf(decay) ? 0.f : decay, sum);
       return opposite_rate * dg * (u_log2 < 0.f ? t * larger : larger);
     } else {
       float const s = sigmoid_log2(rate * u_log2);
