@@ -109,32 +109,19 @@ struct DecayGradients {
     for (int i = 0; i < num_pieces; ++i, dg += kRows * kChannels, at += kRows * row_stride) {
       float4 const x = function(i, *reinterpret_cast<float4 const*>(dg));
       if (params.dg != nullptr) {
-        store_piece(at, x, count);
+        store(at, x, count);
       }
     }
   }
 
   // Four neighbouring channels of dg, of which `count` or fewer exist.
-  __device__ void store_piece(std::int64_t at, float4 dg, int count) const {
+  __device__ void store(std::int64_t at, float4 dg, int count) const {
+    bool const aligned = params.shape.dim_k % 4 == 0;
     if (Cfg::kFused && params.gate_element != ElementType::kFloat32) {
-      store_piece4(static_cast<Element*>(params.dg) + at,
-                   uint2{pack<Element>(dg.x, dg.y), pack<Element>(dg.z, dg.w)}, count);
+      uint2 const pairs{pack<Element>(dg.x, dg.y), pack<Element>(dg.z, dg.w)};
+      store_piece(static_cast<Element*>(params.dg) + at, pairs, count, aligned);
     } else {
-      store_piece4(static_cast<float*>(params.dg) + at, dg, count);
-    }
-  }
-  template <class Value, class Piece>
-  __device__ void store_piece4(Value* out, Piece piece, int count) const {
-    if (count >= 4 && params.shape.dim_k % 4 == 0) {
-      __stcg(reinterpret_cast<Piece*>(out), piece);  // a plain store is merged with those below, and split
-      return;
-    }
-    auto const* const x = reinterpret_cast<Value const*>(&piece);
-#pragma unroll
-    for (int c = 0; c < 4; ++c) {
-      if (c < count) {
-        out[c] = x[c];
-      }
+      store_piece(static_cast<float*>(params.dg) + at, dg, count, aligned);
     }
   }
 

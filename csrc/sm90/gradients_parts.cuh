@@ -146,6 +146,23 @@ struct GradientsStorage {
   __device__ float& dg_at(int token, int channel) { return dg[token][channel ^ (token / 2 % 4 * 8)]; }
 };
 
+// Neighbouring elements of a row of which `count` or fewer exist.
+template <class Value, class Piece>
+__device__ void store_piece(Value* row, Piece piece, int count, bool aligned) {
+  constexpr int kSize = sizeof(Piece) / sizeof(Value);
+  if (count >= kSize && aligned) {
+    __stcg(reinterpret_cast<Piece*>(row), piece);  // a plain store is merged with those below, and split
+    return;
+  }
+  auto const* const x = reinterpret_cast<Value const*>(&piece);
+#pragma unroll
+  for (int i = 0; i < kSize; ++i) {
+    if (i < count) {
+      row[i] = x[i];
+    }
+  }
+}
+
 // A value that all lanes of a warp have, known to ptxas as such: branches on it need no care for divergence.
 __device__ inline int uniform(int x) {
   return __shfl_sync(0xffffffff, x, 0);

@@ -38,21 +38,6 @@ __device__ uint4 load_piece(Element const* row, int count) {
   return piece;
 }
 
-template <class Element>
-__device__ void store_piece(Element* row, uint4 piece, int count, bool aligned) {
-  if (count >= 8 && aligned) {
-    *reinterpret_cast<uint4*>(row) = piece;
-    return;
-  }
-  auto const* const x = reinterpret_cast<Element const*>(&piece);
-#pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    if (i < count) {
-      row[i] = x[i];
-    }
-  }
-}
-
 // dv = w*dX and dw = v*dX of a slice, and through the sigmoid of w: a thread has a piece of 8 columns of two rows.
 template <class Cfg>
 struct ValueGradients {
