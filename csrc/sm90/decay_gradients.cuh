@@ -55,34 +55,34 @@ struct DecayGradients {
   // channels of every few tokens.
   __device__ void store(GradientsStorage::Tokens& raw_gates) {
     Pieces const pieces(raw_gates.g, threadIdx.x);
-    float dA_log[4] = {}, d_bias[4] = {};
-    if (!Cfg::kFused || params.gates.decay_gate == DecayGate::kNone) {  // without A_log and dt_bias
-      for_each_piece(pieces, [](int, float4 dg) { return dg; });
+    auto const store_plainly = [&] { for_each_piece(pieces, [](int, float4 dg) { return dg; }); };
+    if constexpr (!Cfg::kFused) {
+      store_plainly();
       return;
     }
     GateChannels const channels = smem.gate_channels(pieces.channel);
     float4 const bias4 = channels.bias_log2;
-    auto const through = [&](auto decay) {
-      for_each_piece(pieces, [&](int i, float4 dg) -> float4 {
-        float4 const g = pieces.read(i, params.gate_element);
-        dg = {decay.backward(g.x, bias4.x, dg.x, dA_log[0]), decay.backward(g.y, bias4.y, dg.y, dA_log[1]),
-              decay.backward(g.z, bias4.z, dg.z, dA_log[2]), decay.backward(g.w, bias4.w, dg.w, dA_log[3])};
-        d_bias[0] += dg.x;
-        d_bias[1] += dg.y;
-        d_bias[2] += dg.z;
-        d_bias[3] += dg.w;
-        return dg;
-      });
+    float dA_log[4] = {}, d_bias[4] = {};
+    with_decay_function(params.gates, channels.A_log, [&](auto decay) {
+      if constexpr (!decay.kIsGate) {
+        store_plainly();
+      } else {
+        for_each_piece(pieces, [&](int i, float4 dg) -> float4 {
+          float4 const g = pieces.read(i, params.gate_element);
+          dg = {decay.backward(g.x, bias4.x, dg.x, dA_log[0]), decay.backward(g.y, bias4.y, dg.y, dA_log[1]),
+                decay.backward(g.z, bias4.z, dg.z, dA_log[2]), decay.backward(g.w, bias4.w, dg.w, dA_log[3])};
+          d_bias[0] += dg.x;
+          d_bias[1] += dg.y;
+          d_bias[2] += dg.z;
+          d_bias[3] += dg.w;
+          return dg;
+        });
 #pragma unroll
-      for (float& sum : dA_log) {
-        sum = decay.dA_log(sum);
+        for (float& sum : dA_log) {
+          sum = decay.dA_log(sum);
+        }
       }
-    };
-    if (params.gates.decay_gate == DecayGate::kSoftplus) {
-      through(DecayFunction<DecayGate::kSoftplus>(params.gates, channels.A_log));
-    } else {
-      through(DecayFunction<DecayGate::kLowerBound>(params.gates, channels.A_log));
-    }
+    });
     if (params.dA_log_of_slots != nullptr || params.d_dt_bias_of_slots != nullptr) {
       store_sums(pieces, dA_log, d_bias);
     }

@@ -35,6 +35,7 @@ __device__ inline GateChannels load_gate_channels(GateParams const& gates, int h
 // A gate of a key head: from the raw projection g to alpha, and back. u = g + dt_bias.
 template <DecayGate kGate>
 struct DecayFunction {
+  static constexpr bool kIsGate = kGate != DecayGate::kNone;
   float rate, opposite_rate, lower_bound;
 
   __device__ DecayFunction(GateParams const& gates, float A_log)
@@ -54,7 +55,7 @@ struct DecayFunction {
   // The gradient of the raw projection of that of the decay dg; adds to `sum` what dA_log is made of. Zero where nothing
   // moves any more.
   __device__ float backward(float g, float bias_log2, float dg, float& sum) const {
-    static_assert(kGate != DecayGate::kNone);
+    static_assert(kIsGate);
     float const u_log2 = fmaf(kLog2E, g, bias_log2);
     if constexpr (kGate == DecayGate::kSoftplus) {
       float const t = exp2_approx(-fabsf(u_log2)), larger = reciprocal_approx(1.f + t);
