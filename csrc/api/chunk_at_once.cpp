@@ -130,12 +130,7 @@ void launch(TensorReader const& reader, TensorMaker const& maker, PyObject* q, i
   run(stream);
 }
 
-py::object forward(Arguments& from) {
-  TensorReader const reader(from.object());
-  TensorMaker const maker(from.object());
-  if (!reader.usable()) {
-    return py::none();
-  }
+py::object forward(Arguments& from, TensorReader const& reader, TensorMaker const& maker) {
   ForwardViews x;
   Inputs const inputs(from, reader, x);
   Options const options(from);
@@ -203,12 +198,7 @@ constexpr View BackwardViews::* kGradients[kNumGradients] = {
     &BackwardViews::dg,     &BackwardViews::db,        &BackwardViews::dw,
     &BackwardViews::dA_log, &BackwardViews::d_dt_bias, &BackwardViews::d_initial_state};
 
-py::object backward(Arguments& from) {
-  TensorReader const reader(from.object());
-  TensorMaker const maker(from.object());
-  if (!reader.usable()) {
-    return py::none();
-  }
+py::object backward(Arguments& from, TensorReader const& reader, TensorMaker const& maker) {
   BackwardViews x;
   x.o = reader.read(from.object());
   x.d_final_state = reader.read(from.object());
@@ -248,6 +238,17 @@ py::object backward(Arguments& from) {
   return gradients;
 }
 
+// A function of Python's that is body(arguments, reader, maker): the first arguments say how tensors are read and made.
+template <class Body>
+PyObject* call_at_once(char const* name, PyObject* const* arguments, Py_ssize_t given, Py_ssize_t number,
+                       Body body) {
+  return call_kernel(name, arguments, given, number, [&](Arguments& from) -> py::object {
+    TensorReader const reader(from.object());
+    TensorMaker const maker(from.object());
+    return reader.usable() ? body(from, reader, maker) : py::none();
+  });
+}
+
 // How tensors are read and made, 10 inputs, 8 options; and output_final_state, keep, keep tiles.
 constexpr Py_ssize_t kNumForward = 2 + kNumInputs + 8 + 3;
 // The same; and do, d_final_state, A - I, P, what else is kept, which gradients are needed.
@@ -256,11 +257,11 @@ constexpr Py_ssize_t kNumBackward = 2 + kNumInputs + 8 + 5 + kNumGradients;
 }  // namespace
 
 PyObject* chunk_forward_at_once(PyObject*, PyObject* const* arguments, Py_ssize_t number) {
-  return call_kernel("chunk_forward_at_once", arguments, number, kNumForward, forward);
+  return call_at_once("chunk_forward_at_once", arguments, number, kNumForward, forward);
 }
 
 PyObject* chunk_backward_at_once(PyObject*, PyObject* const* arguments, Py_ssize_t number) {
-  return call_kernel("chunk_backward_at_once", arguments, number, kNumBackward, backward);
+  return call_at_once("chunk_backward_at_once", arguments, number, kNumBackward, backward);
 }
 
 }  // namespace gdn2

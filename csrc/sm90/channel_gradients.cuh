@@ -43,9 +43,6 @@ struct Channels {
       smem.inverse_norms[thread % kChunk][thread / kChunk] = row_norms()[thread];
     }
   }
-  __device__ static int token_of_lane(GradientsPlace const& place) {
-    return kHalfTokens * place.half_of_chunk + place.lane;
-  }
 
   // alpha where g has been.
   __device__ void activate_gates() {
@@ -60,7 +57,7 @@ struct Channels {
     auto& tokens = smem.tokens();
     auto& scratch = smem.scratch();
     GradientsPlace const place;
-    int const t = token_of_lane(place);
+    int const t = kHalfTokens * place.half_of_chunk + place.lane;
 #pragma unroll 1
     for (int i = 0; i < 2; ++i) {
       int const piece = 2 * place.warp + i;
@@ -204,7 +201,7 @@ struct Channels {
       float const gamma_last = lane.group_place(kLast, half).before * lane.group_decay(kLast, half).rest;
       float const carried = gamma_last * rowsums[half];
       if (place.quad == 3) {
-        dG[4 * (kHalfGroups - 1) + 2 * half + 1] += carried;
+        dG[4 * kLast + 2 * half + 1] += carried;
       }
     }
   }
