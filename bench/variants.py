@@ -4,6 +4,7 @@
     dtype, size    float16 beside bfloat16, K = V = 64 beside 128, at B4 T4096 H16
     fused          L2 norm, decay gate and gate sigmoids inside the call, against the plain call on activated
                    tensors, and against the same made outside in PyTorch
+    keep           disable_recompute, at B4 T4096 H16
     groups         4 value heads a key head (H4, HV16), against q, k, g and b repeated
     linear         nanoseconds a token and head at T = 262144 beside T = 16384
 
@@ -118,6 +119,13 @@ def fused() -> Lines:
         yield which, {"plain": plain[which], "inside": inside[which], "outside": outside[which]}, {}
 
 
+def keep() -> Lines:
+    tensors = activated(raw_tensors(4, 4096, 16, 16, 128, torch.bfloat16))
+    options = {"made again": False, "kept": True}
+    calls = {name: both(tensors, disable_recompute=x)[PASSES[1]] for name, x in options.items()}
+    yield PASSES[1], calls, {}
+
+
 def groups() -> Lines:
     def repeated(tensors: dict) -> dict:
         return {name: x if name in "vw" else x.repeat_interleave(4, 2) for name, x in tensors.items()}
@@ -144,7 +152,14 @@ def linear() -> Lines:
         yield which, calls, {name: seqlen * heads for name, seqlen in lengths.items()}
 
 
-TOPICS = {"small": small, "dtype, size": dtypes_and_sizes, "fused": fused, "groups": groups, "linear": linear}
+TOPICS = {
+    "small": small,
+    "dtype, size": dtypes_and_sizes,
+    "fused": fused,
+    "keep": keep,
+    "groups": groups,
+    "linear": linear,
+}
 
 
 def measure(topic: str, repeats: int) -> Iterator[dict]:

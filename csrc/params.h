@@ -61,7 +61,7 @@ struct GateParams {
   DecayGate decay_gate;
   float lower_bound;
   bool use_gate_sigmoid;
-  float erase_scale;
+  float erase_scale;     // 1 or 2
   float const* A_log;    // [num_heads] or null
   float const* dt_bias;  // [num_heads, dim_k] or null
 };
@@ -141,7 +141,8 @@ struct ScanBackwardParams {
   float const* d_final_state;
   float* d_initial_state;
   bool state_v_first;
-  int num_segments;  // of a sequence, walked side by side
+  int num_segments;      // of a sequence, walked side by side
+  bool follows_prepare;  // or segment_states, on the stream: what else is read was there before those
   // Where segments 1, 2, .. start, and the gradients of the states that segments 0, 1, .. but the last end in: see
   // SegmentStatesParams; null where there is one segment.
   float const *segment_states, *segment_gradients;

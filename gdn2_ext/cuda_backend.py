@@ -81,16 +81,12 @@ def _readable(x: Tensor) -> Tensor:
     return x.new_empty(batch, seqlen, heads, padded)[..., :channels].copy_(x)
 
 
-def _split_size(sizes: _Sizes, num_segments: int) -> int:
-    """Of what `_Sizes.split` makes: SplitSizes of csrc/api/chunk_room.h."""
-    padded_k = 64 if sizes.dim_k <= 64 else 128
-    rows = sizes.num_sequences * (num_segments - 1)
-    return rows * padded_k * (sizes.num_gate_heads * padded_k + sizes.num_value_heads * sizes.dim_v)
-
-
-def split_size(q: Tensor, v: Tensor, g: Tensor, cu_seqlens: Tensor | None, num_segments: int) -> int:
-    """How many floats a call keeps for its backward, beside A - I and P, where it is split."""
-    return _split_size(_Sizes.of(q, v, g, cu_seqlens), num_segments)
+def kept_size(
+    q: Tensor, v: Tensor, g: Tensor, cu_seqlens: Tensor | None, num_segments: int, keep_tiles: bool,
+    use_qk_l2norm: bool,
+) -> int:  # fmt: skip
+    """How many floats a call keeps for its backward beside A - I and P."""
+    return _Sizes.of(q, v, g, cu_seqlens).kept_size(num_segments, keep_tiles, use_qk_l2norm)
 
 
 @functools.cache
@@ -136,19 +132,39 @@ class _Sizes(NamedTuple):
             self.dim_v, self.packed, _num_multiprocessors(device.index),
         )  # fmt: skip
 
-    def split(self, q: Tensor, num_segments: int) -> Tensor | None:
-        """Where a split call keeps the maps of its segments, and the states that they start from."""
-        if num_segments == 1:
-            return None
-        return q.new_empty(_split_size(self, num_segments), dtype=torch.float32)
+    def kept_size(self, num_segments: int, keep_tiles: bool, use_qk_l2norm: bool) -> int:
+        """Of what `kept` makes: SplitSizes and TileSizes of csrc/api/chunk_room.h."""
+        padded_k = 64 if self.dim_k <= 64 else 128
+        rows = self.num_sequences * (num_segments - 1)
+        size = rows * padded_k * (self.num_gate_heads * padded_k + self.num_value_heads * self.dim_v)
+        if keep_tiles:
+            norms = 2 * CHUNK if use_qk_l2norm else 0
+            size += self.num_slots * self.num_gate_heads * (3 * CHUNK * padded_k // 2 + padded_k + norms)
+        return size
+
+    def kept(
+        self, q: Tensor, num_segments: int, keep_tiles: bool = False, use_qk_l2norm: bool = False
+    ) -> Tensor | None:
+        """Where a split call keeps the maps of its segments and the states that they start from; and the
+        tiles of prepare, where they are kept.
+        """
+        size = self.kept_size(num_segments, keep_tiles, use_qk_l2norm)
+        return q.new_empty(size, dtype=torch.float32) if size else None
 
     def workspace(
-        self, q: Tensor, keeps_matrices: bool, backward: bool, use_qk_l2norm: bool, num_segments: int = 1
+        self,
+        q: Tensor,
+        keeps_matrices: bool,
+        backward: bool,
+        use_qk_l2norm: bool,
+        num_segments: int = 1,
+        keeps_tiles: bool = False,
     ) -> Tensor:
         """Memory that the kernels of a call use among themselves."""
         num_bytes = cuda_launch._C.chunk_workspace_bytes(
             self.batch, self.seqlen, self.num_sequences, self.num_gate_heads, self.num_value_heads,
             self.dim_k, self.dim_v, self.packed, keeps_matrices, backward, use_qk_l2norm, num_segments,
+            keeps_tiles,
         )  # fmt: skip
         return q.new_empty(num_bytes // q.element_size())
 
@@ -184,9 +200,11 @@ def chunk_forward(
     output_final_state: bool,
     num_state_chunks: int | None,
     sequence_split: int = 0,
+    keep_tiles: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor, Tensor | None]:
     """o, final_state (or None), chunk states (or None); A - I and P as `chunk_backward` reads them: images of
-    shared memory (ChunkTiles in csrc/params.h); and what a split keeps, or None. Everything has been checked.
+    shared memory (ChunkTiles in csrc/params.h); and what else is kept for it, or None. Everything has been
+    checked.
     """
     sizes = _Sizes.of(q, v, g, cu_seqlens)
     o = torch.empty_like(v, memory_format=torch.contiguous_format)
@@ -200,11 +218,11 @@ def chunk_forward(
     new = q.new_empty if sizes.seqlen else q.new_zeros
     A_minus_I, P = (new(sizes.num_slots, sizes.num_gate_heads, CHUNK, CHUNK) for _ in range(2))
     segments = sizes.num_segments(sequence_split, q.device)
-    split = sizes.split(q, segments)
+    kept = sizes.kept(q, segments, keep_tiles, options.use_qk_l2norm)
     tensors = [
         *map(_readable, (q, k, v, g, b, w)), *_contiguous(A_log, dt_bias, initial_state, cu_seqlens),
-        o, final_state, chunk_states, A_minus_I, P, split,
-        sizes.workspace(q, True, False, False, segments),
+        o, final_state, chunk_states, A_minus_I, P, kept,
+        sizes.workspace(q, True, False, options.use_qk_l2norm, segments, keep_tiles),
     ]  # fmt: skip
     _launch(cuda_launch._C.chunk_forward, tensors, (scale, *options, state_v_first, segments))
     if chunk_states is not None:
@@ -212,7 +230,7 @@ def chunk_forward(
             tokens = PackedTokens(cu_seqlens, sizes.seqlen)
             chunk_states = tokens.in_sequence_order(chunk_states, num_state_chunks)
         chunk_states = chunk_states.unflatten(0, (sizes.batch, num_state_chunks))
-    return o, final_state, chunk_states, A_minus_I, P, split
+    return o, final_state, chunk_states, A_minus_I, P, kept
 
 
 def _new_gradients(sizes: _Sizes, inputs: Sequence[Tensor | None], needed: Sequence[bool]) -> list:
@@ -259,7 +277,7 @@ def chunk_backward(
     cu_seqlens: Tensor | None,
     A_minus_I: Tensor,
     P: Tensor,
-    split: Tensor | None,
+    kept: Tensor | None,
     scale: float,
     options: GateOptions,
     *,
@@ -267,14 +285,15 @@ def chunk_backward(
     needed: Sequence[bool],
     sequence_split: int = 0,
 ) -> Gradients:
-    """The gradients that are needed, None for the others; A - I, P and split come from `chunk_forward`."""
+    """The gradients that are needed, None for the others; A - I, P and kept come from `chunk_forward`."""
     sizes = _Sizes.of(q, v, g, cu_seqlens)
     out = _new_gradients(sizes, (q, k, v, g, b, w, A_log, dt_bias, initial_state), needed)
-    segments = 1 if split is None else sizes.num_segments(sequence_split, q.device)
+    segments = 1 if kept is None else sizes.num_segments(sequence_split, q.device)
+    keeps_tiles = kept is not None and kept.numel() > sizes.kept_size(segments, False, False)
     tensors = [
         _readable(do), *_contiguous(d_final_state), *map(_readable, (q, k, v, g, b, w)),
-        *_contiguous(A_log, dt_bias, initial_state, cu_seqlens), A_minus_I, P, split,
-        sizes.workspace(q, True, True, options.use_qk_l2norm, segments), *out,
+        *_contiguous(A_log, dt_bias, initial_state, cu_seqlens), A_minus_I, P, kept,
+        sizes.workspace(q, True, True, options.use_qk_l2norm, segments, keeps_tiles), *out,
     ]  # fmt: skip
     _launch(cuda_launch._C.chunk_backward, tensors, (scale, *options, state_v_first, segments))
     return _summed(sizes.num_heads, sizes.num_gate_heads, out, q.dtype)
@@ -289,9 +308,9 @@ class _Chunk(torch.autograd.Function):
     """Forward and backward at once; the outputs are None where the extension does not take the call."""
 
     @staticmethod
-    def forward(ctx, output_final_state: bool, options: tuple, *tensors):
+    def forward(ctx, output_final_state: bool, keep_tiles: bool, options: tuple, *tensors):
         results = cuda_launch._C.chunk_forward_at_once(
-            READ_TENSORS, MAKE_TENSORS, *tensors, *options, output_final_state, True
+            READ_TENSORS, MAKE_TENSORS, *tensors, *options, output_final_state, True, keep_tiles
         )
         if results is None:
             return None, None
@@ -303,12 +322,12 @@ class _Chunk(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, do, d_final_state):
-        *inputs, A_minus_I, P, split = ctx.saved_tensors
-        needed = [asked and x is not None for x, asked in zip(inputs[:9], ctx.needs_input_grad[2:])]
+        *inputs, A_minus_I, P, kept = ctx.saved_tensors
+        needed = [asked and x is not None for x, asked in zip(inputs[:9], ctx.needs_input_grad[3:])]
         q, v, g = inputs[0], inputs[2], inputs[3]
         if do is None:
             do = v.new_zeros(v.shape)
-        tensors = (do, d_final_state, *inputs, A_minus_I, P, split)
+        tensors = (do, d_final_state, *inputs, A_minus_I, P, kept)
         gradients = None
         if not torch.is_grad_enabled() and nobody_traces():
             gradients = cuda_launch._C.chunk_backward_at_once(
@@ -323,20 +342,20 @@ class _Chunk(torch.autograd.Function):
                 *tensors, scale, *options, needed, sequence_split, "cuda"
             )
             gradients = [x if wanted else None for x, wanted in zip(gradients, needed)]
-        return None, None, *gradients, None
+        return None, None, None, *gradients, None
 
 
 def chunk_at_once(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, b: Tensor, w: Tensor, A_log: Tensor | None,
     dt_bias: Tensor | None, initial_state: Tensor | None, cu_seqlens: Tensor | None, scale: float | None,
     use_qk_l2norm: bool, use_gate: bool, lower_bound: float | None, use_gate_sigmoid: bool,
-    erase_scale: float, state_v_first: bool, sequence_split: int, output_final_state: bool,
+    erase_scale: float, state_v_first: bool, sequence_split: int, output_final_state: bool, keep_tiles: bool,
 ) -> tuple[Tensor, Tensor | None] | None:  # fmt: skip
     """`chunk_gdn2` for plain tensors on the current device, which are checked where their shapes and types
     are read, in csrc/api/chunk_at_once.cpp.
 
     None, and nothing done, for any other call and for any that is wrong, which ops.py then looks at.
-    sequence_split: 0 for whatever is quickest.
+    sequence_split: 0 for whatever is quickest. keep_tiles: for a backward, which then need not make them.
     """
     if not nobody_traces() or READ_TENSORS is None or cuda_launch._C is None:
         return None
@@ -349,10 +368,10 @@ def chunk_at_once(
                 scale, use_qk_l2norm, use_gate, lower_bound, use_gate_sigmoid, erase_scale, state_v_first,
                 sequence_split,
             )  # fmt: skip
-            o, final_state = _Chunk.apply(output_final_state, options, *tensors)
+            o, final_state = _Chunk.apply(output_final_state, keep_tiles, options, *tensors)
             return None if o is None else (o, final_state)
     return cuda_launch._C.chunk_forward_at_once(
         READ_TENSORS, MAKE_TENSORS, q, k, v, g, b, w, A_log, dt_bias, initial_state, cu_seqlens, scale,
         use_qk_l2norm, use_gate, lower_bound, use_gate_sigmoid, erase_scale, state_v_first, sequence_split,
-        output_final_state, False,
+        output_final_state, False, False,
     )  # fmt: skip

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import cuda_backend, cuda_recurrent, torch_backend
-from .cuda_backend import split_size
+from .cuda_backend import kept_size
 from .torch_backend import CHUNK, GateOptions, compute_dtype, num_chunk_slots
 
 _INPUTS = (
@@ -28,11 +28,11 @@ _OPTIONS = (
 lib = torch.library.Library("gdn2_ext", "DEF")
 lib.define(
     f"chunk_forward({_INPUTS}, {_OPTIONS}, bool output_final_state, SymInt? num_state_chunks, "
-    "bool save_for_backward, int sequence_split, str backend) "
-    "-> (Tensor o, Tensor final_state, Tensor h, Tensor A_minus_I, Tensor P, Tensor split)"
+    "bool save_for_backward, bool disable_recompute, int sequence_split, str backend) "
+    "-> (Tensor o, Tensor final_state, Tensor h, Tensor A_minus_I, Tensor P, Tensor kept)"
 )
 lib.define(
-    f"chunk_backward(Tensor do, Tensor? d_final_state, {_INPUTS}, Tensor A_minus_I, Tensor P, Tensor? split, "
+    f"chunk_backward(Tensor do, Tensor? d_final_state, {_INPUTS}, Tensor A_minus_I, Tensor P, Tensor? kept, "
     f"{_OPTIONS}, "
     "bool[] needed, int sequence_split, str backend) "
     "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dg, Tensor db, Tensor dw, Tensor dA_log, Tensor d_dt_bias, "
@@ -83,13 +83,14 @@ def _without_autocast(kernel):
 def _chunk_forward(
     q, k, v, g, b, w, A_log, dt_bias, initial_state, cu_seqlens,
     scale, use_qk_l2norm, use_gate, lower_bound, use_gate_sigmoid, erase_scale, state_v_first,
-    output_final_state, num_state_chunks, save_for_backward, sequence_split, backend,
+    output_final_state, num_state_chunks, save_for_backward, disable_recompute, sequence_split, backend,
 ):  # fmt: skip
     if q.shape[0] == 0:  # no batch: nothing to compute, and the shapes are all there is
         return _chunk_forward_fake(
             q, k, v, g, b, w, A_log, dt_bias, initial_state, cu_seqlens,
             scale, use_qk_l2norm, use_gate, lower_bound, use_gate_sigmoid, erase_scale, state_v_first,
-            output_final_state, num_state_chunks, save_for_backward, sequence_split, backend,
+            output_final_state, num_state_chunks, save_for_backward, disable_recompute, sequence_split,
+            backend,
         )  # fmt: skip
     options = GateOptions(use_qk_l2norm, use_gate, lower_bound, use_gate_sigmoid, erase_scale)
     inputs = (q, k, v, g, b, w, A_log, dt_bias, initial_state, cu_seqlens, scale, options)
@@ -97,10 +98,11 @@ def _chunk_forward(
         "state_v_first": state_v_first, "output_final_state": output_final_state,
         "num_state_chunks": num_state_chunks,
     }  # fmt: skip
-    split = None
+    kept = None
     if backend == "cuda":
         arguments["sequence_split"] = sequence_split
-        o, final_state, h, A_minus_I, P, split = cuda_backend.chunk_forward(*inputs, **arguments)
+        arguments["keep_tiles"] = save_for_backward and disable_recompute
+        o, final_state, h, A_minus_I, P, kept = cuda_backend.chunk_forward(*inputs, **arguments)
     else:
         o, final_state, h, A_minus_I, P = torch_backend.chunk_forward(*inputs, **arguments)
     return (
@@ -109,14 +111,14 @@ def _chunk_forward(
         _empty(q) if h is None else h,
         A_minus_I if save_for_backward else _empty(q),
         P if save_for_backward else _empty(q),
-        split if save_for_backward and split is not None else _empty(q),
+        kept if save_for_backward and kept is not None else _empty(q),
     )
 
 
 def _chunk_forward_fake(
     q, k, v, g, b, w, A_log, dt_bias, initial_state, cu_seqlens,
     scale, use_qk_l2norm, use_gate, lower_bound, use_gate_sigmoid, erase_scale, state_v_first,
-    output_final_state, num_state_chunks, save_for_backward, sequence_split, backend,
+    output_final_state, num_state_chunks, save_for_backward, disable_recompute, sequence_split, backend,
 ):  # fmt: skip
     dtype = compute_dtype(q.dtype)
     o = v.new_empty(v.shape)
@@ -129,14 +131,16 @@ def _chunk_forward_fake(
     matrix = _chunk_matrix_shape(q, g, cu_seqlens) if save_for_backward else (0,)
     matrix_dtype = dtype if save_for_backward and backend == "torch" else q.dtype
     A_minus_I, P = (q.new_empty(matrix, dtype=matrix_dtype) for _ in range(2))
-    split = _empty(q)
-    if save_for_backward and backend == "cuda" and sequence_split > 1:
-        split = q.new_empty(split_size(q, v, g, cu_seqlens, sequence_split), dtype=torch.float32)
-    return o, final_state, h, A_minus_I, P, split
+    kept = _empty(q)
+    if save_for_backward and backend == "cuda" and (sequence_split > 1 or disable_recompute):
+        segments = max(sequence_split, 1)
+        size = kept_size(q, v, g, cu_seqlens, segments, disable_recompute, use_qk_l2norm)
+        kept = q.new_empty(size, dtype=torch.float32)
+    return o, final_state, h, A_minus_I, P, kept
 
 
 def _chunk_backward(
-    do, d_final_state, q, k, v, g, b, w, A_log, dt_bias, initial_state, cu_seqlens, A_minus_I, P, split,
+    do, d_final_state, q, k, v, g, b, w, A_log, dt_bias, initial_state, cu_seqlens, A_minus_I, P, kept,
     scale, use_qk_l2norm, use_gate, lower_bound, use_gate_sigmoid, erase_scale, state_v_first,
     needed, sequence_split, backend,
 ):  # fmt: skip
@@ -149,7 +153,7 @@ def _chunk_backward(
     )  # fmt: skip
     if backend == "cuda":
         gradients = cuda_backend.chunk_backward(
-            *arguments, split, scale, options, state_v_first=state_v_first,
+            *arguments, kept, scale, options, state_v_first=state_v_first,
             needed=needed, sequence_split=sequence_split,
         )  # fmt: skip
     else:
@@ -158,7 +162,7 @@ def _chunk_backward(
 
 
 def _chunk_backward_fake(
-    do, d_final_state, q, k, v, g, b, w, A_log, dt_bias, initial_state, cu_seqlens, A_minus_I, P, split,
+    do, d_final_state, q, k, v, g, b, w, A_log, dt_bias, initial_state, cu_seqlens, A_minus_I, P, kept,
     scale, use_qk_l2norm, use_gate, lower_bound, use_gate_sigmoid, erase_scale, state_v_first,
     needed, sequence_split, backend,
 ):  # fmt: skip

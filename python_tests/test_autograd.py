@@ -253,7 +253,7 @@ def test_an_operator_called_without_saving_has_no_backward(backend, seed):
     inputs.q.requires_grad_()
     options = (0.25, False, False, None, False, 1.0, False)
     o, *_ = torch.ops.gdn2_ext.chunk_forward(
-        *inputs.tensors, None, None, None, None, *options, True, None, False, 0, backend.name
+        *inputs.tensors, None, None, None, None, *options, True, None, False, False, 0, backend.name
     )
     with pytest.raises(RuntimeError, match="save_for_backward=False: it has no backward"):
         o.backward(inputs.do)
@@ -266,7 +266,7 @@ def test_a_final_state_that_was_not_asked_for_has_no_gradient(backend, seed):
     inputs.q.requires_grad_()
     options = (0.25, False, False, None, False, 1.0, False)
     o, final_state, *_ = torch.ops.gdn2_ext.chunk_forward(
-        *inputs.tensors, None, None, None, None, *options, False, None, True, 0, backend.name
+        *inputs.tensors, None, None, None, None, *options, False, None, True, False, 0, backend.name
     )
     assert final_state.numel() == 0
     (dq,) = torch.autograd.grad(

@@ -53,17 +53,17 @@ def fresh_compiler():
 
 
 @every_call
-@pytest.mark.parametrize("requires_grad", [False, True])
-def test_chunk_forward_passes_opcheck(backend, kind, options, requires_grad, seed):
+@pytest.mark.parametrize("requires_grad, keeps_tiles", [(False, False), (True, False), (True, True)])
+def test_chunk_forward_passes_opcheck(backend, kind, options, requires_grad, keeps_tiles, seed):
     tensors, _, _ = operator_inputs(backend, kind, options, seed, requires_grad)
-    arguments = (*tensors, *options, True, None, requires_grad, 0, backend.name)
+    arguments = (*tensors, *options, True, None, requires_grad, keeps_tiles, 0, backend.name)
     opcheck(torch.ops.gdn2_ext.chunk_forward.default, arguments)
 
 
 @pytest.mark.parametrize("packed, num_state_chunks", [(False, 2), (True, 4)])
 def test_chunk_forward_with_intermediate_states_passes_opcheck(backend, packed, num_state_chunks, seed):
     tensors, _, _ = operator_inputs(backend, {"state": True, "packed": packed}, NO_OPTIONS, seed)
-    arguments = (*tensors, *NO_OPTIONS, False, num_state_chunks, False, 0, backend.name)
+    arguments = (*tensors, *NO_OPTIONS, False, num_state_chunks, False, False, 0, backend.name)
     opcheck(torch.ops.gdn2_ext.chunk_forward.default, arguments)
 
 
@@ -72,7 +72,7 @@ def test_chunk_forward_with_intermediate_states_passes_opcheck(backend, packed, 
 def test_chunk_backward_passes_opcheck(backend, kind, options, with_d_final_state, seed):
     tensors, do, d_final_state = operator_inputs(backend, kind, options, seed)
     *_, A_minus_I, P, _ = torch.ops.gdn2_ext.chunk_forward(
-        *tensors, *options, True, None, True, 0, backend.name
+        *tensors, *options, True, None, True, False, 0, backend.name
     )
     needed = [x is not None for x in tensors[:9]]
     d_final_state = d_final_state if with_d_final_state else None

@@ -17,9 +17,9 @@ pytestmark = disguise.MARKS
 read_tensors = disguise.read_tensors
 
 INPUTS = ("q", "k", "v", "g", "b", "w", "A_log", "dt_bias", "initial_state", "cu_seqlens")
-FORWARD = (*INPUTS, "o", "final_state", "chunk_states", "A_minus_I", "P", "split", "workspace")
+FORWARD = (*INPUTS, "o", "final_state", "chunk_states", "A_minus_I", "P", "kept", "workspace")
 GRADIENTS = ("dq", "dk", "dv", "dg", "db", "dw", "dA_log", "d_dt_bias", "d_initial_state")
-BACKWARD = ("do", "d_final_state", *INPUTS, "A_minus_I", "P", "split", "workspace", *GRADIENTS)
+BACKWARD = ("do", "d_final_state", *INPUTS, "A_minus_I", "P", "kept", "workspace", *GRADIENTS)
 OPTIONS = {
     "scale": None, "use_qk_l2norm": False, "use_gate": False, "lower_bound": None, "use_gate_sigmoid": False,
     "erase_scale": 1.0, "state_v_first": False, "num_segments": 1, "stream": 0,
@@ -60,12 +60,12 @@ def forward(call: dict) -> dict:
 
 def split(call: dict) -> dict:
     """The forward in three segments."""
-    call = forward(call) | {"num_segments": 3, "split": sizes(call).split(call["q"], 3)}
+    call = forward(call) | {"num_segments": 3, "kept": sizes(call).kept(call["q"], 3)}
     return call | {"workspace": sizes(call).workspace(call["q"], False, False, False, 3)}
 
 
 def split_backward(call: dict) -> dict:
-    call = backward(call) | {"num_segments": 3, "split": sizes(call).split(call["q"], 3)}
+    call = backward(call) | {"num_segments": 3, "kept": sizes(call).kept(call["q"], 3)}
     norms = call.get("use_qk_l2norm", False)
     return call | {"workspace": sizes(call).workspace(call["q"], True, True, norms, 3)}
 
@@ -76,6 +76,21 @@ def keeping(call: dict) -> dict:
     matrices = torch.zeros(sizes(call).num_slots, call["g"].shape[2], 64, 64, dtype=call["q"].dtype)
     workspace = sizes(call).workspace(call["q"], True, False, False)
     return call | {"A_minus_I": matrices, "P": matrices.clone(), "workspace": workspace}
+
+
+def keeping_tiles(call: dict, num_segments: int = 1) -> dict:
+    """The same with disable_recompute."""
+    call, norms = keeping(call), call.get("use_qk_l2norm", False)
+    kept = sizes(call).kept(call["q"], num_segments, True, norms)
+    workspace = sizes(call).workspace(call["q"], True, False, norms, num_segments, True)
+    return call | {"num_segments": num_segments, "kept": kept, "workspace": workspace}
+
+
+def backward_of_tiles(call: dict, num_segments: int = 1) -> dict:
+    call, norms = backward(call), call.get("use_qk_l2norm", False)
+    kept = sizes(call).kept(call["q"], num_segments, True, norms)
+    workspace = sizes(call).workspace(call["q"], True, True, norms, num_segments, True)
+    return call | {"num_segments": num_segments, "kept": kept, "workspace": workspace}
 
 
 def backward(call: dict) -> dict:
@@ -108,10 +123,10 @@ def at_once_takes(read_tensors, call: dict, sequence_split: int = 0) -> bool:
     inputs, options = [call[name] for name in INPUTS], [call[name] for name in tuple(OPTIONS)[:7]]
     how = (read_tensors, cuda_launch.MAKE_TENSORS)
     if call["do"] is None:
-        wanted = [call[name] is not None for name in ("final_state", "P")]
+        wanted = [call[name] is not None for name in ("final_state", "P", "kept")]
         arguments = (*inputs, *options, sequence_split, *wanted)
         return disguise.gets_to_the_gpu("chunk_forward_at_once", *how, *arguments)
-    kept = [call[name] for name in ("A_minus_I", "P", "split")]
+    kept = [call[name] for name in ("A_minus_I", "P", "kept")]
     needed = [call[name] is not None for name in GRADIENTS]
     arguments = (call["do"], call["d_final_state"], *inputs, *kept, *options, sequence_split, *needed)
     return disguise.gets_to_the_gpu("chunk_backward_at_once", *how, *arguments)
@@ -130,6 +145,10 @@ PASSES = {
     "keeping": keeping,
     "backward": backward,
     "split_backward": split_backward,
+    "keeping tiles": keeping_tiles,
+    "keeping tiles and split": lambda call: keeping_tiles(call, 3),
+    "backward of tiles": backward_of_tiles,
+    "backward of tiles and split": lambda call: backward_of_tiles(call, 3),
 }
 
 
@@ -215,7 +234,7 @@ BAD_ROOM = {
     "a short workspace": ("workspace", lambda x: x[:-16]),
     "no workspace": ("workspace", lambda _: None),
     "no segments": ("num_segments", lambda _: 0),
-    "segments that nothing was kept of": ("split", lambda x: torch.zeros(8)),
+    "too little that is kept": ("kept", lambda x: torch.zeros(8)),
 }
 
 
@@ -248,8 +267,6 @@ def test_wrong_calls_do_not(read_tensors, stage, name, change):
 @pytest.mark.parametrize(("name", "change"), BAD_ROOM.values(), ids=BAD_ROOM)
 def test_calls_without_room_do_not(stage, name, change):
     call = stage(inputs())
-    if name == "split" and call.get("num_segments", 1) == 1:
-        pytest.skip("there is one segment")
     assert lets_through(call)
     assert not lets_through(call | {name: change(call.get(name))})
 

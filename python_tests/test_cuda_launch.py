@@ -183,11 +183,11 @@ class ChunkStandIn:
     def chunk_forward_at_once(self, read, make, *arguments):
         assert (read, make) == (cuda_launch.READ_TENSORS, cuda_launch.MAKE_TENSORS)
         self.forwards.append(arguments)
-        *_, output_final_state, keep = arguments
+        *_, output_final_state, keep, keep_tiles = arguments
         if not self.takes:
             return None
         final_state = torch.ones(B, HV, K, V) if output_final_state else None
-        kept = (torch.ones(3), torch.ones(4), None) if keep else ()
+        kept = (torch.ones(3), torch.ones(4), torch.ones(5) if keep_tiles else None) if keep else ()
         return (torch.ones_like(arguments[2]), final_state, *kept)
 
     def chunk_backward_at_once(self, read, make, *arguments):
@@ -213,7 +213,7 @@ def chunk_inputs(**changes) -> dict:
 
 
 def chunk_at_once(inputs: dict):
-    options = (None, False, False, None, False, 1.0, False, 0, False)
+    options = (None, False, False, None, False, 1.0, False, 0, False, False)
     return cuda_backend.chunk_at_once(*inputs.values(), None, None, None, None, *options)
 
 
@@ -225,7 +225,7 @@ def test_a_call_without_gradients_is_one_call_of_the_extension(stand_in):
     assert o.shape == inputs["v"].shape and final_state.shape == state.shape
     (arguments,) = stand_in.forwards
     assert all(x is y for x, y in zip(arguments, (*inputs.values(), None, None, state, None)))
-    assert arguments[10:] == (0.5, True, False, None, False, 1.0, False, 0, True, False)
+    assert arguments[10:] == (0.5, True, False, None, False, 1.0, False, 0, True, False, False)
 
 
 @pytest.mark.parametrize("number", [1, 3])
@@ -239,18 +239,20 @@ def test_leaves_that_nobody_differentiates_keep_nothing(stand_in):
     inputs["k"].requires_grad_()
     with torch.no_grad():
         o, _ = chunk_gdn2(**inputs)
-    assert not o.requires_grad and stand_in.forwards[0][-1] is False
+    assert not o.requires_grad and stand_in.forwards[0][-2:] == (False, False)
 
 
-def test_gradients_are_asked_for_and_handed_on(stand_in):
+@pytest.mark.parametrize("disable_recompute", [False, True])
+def test_gradients_are_asked_for_and_handed_on(stand_in, disable_recompute):
     inputs = chunk_inputs()
     for name in ("q", "w"):
         inputs[name].requires_grad_()
-    o, _ = chunk_gdn2(**inputs)
-    assert stand_in.forwards[0][-1] is True
+    o, _ = chunk_gdn2(**inputs, disable_recompute=disable_recompute)
+    assert stand_in.forwards[0][-2:] == (True, disable_recompute)
     o.backward(torch.zeros_like(o))
     (arguments,) = stand_in.backwards
-    assert [x is None for x in arguments[12:15]] == [False, False, True], "A - I, P, no split"
+    kept = [x is not None for x in arguments[12:15]]
+    assert kept == [True, True, disable_recompute], "A - I, P, tiles"
     assert arguments[15:23] == (None, False, False, None, False, 1.0, False, 0)
     assert arguments[23:] == (True, False, False, False, False, True, False, False, False)
     assert all((x.grad is not None) == (name in ("q", "w")) for name, x in inputs.items())

@@ -3,6 +3,7 @@
 import itertools
 import math
 
+import cases
 import compare
 import pytest
 import torch
@@ -264,9 +265,28 @@ def test_a_lower_bound_without_the_gate_changes_nothing(backend, seed):
         compare.assert_bitwise_equal(x, bounded[name], name)
 
 
-def test_keeping_more_for_the_backward_changes_no_gradient(backend, seed):
-    inputs = backend.inputs(**SHAPE, seed=seed)
-    check(backend, inputs, seed, disable_recompute=True)
+@pytest.mark.parametrize("seqlen", [0, 1, 200])
+@pytest.mark.parametrize("kind", ["plain", "everything", "split", "packed"])
+def test_keeping_more_for_the_backward_changes_no_bit(backend, kind, seqlen, seed):
+    shape = {**SHAPE, "seqlen": seqlen, "value_heads": 4}
+    options = {"state_v_first": kind == "plain"}
+    if kind == "everything":
+        inputs = backend.raw_inputs(**shape, seed=seed)
+        options |= EVERYTHING
+    else:
+        inputs = backend.inputs("slow", **{**shape, "batch": 1 if kind == "packed" else 2}, seed=seed)
+    if kind == "split":
+        options["sequence_split"] = 3
+    if kind == "packed":
+        lengths = (seqlen // 2, 0, seqlen - seqlen // 2)
+        options["cu_seqlens"] = cases.packed_offsets(lengths, device=backend.device)
+    states = backend.states(
+        inputs, number=3 if kind == "packed" else None, seed=seed, v_first=kind == "plain"
+    )
+    options |= {"initial_state": states[0], "d_final_state": states[1]}
+    again, kept = backend.run(inputs, **options), backend.run(inputs, disable_recompute=True, **options)
+    for name, x in again.items():
+        compare.assert_bitwise_equal(x, kept[name], name)
 
 
 @pytest.mark.parametrize("sequence_split", [None, 1, 2, 7])

@@ -134,7 +134,7 @@ py::object forward(Arguments& from, TensorReader const& reader, TensorMaker cons
   ForwardViews x;
   Inputs const inputs(from, reader, x);
   Options const options(from);
-  bool const output_final_state = from.flag(), keep = from.flag();
+  bool const output_final_state = from.flag(), keep = from.flag(), keep_tiles = from.flag();
   Parameters parameters(x, options);
   ChunkForwardParams params{};
   ChunkCall& call = params.call;
@@ -143,7 +143,7 @@ py::object forward(Arguments& from, TensorReader const& reader, TensorMaker cons
   }
 
   CallShape const& shape = call.shape;
-  py::object final_state = py::none(), A_minus_I = py::none(), P = py::none(), split = py::none();
+  py::object final_state = py::none(), A_minus_I = py::none(), P = py::none(), kept = py::none();
   py::object o = maker.like(inputs.v(), x.v);
   x.o = reader.read(o.ptr());
   if (output_final_state) {
@@ -160,10 +160,11 @@ py::object forward(Arguments& from, TensorReader const& reader, TensorMaker cons
     P = maker.empty(inputs.q(), shape.num_slots, shape.num_gate_heads, kChunk, kChunk);
     x.A_minus_I = reader.read(A_minus_I.ptr());
     x.P = reader.read(P.ptr());
-    if (call.num_segments > 1) {
-      SplitSizes const sizes(shape, call.num_segments);
-      split = maker.empty_float32(inputs.q(), sizes.M + sizes.states);
-      x.split = reader.read(split.ptr());
+    SplitSizes const split(shape, call.num_segments);
+    std::int64_t const size = split.M + split.states + (keep_tiles ? TileSizes(call).total() : 0);
+    if (size > 0) {
+      kept = maker.empty_float32(inputs.q(), size);
+      x.kept = reader.read(kept.ptr());
     }
   }
   if (!parameters.fill(params, x)) {
@@ -178,7 +179,7 @@ py::object forward(Arguments& from, TensorReader const& reader, TensorMaker cons
   if (!keep) {
     return py::make_tuple(o, final_state);
   }
-  return py::make_tuple(o, final_state, A_minus_I, P, split);
+  return py::make_tuple(o, final_state, A_minus_I, P, kept);
 }
 
 // Where the kernels write a gradient. With gates per value head those of q and k are float32 and of every one of them, to
@@ -202,7 +203,7 @@ py::object backward(Arguments& from, TensorReader const& reader, TensorMaker con
   x.o = reader.read(from.object());
   x.d_final_state = reader.read(from.object());
   Inputs const inputs(from, reader, x);
-  for (View CallViews::* const kept : {&CallViews::A_minus_I, &CallViews::P, &CallViews::split}) {
+  for (View CallViews::* const kept : {&CallViews::A_minus_I, &CallViews::P, &CallViews::kept}) {
     x.*kept = reader.read(from.object());
   }
   Options const options(from);
@@ -213,7 +214,7 @@ py::object backward(Arguments& from, TensorReader const& reader, TensorMaker con
   Parameters parameters(x, options);
   ChunkBackwardParams params{};
   ChunkCall& call = params.call;
-  if (!takes(parameters, call, x.q, x.split.given)) {
+  if (!takes(parameters, call, x.q, x.kept.given)) {
     return py::none();
   }
 
@@ -248,9 +249,9 @@ PyObject* call_at_once(char const* name, PyObject* const* arguments, Py_ssize_t 
   });
 }
 
-// How tensors are read and made, 10 inputs, 8 options; and output_final_state, keep.
-constexpr Py_ssize_t kNumForward = 2 + kNumInputs + 8 + 2;
-// The same; and do, d_final_state, A - I, P, split, which gradients are needed.
+// How tensors are read and made, 10 inputs, 8 options; and output_final_state, keep, keep tiles.
+constexpr Py_ssize_t kNumForward = 2 + kNumInputs + 8 + 3;
+// The same; and do, d_final_state, A - I, P, what else is kept, which gradients are needed.
 constexpr Py_ssize_t kNumBackward = 2 + kNumInputs + 8 + 5 + kNumGradients;
 
 }  // namespace

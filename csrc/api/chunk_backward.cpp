@@ -6,7 +6,11 @@ namespace gdn2 {
 
 void chunk_backward(ChunkBackwardParams const& params, cudaStream_t stream) {
   ChunkCall const& call = params.call;
-  plan_and_prepare(call, {.factors_only = true, .row_norms = params.row_norms}, stream);
+  if (params.has_tiles) {
+    plan(call, stream);
+  } else {
+    plan_and_prepare(call, {.factors_only = true, .row_norms = params.row_norms}, stream);
+  }
   ScanBackwardParams walks{.shape = call.shape,
                            .v = call.v,
                            .w = call.w,
@@ -17,7 +21,8 @@ void chunk_backward(ChunkBackwardParams const& params, cudaStream_t stream) {
                            .initial_state = call.initial_state,
                            .d_final_state = params.d_final_state,
                            .state_v_first = call.state_v_first,
-                           .num_segments = call.num_segments};
+                           .num_segments = call.num_segments,
+                           .follows_prepare = !params.has_tiles};
   if (call.num_segments > 1) {
     walks.segment_N = params.segment_N;
     run_scan_backward(walks, stream);
@@ -29,6 +34,7 @@ void chunk_backward(ChunkBackwardParams const& params, cudaStream_t stream) {
                         .states = params.segment_gradients},
                        stream);
     walks.segment_N = nullptr;
+    walks.follows_prepare = true;
     walks.segment_states = params.segment_states;
     walks.segment_gradients = params.segment_gradients;
   }

@@ -28,7 +28,7 @@ constexpr View F::* kForwardOrder[] = {&F::q,
                                        &F::chunk_states,
                                        &F::A_minus_I,
                                        &F::P,
-                                       &F::split,
+                                       &F::kept,
                                        &F::workspace};
 
 using B = BackwardViews;
@@ -46,7 +46,7 @@ constexpr View B::* kBackwardOrder[] = {&B::o,
                                         &B::cu_seqlens,
                                         &B::A_minus_I,
                                         &B::P,
-                                        &B::split,
+                                        &B::kept,
                                         &B::workspace,
                                         &B::dq,
                                         &B::dk,
@@ -60,7 +60,7 @@ constexpr View B::* kBackwardOrder[] = {&B::o,
 
 // What the caller keeps for a backward has memory of its own.
 void take_all_room(Workspace& room, ChunkForwardParams& params, ForwardViews const& x) {
-  take_room(room, params, x.cu_seqlens.given, {.matrices = x.P.given, .split = x.split.given});
+  take_room(room, params, x.cu_seqlens.given, {.matrices = x.P.given, .split = x.kept.given});
 }
 void take_all_room(Workspace& room, ChunkBackwardParams& params, BackwardViews const& x) {
   take_room(room, params, x.cu_seqlens.given);
@@ -106,11 +106,11 @@ PyObject* backward_of_python(PyObject*, PyObject* const* arguments, Py_ssize_t n
                      [](Arguments& from) { return launch<B>(from, kBackwardOrder, chunk_backward); });
 }
 
-// (batch, seqlen, num_sequences, gate heads, value heads, K, V, packed, keeps A - I and P, backward, L2 norm, segments)
-// to bytes. What a split keeps has room of its own.
+// (batch, seqlen, num_sequences, gate heads, value heads, K, V, packed, keeps A - I and P, backward, L2 norm, segments,
+// keeps tiles) to bytes. What is kept has room of its own, and so have a split's maps.
 PyObject* workspace_bytes(PyObject*, PyObject* const* arguments, Py_ssize_t number) {
-  if (number != 12) {
-    return PyErr_Format(PyExc_TypeError, "chunk_workspace_bytes: expected 12 arguments, got %zd", number);
+  if (number != 13) {
+    return PyErr_Format(PyExc_TypeError, "chunk_workspace_bytes: expected 13 arguments, got %zd", number);
   }
   Arguments from(arguments);
   std::int64_t const batch = from.integer(), seqlen = from.integer(), sequences = from.integer();
@@ -124,6 +124,7 @@ PyObject* workspace_bytes(PyObject*, PyObject* const* arguments, Py_ssize_t numb
   bool const packed = from.flag(), keeps_matrices = from.flag(), backward = from.flag();
   call.gates.use_qk_l2norm = from.flag();
   call.num_segments = static_cast<int>(from.integer());
+  bool const keeps_tiles = from.flag();
   if (PyErr_Occurred()) {
     return nullptr;
   }
@@ -132,6 +133,7 @@ PyObject* workspace_bytes(PyObject*, PyObject* const* arguments, Py_ssize_t numb
   ChunkForwardParams forward_params{};
   ChunkBackwardParams backward_params{};
   forward_params.call = backward_params.call = call;
+  forward_params.keeps_tiles = backward_params.has_tiles = keeps_tiles;
   backward ? take_room(room, backward_params, packed)
            : take_room(room, forward_params, packed, {.matrices = keeps_matrices, .split = true});
   return PyLong_FromLongLong(room.size());
@@ -168,7 +170,7 @@ PyMethodDef methods[] = {
     method(
         "chunk_forward_at_once", &chunk_forward_at_once,
         "The chunk forward of plain tensors on the current device: (o, final_state or None), and with keep also "
-        "A_minus_I, P and split or None. None, and nothing done, where an argument is not as the kernels need it."),
+        "A_minus_I, P and what else is kept or None. None, and nothing done, where an argument is not as the kernels need it."),
     method(
         "chunk_backward_at_once", &chunk_backward_at_once,
         "The chunk backward of the same: a tuple of gradients, with None for those that nobody asked for. None, "

@@ -2,7 +2,7 @@
 
 namespace gdn2 {
 
-void plan_and_prepare(ChunkCall const& call, Preparation const& how, cudaStream_t stream) {
+void plan(ChunkCall const& call, cudaStream_t stream) {
   if (call.cu_seqlens != nullptr) {
     run_plan({.cu_seqlens = call.cu_seqlens,
               .offsets_are_64_bit = call.offsets_are_64_bit,
@@ -12,6 +12,10 @@ void plan_and_prepare(ChunkCall const& call, Preparation const& how, cudaStream_
               .plan = call.plan},
              stream);
   }
+}
+
+void plan_and_prepare(ChunkCall const& call, Preparation const& how, cudaStream_t stream) {
+  plan(call, stream);
   run_prepare({.shape = call.shape,
                .q = call.q,
                .k = call.k,

@@ -25,13 +25,13 @@ struct ChunkCall {
   int num_sms;  // of the device
 };
 
-// plan (packed calls) and prepare.
 struct Preparation {
   bool factors_only = false;   // see PrepareParams
   float* row_norms = nullptr;  // likewise
   int num_sms = 0;             // of a prepare beside its walk, or 0: the walk comes after
 };
 void plan_and_prepare(ChunkCall const& call, Preparation const& how, cudaStream_t stream);
+void plan(ChunkCall const& call, cudaStream_t stream);  // alone
 
 // The stages, csrc/sm90.
 void run_plan(PlanParams const& params, cudaStream_t stream);

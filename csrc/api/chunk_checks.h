@@ -10,7 +10,7 @@ constexpr std::int64_t kAlignment = 16;       // bytes: what a bulk tensor copy 
 constexpr std::int64_t kMaxSegments = 65535;  // a grid's height
 
 struct CallViews : TokenViews {
-  View A_log, dt_bias, initial_state, cu_seqlens, A_minus_I, P, split, workspace;
+  View A_log, dt_bias, initial_state, cu_seqlens, A_minus_I, P, kept, workspace;
 };
 
 struct ForwardViews : CallViews {
@@ -73,10 +73,12 @@ class Parameters : public CallChecks {
     if (x.P.given) {
       fill_matrices(params.call.tiles, shape);
     }
-    if (x.split.given && params.call.num_segments > 1) {
-      SplitSizes const sizes(shape, params.call.num_segments);
-      params.segment_M = split_of(x.split, sizes);
-      params.segment_states = params.segment_M + sizes.M;
+    if (x.kept.given) {
+      KeptRoom const kept = kept_room(params.call);
+      params.segment_M = kept.M;
+      params.segment_states = kept.states;
+      params.keeps_tiles = kept.tiles;
+      params.row_norms = kept.row_norms;
     }
     return good();
   }
@@ -91,10 +93,13 @@ class Parameters : public CallChecks {
       return false;
     }
     fill_matrices(params.call.tiles, shape);
-    if (params.call.num_segments > 1) {
-      SplitSizes const sizes(shape, params.call.num_segments);
-      params.segment_M = split_of(x.split, sizes);
-      params.segment_states = params.segment_M + sizes.M;
+    need(x.kept.given || params.call.num_segments == 1);
+    if (x.kept.given) {
+      KeptRoom const kept = kept_room(params.call);
+      params.segment_M = kept.M;
+      params.segment_states = kept.states;
+      params.has_tiles = kept.tiles;
+      params.row_norms = kept.row_norms;
     }
     params.dO = tokens(x.o);
     params.d_final_state = states(x.d_final_state, shape.num_sequences, shape);
@@ -182,10 +187,36 @@ class Parameters : public CallChecks {
     return reinterpret_cast<float*>(contiguous(view, sizeof(float)));
   }
 
-  // M and first states of segments, one after the other.
-  float* split_of(View const& view, SplitSizes const& sizes) {
-    need(view.given && view.has_shape(sizes.M + sizes.states) && view.kind == Kind::kFloat32);
-    return reinterpret_cast<float*>(contiguous(view));
+  // What a forward keeps beside A - I and P, one after the other in float32: M and first states of segments where there
+  // are several, and prepare's tiles where there is room for them.
+  struct KeptRoom {
+    float *M = nullptr, *states = nullptr, *row_norms = nullptr;
+    bool tiles = false;
+  };
+  KeptRoom kept_room(ChunkCall& call) {
+    View const& view = x_.kept;
+    SplitSizes const split(call.shape, call.num_segments);
+    TileSizes const sizes(call);
+    need(view.kind == Kind::kFloat32 && view.ndim == 1);
+    std::uint8_t* const first = contiguous(view);
+    if (!good()) {
+      return {};
+    }
+    Workspace room(first);
+    KeptRoom kept;
+    if (call.num_segments > 1) {
+      kept.M = room.take<float>(split.M * sizeof(float));
+      kept.states = room.take<float>(split.states * sizeof(float));
+    }
+    std::int64_t const rest = view.shape[0] - split.M - split.states;
+    kept.tiles = rest > 0;
+    need(rest == 0 || rest == sizes.total());
+    if (kept.tiles) {
+      call.tiles.factors = room.take<float>(sizes.factors * sizeof(float));
+      call.tiles.gamma_last = room.take<float>(sizes.gamma_last * sizeof(float));
+      kept.row_norms = sizes.row_norms > 0 ? room.take<float>(sizes.row_norms * sizeof(float)) : nullptr;
+    }
+    return kept;
   }
 
   // Of an input and like it; or null.

@@ -33,7 +33,7 @@ void chunk_forward(ChunkForwardParams const& params, cudaStream_t stream) {
   ChunkCall const& call = params.call;
   bool const split = call.num_segments > 1;
   int const num_sms = params.chunk_states == nullptr && !split ? sms_beside_scan(call) : 0;
-  plan_and_prepare(call, {.num_sms = num_sms}, stream);
+  plan_and_prepare(call, {.row_norms = params.row_norms, .num_sms = num_sms}, stream);
   if (split) {
     run_segment_maps({.shape = call.shape,
                       .v = call.v,

@@ -40,6 +40,20 @@ inline std::int64_t num_slots(std::int64_t batch, std::int64_t seqlen, std::int6
   return packed ? seqlen / kChunk + num_sequences : batch * ((seqlen + kChunk - 1) / kChunk);
 }
 
+// In floats: what prepare leaves for the walks of a call, but for A - I and P; and the norms, where there are some.
+struct TileSizes {
+  std::int64_t factors, gamma_last, row_norms;
+
+  explicit TileSizes(ChunkCall const& call) {
+    std::int64_t const slot_heads = std::int64_t{call.shape.num_slots} * call.shape.num_gate_heads,
+                       k = padded_k(call.shape);
+    factors = slot_heads * 3 * kChunk * k * kElementBytes / static_cast<std::int64_t>(sizeof(float));
+    gamma_last = slot_heads * k;
+    row_norms = call.gates.use_qk_l2norm ? slot_heads * 2 * kChunk : 0;
+  }
+  std::int64_t total() const { return factors + gamma_last + row_norms; }
+};
+
 // In floats: M of the segments, and the states that they start from. Room of the second size is what each direction needs
 // for N and, in the reverse, for gradients like those states. Nothing where there is one segment.
 struct SplitSizes {
@@ -53,12 +67,15 @@ struct SplitSizes {
   }
 };
 
-inline void take_call_room(Workspace& room, ChunkCall& call, bool packed) {
+inline void take_call_room(Workspace& room, ChunkCall& call, bool packed, bool has_tiles) {
   CallShape const& shape = call.shape;
-  std::int64_t const slot_heads = std::int64_t{shape.num_slots} * shape.num_gate_heads;
-  call.tiles.factors = room.take(slot_heads * 3 * kChunk * padded_k(shape) * kElementBytes);
-  call.tiles.gamma_last = room.take<float>(slot_heads * padded_k(shape) * sizeof(float));
-  call.ready = room.take<std::uint32_t>(slot_heads * sizeof(std::uint32_t));
+  if (!has_tiles) {
+    TileSizes const sizes(call);
+    call.tiles.factors = room.take<float>(sizes.factors * sizeof(float));
+    call.tiles.gamma_last = room.take<float>(sizes.gamma_last * sizeof(float));
+  }
+  call.ready =
+      room.take<std::uint32_t>(std::int64_t{shape.num_slots} * shape.num_gate_heads * sizeof(std::uint32_t));
   if (packed) {
     call.plan.slots = room.take<ChunkSlot>(shape.num_slots * sizeof(ChunkSlot));
     call.plan.spans = room.take<SequenceSpan>(shape.num_sequences * sizeof(SequenceSpan));
@@ -74,7 +91,7 @@ struct Kept {
 
 inline void take_room(Workspace& room, ChunkForwardParams& params, bool packed, Kept const& kept) {
   ChunkCall& call = params.call;
-  take_call_room(room, call, packed);
+  take_call_room(room, call, packed, params.keeps_tiles);
   if (!kept.matrices) {
     std::int64_t const bytes =
         std::int64_t{call.shape.num_slots} * call.shape.num_gate_heads * kChunk * kChunk * kElementBytes;
@@ -94,7 +111,7 @@ inline void take_room(Workspace& room, ChunkForwardParams& params, bool packed, 
 inline void take_room(Workspace& room, ChunkBackwardParams& params, bool packed) {
   ChunkCall& call = params.call;
   CallShape const& shape = call.shape;
-  take_call_room(room, call, packed);
+  take_call_room(room, call, packed, params.has_tiles);
   std::int64_t const slices =
       std::int64_t{shape.num_slots} * shape.num_value_heads * ((shape.dim_v + kSlice - 1) / kSlice);
   std::int64_t const state = kSlice * padded_k(shape) * kElementBytes,
@@ -104,8 +121,8 @@ inline void take_room(Workspace& room, ChunkBackwardParams& params, bool packed)
   params.tiles.R = room.take(slices * square);
   params.tiles.dX = room.take(slices * square);
   std::int64_t const slot_heads = std::int64_t{shape.num_slots} * shape.num_gate_heads;
-  if (call.gates.use_qk_l2norm) {
-    params.row_norms = room.take<float>(slot_heads * 2 * kChunk * sizeof(float));
+  if (call.gates.use_qk_l2norm && !params.has_tiles) {
+    params.row_norms = room.take<float>(TileSizes(call).row_norms * sizeof(float));
   }
   params.dA_log_of_slots = room.take<float>(slot_heads * padded_k(shape) / kSlice * sizeof(float));
   params.d_dt_bias_of_slots = room.take<float>(slot_heads * shape.dim_k * sizeof(float));

@@ -229,7 +229,7 @@ struct Channels {
         if constexpr (kSigmoid) {
           float2 const s = sigmoid(b2);
           b2 = {erase_scale * s.x, erase_scale * s.y};
-          slope = {b2.x * (1.f - s.x), b2.y * (1.f - s.y)};
+          slope = {fmaf(-b2.x, s.x, b2.x), fmaf(-b2.y, s.y, b2.y)};
         }
         dk[n] += b2.x * dE[n];
         dk[n + 1] += b2.y * dE[n + 1];

@@ -4,7 +4,8 @@
 //
 // in a fixed order, so that two calls agree bit for bit.
 //
-// Grid: one CTA for a key head and 32 channels; 32 x 32 threads: each sums every 32nd row, then 32 of them in turn.
+// Grid: one CTA for a key head and 32 channels of d_dt_bias, and one for its dA_log; 32 x 32 threads: each sums every 32nd
+// row, then 32 of them in turn.
 #include "api/chunk_backward.h"
 #include "api/cuda_error.h"
 #include "tile/launch_order.cuh"
@@ -16,9 +17,10 @@ constexpr int kChannels = 32, kParts = 32;
 constexpr int kBoxChannels = 64;  // of a CTA of gradients
 
 // The sum over a key head's rows of column `column` of x [num_slots, num_gate_heads, width]. Of all threads with the same
-// `channel`; in shared memory meanwhile.
-__device__ float sum_rows(float (&parts)[kParts][kChannels + 1], float const* x, int width, int column,
-                          int num_rows, int group, int num_gate_heads, int head) {
+// `channel`.
+__device__ float sum_rows(float const* x, int width, int column, int num_rows, int group, int num_gate_heads,
+                          int head) {
+  __shared__ float parts[kParts][kChannels + 1];
   int const channel = threadIdx.x % kChannels, part = threadIdx.x / kChannels;
   float sum = 0.f;
   if (column < width) {
@@ -36,32 +38,30 @@ __device__ float sum_rows(float (&parts)[kParts][kChannels + 1], float const* x,
   for (int i = 0; i < kParts; ++i) {
     all += parts[i][channel];
   }
-  __syncthreads();
   return all;
 }
 
 __global__ void __launch_bounds__(kChannels* kParts) gate_sums_kernel(GateSumsParams const params) {
-  __shared__ float parts[kParts][kChannels + 1];
   CallShape const& shape = params.shape;
   int const head = blockIdx.x, group = shape.num_gate_heads / shape.num_heads;
   int const num_rows = shape.seqlen > 0 ? shape.num_slots * group : 0;
-  wait_for_earlier_kernels();  // gradients
-  if (params.d_dt_bias != nullptr) {
-    int const column = blockIdx.y * kChannels + threadIdx.x % kChannels;
-    float const sum = sum_rows(parts, params.d_dt_bias_of_slots, shape.dim_k, column, num_rows, group,
-                               shape.num_gate_heads, head);
-    if (threadIdx.x < kChannels && column < shape.dim_k) {
-      params.d_dt_bias[static_cast<std::int64_t>(head) * shape.dim_k + column] = sum;
-    }
+  bool const of_A_log = blockIdx.y == gridDim.y - 1;
+  int const boxes = shape.dim_k > kBoxChannels ? 2 : 1;
+  int const width = of_A_log ? boxes : shape.dim_k,
+            column = (of_A_log ? 0 : blockIdx.y * kChannels) + threadIdx.x % kChannels;
+  if ((of_A_log ? params.dA_log : params.d_dt_bias) == nullptr) {
+    return;
   }
-  if (params.dA_log != nullptr && blockIdx.y == 0) {
-    int const boxes = shape.dim_k > kBoxChannels ? 2 : 1, box = threadIdx.x % kChannels;
-    float sum =
-        sum_rows(parts, params.dA_log_of_slots, boxes, box, num_rows, group, shape.num_gate_heads, head);
+  wait_for_earlier_kernels();  // gradients
+  float sum = sum_rows(of_A_log ? params.dA_log_of_slots : params.d_dt_bias_of_slots, width, column, num_rows,
+                       group, shape.num_gate_heads, head);
+  if (of_A_log) {
     sum += __shfl_down_sync(0xffffffff, sum, 1);  // zero where there is no second box
     if (threadIdx.x == 0) {
       params.dA_log[head] = sum;
     }
+  } else if (threadIdx.x < kChannels && column < width) {
+    params.d_dt_bias[static_cast<std::int64_t>(head) * width + column] = sum;
   }
 }
 
@@ -74,7 +74,7 @@ void run_gate_sums(GateSumsParams const& params, cudaStream_t stream) {
   CallShape const& shape = params.shape;
   cudaLaunchAttribute attribute = overlapping_launch();
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(shape.num_heads, (shape.dim_k + kChannels - 1) / kChannels);
+  config.gridDim = dim3(shape.num_heads, (shape.dim_k + kChannels - 1) / kChannels + 1);
   config.blockDim = dim3(kChannels * kParts);
   config.stream = stream;
   config.attrs = &attribute;

@@ -65,7 +65,7 @@ struct DecayFunction {
       return opposite_rate * dg * (u_log2 < 0.f ? t * larger : larger);
     } else {
       float const s = sigmoid_log2(rate * u_log2);
-      float const slope = s * (1.f - s) * dg;
+      float const slope = fmaf(-s, s, s) * dg;
       sum = fmaf(slope, fmaxf(fminf(u_log2, kLargest), -kLargest), sum);
       return lower_bound * rate * slope;
     }
@@ -98,12 +98,13 @@ __device__ uint4 multiply_erase_gate(GateParams const& gates, uint4 b8, uint4 k8
   if (!gates.use_gate_sigmoid) {
     return multiply_pairs<Element>(b8, k8);
   }
+  float const divisor = gates.erase_scale == 2.f ? 0.5f : 1.f;
   std::uint32_t const b[4] = {b8.x, b8.y, b8.z, b8.w}, k[4] = {k8.x, k8.y, k8.z, k8.w};
   std::uint32_t E[4];
 #pragma unroll
   for (int p = 0; p < 4; ++p) {
-    float2 const s = sigmoid(unpack<Element>(b[p])), k2 = unpack<Element>(k[p]);
-    E[p] = pack<Element>(gates.erase_scale * s.x * k2.x, gates.erase_scale * s.y * k2.y);
+    float2 const b2 = unpack<Element>(b[p]), k2 = unpack<Element>(k[p]);
+    E[p] = pack<Element>(sigmoid_over(b2.x, divisor) * k2.x, sigmoid_over(b2.y, divisor) * k2.y);
   }
   return {E[0], E[1], E[2], E[3]};
 }

@@ -268,35 +268,36 @@ __global__ void __launch_bounds__(kThreads, 2)
   auto& smem = *reinterpret_cast<GradientsStorage*>(smem_bytes);
   GradientsWork const& work = smem.work;  // where it costs no registers
   int const num_slices = by.heads_per_gate * by.slices.divisor;
-  auto const load = [&](int index) {
-    int const stage = (num_slices - index) % kStages;
+  auto const stage_of = [&](int index) { return (num_slices - index) % kStages; };
+  auto const load = [&](GradientsWork const& of, int index) {
     if (index < num_slices) {
-      load_slice(smem, stage, params, by, maps, work, index);
+      load_slice(smem, stage_of(index), params, by, maps, of, of.slice(index, num_slices));
     } else if (index == num_slices) {
-      load_tokens(smem, stage, maps, work, params.gate_element);
+      load_tokens(smem, stage_of(index), maps, of, params.gate_element);
     }
   };
-  if (threadIdx.x == 0) {
-    for (FullBarrier& full : smem.full) {
-      full.init(1);
-    }
-    if constexpr (Cfg::kFused) {
-      smem.dots_full.init(1);
-    }
+  wait_for_earlier_kernels();  // scan_backward
+  // A thread a stage: all wait for them, and they not for each other.
+  if (int const index = threadIdx.x / kWarpThreads; index < kStages && threadIdx.x % kWarpThreads == 0) {
+    GradientsWork const own(params, by);
+    smem.full[stage_of(index)].init(1);
     cutlass::arch::fence_barrier_init();
-    if constexpr (Cfg::kFused) {
+    if (own.num_rows > 0) {
+      load(own, index);
+    }
+    if (index == 0) {
+      smem.work = own;
+    }
+  }
+  if constexpr (Cfg::kFused) {
+    if (threadIdx.x == kThreads - 1) {
+      smem.dots_full.init(1);
+      cutlass::arch::fence_barrier_init();
       smem.dots_full.arrive_and_expect_tx(sizeof(smem.dots.of_box[0]));
     }
   }
-  wait_for_earlier_kernels();  // scan_backward
-  if (threadIdx.x == 0) {
-    smem.work = GradientsWork(params, by);
-    if (work.num_rows > 0) {
-      load(0);
-      load(1);
-    }
-  }
   __syncthreads();
+  let_next_kernel_start();  // gate_sums
   int const num_rows = uniform(work.num_rows);
   if (params.plan.spans != nullptr) {
     poison_unowned_rows<Cfg>(params);
@@ -315,11 +316,10 @@ __global__ void __launch_bounds__(kThreads, 2)
     x.load_parameters();
   }
   for (int index = 0; index < num_slices; ++index) {
-    int const stage = (num_slices - index) % kStages;
+    int const stage = stage_of(index), slice_index = work.slice(index, num_slices);
     auto& slice = smem.stages[stage].slice;
-    // Else the CTA of the other channels. There are one or two.
-    bool const has_values = (index & (work.num_boxes - 1)) == work.box;
-    ValueGradients<Cfg> const values(params, by, work, index);
+    bool const has_values = work.has_values(slice_index);
+    ValueGradients<Cfg> const values(params, by, work, slice_index);
     typename ValueGradients<Cfg>::Inputs rows[2];
     if (has_values) {
       rows[0] = values.load(0);
@@ -339,7 +339,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
     __syncthreads();  // every warp is done with the slice
     if (is_first_thread()) {
-      load(index + kStages);
+      load(work, index + kStages);
     }
   }
   float const rowsums[2] = {S_dS_rowsum(products, place, 0), S_dS_rowsum(products, place, 1)};

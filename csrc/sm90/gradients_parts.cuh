@@ -71,6 +71,14 @@ struct GradientsWork {
     }
   }
 
+  // Which slice comes index-th: the CTA of the other channels takes the second one of two first. Each makes dv and dw of
+  // the first of two that it takes, whose v and w are on their way with it.
+  __device__ int slice(int index, int num_slices) const {
+    int const slice = index ^ box;
+    return slice < num_slices ? slice : index;
+  }
+  __device__ bool has_values(int slice) const { return (slice & (num_boxes - 1)) == box; }
+
   // Of the chunk's first token among all.
   __device__ std::int64_t token(CallShape const& shape) const {
     return static_cast<std::int64_t>(batch) * shape.seqlen + first_token;

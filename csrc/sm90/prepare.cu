@@ -184,28 +184,41 @@ __device__ Work find_work(PrepareParams const& params, Divisors const& by, int o
   return work;
 }
 
-// The loads of a chunk's inputs, by one thread.
+// The loads of a chunk's inputs, by one thread, or a thread each of its parts once one of them has announced them.
 template <class Cfg>
 struct InputLoads {
   SharedStorage<Cfg>& smem;
   TensorMaps const& maps;
   ElementType gate_element;
 
-  __device__ void load(Work const& work) const {
-    bool const wide = gate_element == ElementType::kFloat32;
-    smem.inputs_full.arrive_and_expect_tx((wide ? 5 : 4) * Cfg::kTileBytes);
-    for (int box = 0; box < Cfg::kBoxes; ++box) {
-      load(maps.q, smem.in.q[box], box * kBoxColumns, work.head, work);
-      load(maps.k, smem.in.k[box], box * kBoxColumns, work.head, work);
-      load(maps.b, smem.in.b[box], box * kBoxColumns, work.gate_head, work);
+  static constexpr int kParts = 4;
+
+  __device__ void announce() const {
+    smem.inputs_full.arrive_and_expect_tx((is_wide() ? 5 : 4) * Cfg::kTileBytes);
+  }
+  __device__ void load(Work const& work, int part) const {
+    if (part == 3) {
+      // 16-bit g lies where the first half of its alpha will.
+      for (int box = 0; box < 2 * Cfg::kBoxes; box += is_wide() ? 1 : 2) {
+        load(maps.g, smem.in.g[box], box * Cfg::kGateColumns, work.gate_head, work);
+      }
+      return;
     }
-    // 16-bit g lies where the first half of its alpha will.
-    for (int box = 0; box < 2 * Cfg::kBoxes; box += wide ? 1 : 2) {
-      load(maps.g, smem.in.g[box], box * Cfg::kGateColumns, work.gate_head, work);
+    CUtensorMap const& map = part == 0 ? maps.q : part == 1 ? maps.k : maps.b;
+    auto& boxes = part == 0 ? smem.in.q : part == 1 ? smem.in.k : smem.in.b;
+    for (int box = 0; box < Cfg::kBoxes; ++box) {
+      load(map, boxes[box], box * kBoxColumns, part == 2 ? work.gate_head : work.head, work);
+    }
+  }
+  __device__ void load(Work const& work) const {
+    announce();
+    for (int part = 0; part < kParts; ++part) {
+      load(work, part);
     }
   }
 
  private:
+  __device__ bool is_wide() const { return gate_element == ElementType::kFloat32; }
   __device__ void load(CUtensorMap const& map, std::uint8_t* box, int channel, int head,
                        Work const& work) const {
     tma_load(map, smem.inputs_full, box, channel, head, work.first_token, work.batch);
@@ -361,13 +374,12 @@ __device__ void row_products(SharedStorage<Cfg>& smem, PrepareParams const& para
       bool const inside = row < work.num_rows;
       smem.q_scale[row] = inside ? params.scale * q_norm : 0.f;
       smem.k_scale[row] = inside ? k_norm : 0.f;
-      if constexpr (Cfg::kFactorsOnly) {
-        if (params.row_norms != nullptr) {
-          float* const norms = params.row_norms + static_cast<std::int64_t>(work.tile) * 2 * kChunk;
-          norms[row] = inside ? q_norm : 0.f;
-          norms[kChunk + row] = inside ? k_norm : 0.f;
-        }
-      } else {
+      if (params.row_norms != nullptr) {
+        float* const norms = params.row_norms + static_cast<std::int64_t>(work.tile) * 2 * kChunk;
+        norms[row] = inside ? q_norm : 0.f;
+        norms[kChunk + row] = inside ? k_norm : 0.f;
+      }
+      if constexpr (!Cfg::kFactorsOnly) {
         float const qk_norm =
             (c ? qk[half][2 * half + 1] : qk[half][2 * half]) * params.scale * q_norm * k_norm;
         smem.diagonal[row] = inside ? qk_norm : 0.f;
@@ -848,8 +860,17 @@ __global__ void __launch_bounds__(Cfg::kThreads, Cfg::kCtasPerSm)
     cutlass::arch::fence_barrier_init();
     smem.work[0].order = first_order;
     if (has_order(params, first_order)) {
-      smem.work[0] = find_work(params, by, first_order);
-      loads.load(smem.work[0]);
+      loads.announce();
+    }
+  }
+  sync_team<Cfg>();
+  // A warp a part: all wait for them, and they not for each other.
+  if (int const part = thread_of_team<Cfg>() / kWarpThreads;
+      part < loads.kParts && has_order(params, first_order) && elect_one()) {
+    Work const own = find_work(params, by, first_order);
+    loads.load(own, part);
+    if (part == 0) {
+      smem.work[0] = own;
     }
   }
   if constexpr (!Cfg::kFactorsOnly) {

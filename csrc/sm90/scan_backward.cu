@@ -659,7 +659,7 @@ void launch(ScanBackwardParams const& params, cudaStream_t stream) {
   config.dynamicSmemBytes = kSharedBytes<Cfg>;
   config.stream = stream;
   config.attrs = &overlap;
-  config.numAttrs = shape.seqlen > 0 ? 1 : 0;  // else there has been no prepare
+  config.numAttrs = params.follows_prepare && shape.seqlen > 0 ? 1 : 0;
   throw_on_error(cudaLaunchKernelEx(&config, kernel, params, maps), "scan_backward: launch");
 }
 

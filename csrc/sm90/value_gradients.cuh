@@ -86,7 +86,7 @@ struct ValueGradients {
       float2 w2 = unpack<Element>(w[p]), dw2{v2.x * dX2.x, v2.y * dX2.y};
       if constexpr (kSigmoid) {
         w2 = sigmoid(w2);
-        dw2 = {dw2.x * w2.x * (1.f - w2.x), dw2.y * w2.y * (1.f - w2.y)};
+        dw2 = {dw2.x * fmaf(-w2.x, w2.x, w2.x), dw2.y * fmaf(-w2.y, w2.y, w2.y)};
       }
       dv[p] = pack<Element>(w2.x * dX2.x, w2.y * dX2.y);
       dw[p] = pack<Element>(dw2.x, dw2.y);

@@ -25,6 +25,10 @@ __device__ inline float reciprocal_approx(float x) {
 __device__ inline float sigmoid_log2(float x) {
   return reciprocal_approx(1.f + exp2_approx(-x));
 }
+// sigmoid(x) / divisor, which is a power of two
+__device__ inline float sigmoid_over(float x, float divisor) {
+  return reciprocal_approx(fmaf(divisor, exp2_approx(-kLog2E * x), divisor));
+}
 __device__ inline float sigmoid(float x) {
   return sigmoid_log2(kLog2E * x);
 }
