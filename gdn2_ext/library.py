@@ -62,8 +62,8 @@ def _chunk_matrix_shape(q: Tensor, g: Tensor, cu_seqlens: Tensor | None) -> tupl
     return (slots, g.shape[2], CHUNK, CHUNK)
 
 
-def _empty(q: Tensor) -> Tensor:
-    return q.new_empty(0)
+def _empty(q: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    return q.new_empty(0, dtype=dtype)
 
 
 def _without_autocast(kernel):
@@ -111,7 +111,7 @@ def _chunk_forward(
         _empty(q) if h is None else h,
         A_minus_I if save_for_backward else _empty(q),
         P if save_for_backward else _empty(q),
-        kept if save_for_backward and kept is not None else _empty(q),
+        kept if save_for_backward and kept is not None else _empty(q, torch.float32),
     )
 
 
@@ -131,9 +131,9 @@ def _chunk_forward_fake(
     matrix = _chunk_matrix_shape(q, g, cu_seqlens) if save_for_backward else (0,)
     matrix_dtype = dtype if save_for_backward and backend == "torch" else q.dtype
     A_minus_I, P = (q.new_empty(matrix, dtype=matrix_dtype) for _ in range(2))
-    kept = _empty(q)
+    kept = _empty(q, torch.float32)
     if save_for_backward and backend == "cuda" and (sequence_split > 1 or disable_recompute):
-        segments = max(sequence_split, 1)
+        segments = sequence_split if sequence_split > 1 and q.shape[1] != 0 else 1
         size = kept_size(q, v, g, cu_seqlens, segments, disable_recompute, use_qk_l2norm)
         kept = q.new_empty(size, dtype=torch.float32)
     return o, final_state, h, A_minus_I, P, kept

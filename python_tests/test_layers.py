@@ -308,15 +308,18 @@ def test_outputs_and_gradients_are_those_of_fla(hopper, options, seed):
     ours = GatedDeltaNet2(HIDDEN, head_dim=64, num_heads=2, layer_idx=0, backend="cuda", **options)
     ours = ours.to(hopper.device, hopper.dtype)
     ours.load_state_dict(theirs.state_dict())
-    x, do = make_x(hopper, seed, seqlen=300), make_x(hopper, seed + 1, seqlen=300)
-    leaves = [x.clone().requires_grad_() for _ in range(2)]
-    outputs = [layer(leaf)[0] for layer, leaf in zip((ours, theirs), leaves)]
-    compare.assert_close(outputs[0], outputs[1], 2e-2, "o")
-    for o in outputs:
-        o.backward(do)
-    compare.assert_close(leaves[0].grad, leaves[1].grad, 3e-2, "dx")
-    for name, parameter in ours.named_parameters():
-        compare.assert_close(parameter.grad, theirs.get_parameter(name).grad, 3e-2, name)
+    names = [name for name, _ in ours.named_parameters()]
+    # Of several batches together: the gradient of A_log is a sum that may cancel in one of them.
+    gradients: list[list] = [[], []]
+    for n in range(0, 16, 2):
+        x = make_x(hopper, seed + n, seqlen=300).requires_grad_()
+        do = make_x(hopper, seed + n + 1, seqlen=300)
+        outputs = [layer(x)[0] for layer in (ours, theirs)]
+        compare.assert_close(outputs[0], outputs[1], 2e-2, "o")
+        for of_layer, layer, o in zip(gradients, (ours, theirs), outputs):
+            of_layer.append(torch.autograd.grad(o, [x, *map(layer.get_parameter, names)], do))
+    for name, actual, expected in zip(["x", *names], *(zip(*of_layer) for of_layer in gradients)):
+        compare.assert_close(torch.stack(actual), torch.stack(expected), 3e-2, f"d{name}")
 
 
 @pytest.mark.gpu

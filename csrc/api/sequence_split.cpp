@@ -5,17 +5,20 @@
 
 #include <algorithm>
 
-#include "api/stage_times.h"
-
 namespace gdn2 {
 namespace {
 
 constexpr std::int64_t kChunk = 64, kColumns = 64;  // tokens of a chunk, value columns of a walk
 constexpr std::int64_t kMostSegments = 64;
-// As in stage_times.h. A chunk of a walk takes longer by what every walk that shares the memory with it adds.
-constexpr double kScanShared = 0.0143, kMapsTime = 0.86, kMapsShared = 0.0086;
-constexpr double kBeginTime = 5.0;  // of a walk
-constexpr double kStateTime = 1.5;  // of every segment's first state
+// In microseconds, fitted to what calls with every number of segments took on an H100 (docs/kernels.md). What kernels
+// take from each other by their bytes is in them: a chunk of a walk takes longer by what every walk at that time adds.
+constexpr double kCallTime = 15.0;                             // of what does not depend on the shape
+constexpr double kPrepareTime = 10.1;                          // of a chunk and head, on one SM
+constexpr double kScanTime = 0.855, kScanShared = 0.0094;      // of a chunk of a walk
+constexpr double kMapsTime = 0.6, kMapsShared = 0.0073;        // the same of the walks that make maps
+constexpr double kBesideTime = 0.937, kBesideShared = 0.0195;  // of a chunk of a walk beside prepare
+constexpr double kSplitTime = 3.3;                             // of what only a split needs
+constexpr double kStateTime = 2.0;                             // of every segment's first state
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) {
   return (a + b - 1) / b;
@@ -35,19 +38,21 @@ class Estimate {
   std::int64_t chunks() const { return chunks_; }
 
   double microseconds(std::int64_t segments) const {
+    double const first = kCallTime + prepare_ / call_.num_sms;
     double const scan = walk(segments * walks_, segments, kScanTime, kScanShared);
-    double const first = prepare_ / call_.num_sms;
     if (segments > 1) {
       // The first segment starts in one state only.
       std::int64_t const number = (segments - 1) * walks_ + (segments - 2) * matrices_;
       double const maps = walk(number, segments, kMapsTime, kMapsShared);
-      return first + maps + kBeginTime + kStateTime * static_cast<double>(segments - 1) + scan;
+      return first + maps + kSplitTime + kStateTime * static_cast<double>(segments - 1) + scan;
     }
-    if (call_.packed || 2 * walks_ > call_.num_sms) {
+    if (call_.packed || 2 * walks_ > call_.num_sms) {  // as in csrc/api/chunk_forward.cpp
       return first + scan;
     }
-    double const others = static_cast<double>(call_.num_sms - walks_);  // csrc/api/chunk_forward.cpp
-    return std::min(first + scan, kBeside * std::max(prepare_ / others, scan));
+    double const chunk = kBesideTime + kBesideShared * static_cast<double>(walks_);
+    double const beside = std::max(prepare_ / static_cast<double>(call_.num_sms - walks_),
+                                   static_cast<double>(chunks_) * chunk);
+    return std::min(first + scan, kCallTime + beside);
   }
 
  private:
@@ -58,7 +63,7 @@ class Estimate {
   double walk(std::int64_t number, std::int64_t segments, double chunk, double shared) const {
     std::int64_t const steps = ceil_div(number, call_.num_sms) * ceil_div(chunks_, segments);
     std::int64_t const at_once = std::min<std::int64_t>(number, call_.num_sms);
-    return kBeginTime + static_cast<double>(steps) * std::max(chunk, shared * static_cast<double>(at_once));
+    return static_cast<double>(steps) * std::max(chunk, shared * static_cast<double>(at_once));
   }
 };
 
@@ -76,8 +81,8 @@ int num_segments(SplitChoice const& call) {
       best = segments;
     }
   }
-  // Where it would save less than a tenth, none.
-  return least < 0.9 * whole ? static_cast<int>(best) : 1;
+  // Where it would save less than such an estimate is good for, none.
+  return least < 0.95 * whole ? static_cast<int>(best) : 1;
 }
 
 }  // namespace gdn2
