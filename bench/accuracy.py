@@ -3,8 +3,8 @@
 Relative L2 errors against float64 on the same rounded inputs, B1 T1024 H4, K = V = 128, float32 g, the worst
 of three seeds, for every regime of the tests and both dtypes: o, the final state S, and the gradients of the
 inputs and of an initial state that is zero, given that of o. The table goes to the screen, and with versions,
-GPU and a digest of the sources to bench/results/accuracy.csv and accuracy.json. Runs of the same sources add
-up there, of one dtype each, say.
+GPU and a digest of the sources to bench/results/GPU/accuracy.csv and accuracy.json. Runs of the same sources
+add up there, of one dtype each, say.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ and the bandwidth of a large copy is read in the same run. `gdn2_ext` and `fla` 
 final ones elsewhere; `gdn2_ext pool` updates slots of a pool in place, in float32 or bfloat16. The share is
 the time of moving the states alone (read and written once) at the copy's bandwidth, over the graph's time;
 "all" counts the token's inputs and outputs too. The table goes to the screen, and with versions, GPU and a
-digest of the sources to bench/results/decode.csv and decode.json.
+digest of the sources to bench/results/GPU/decode.csv and decode.json.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import cases
 import compare
@@ -165,7 +164,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--no-fla", action="store_true", help="without the baseline")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=records.RESULTS, help="folder of the results")
+    records.add_out(parser)
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("bench.decode needs a GPU, and PyTorch sees none", file=sys.stderr)

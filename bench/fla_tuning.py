@@ -1,6 +1,6 @@
-"""flash-linear-attention, the baseline, with the choices that Triton made for its kernels on an H200.
+"""flash-linear-attention, the baseline, with the choices that Triton made for its kernels, by GPU.
 
-    python -m bench.fla_tuning restore    from bench/results/fla_tuning.json to Triton's cache
+    python -m bench.fla_tuning restore    from bench/results/GPU/fla_tuning.json to Triton's cache
     python -m bench.fla_tuning collect    from there to the file
 
 Triton times many configurations of every kernel, for every head count and head size, and takes the
@@ -32,7 +32,7 @@ NAME = "fla_tuning.json"
 PATTERN = "*/*.autotune.json"
 
 
-def load_fla(name: str, folder: Path = records.RESULTS) -> Callable | None:
+def load_fla(name: str, folder: Path) -> Callable | None:
     """A function of `fla.ops.gdn2`, with recorded choices; None, said on stderr, where there is no FLA."""
     restore(folder)
     try:
@@ -51,7 +51,7 @@ def cache_folder() -> Path:
 def _recorded(folder: Path) -> tuple[dict, dict[str, dict]]:
     """Versions and choices by file name: the committed ones, and those of `folder` over them."""
     versions, files = {}, {}
-    for path in dict.fromkeys((records.RESULTS / NAME, folder / NAME)):
+    for path in dict.fromkeys((records.gpu_folder() / NAME, folder / NAME)):
         if path.is_file():
             record = json.loads(path.read_text())
             if record["versions"] != versions:
@@ -60,7 +60,7 @@ def _recorded(folder: Path) -> tuple[dict, dict[str, dict]]:
     return versions, files
 
 
-def restore(folder: Path = records.RESULTS) -> int:
+def restore(folder: Path) -> int:
     """Recorded choices to Triton's cache, before FLA is imported; how many were not there."""
     os.environ["FLA_CACHE_RESULTS"] = "1"  # FLA's kernels keep and read choices
     versions, files = _recorded(folder)
@@ -78,7 +78,7 @@ def restore(folder: Path = records.RESULTS) -> int:
     return written
 
 
-def collect(folder: Path = records.RESULTS) -> int:
+def collect(folder: Path) -> int:
     """Triton's choices from its cache to the file in `folder`, with the recorded ones; how many there are.
 
     Those of other versions or another GPU are dropped. A machine without a GPU only passes files on: the
@@ -104,7 +104,7 @@ def _choice(content: dict) -> dict:
     return {"key": content["key"], "configs_timings": [best]}
 
 
-def tuned(folder: Path = records.RESULTS) -> set[tuple[int, int]]:
+def tuned(folder: Path) -> set[tuple[int, int]]:
     """(heads, head size) for which choices are recorded.
 
     Told by the walk over the chunks, whose keys begin with H, HV, K, V.
@@ -120,7 +120,7 @@ def main(arguments: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("what", choices=("restore", "collect"))
-    parser.add_argument("--out", type=Path, default=records.RESULTS, help=f"folder of {NAME}")
+    records.add_out(parser)
     options = parser.parse_args(arguments)
     if options.what == "restore":
         print(f"{restore(options.out)} files written to {cache_folder()}")

@@ -7,7 +7,7 @@
              FLA's in the same model
 
 Both take turns in one process. The table goes to the screen, and with versions, GPU and a digest of the
-sources to bench/results/model.csv and model.json, where several runs of the same sources add up.
+sources to bench/results/GPU/model.csv and model.json, where several runs of the same sources add up.
 """
 
 from __future__ import annotations

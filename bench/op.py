@@ -3,7 +3,7 @@
 Correctness first: o and every gradient of one head of every shape, against float64. Then both
 implementations take turns in one process on the same inputs: medians with spread, eagerly and as CUDA graphs,
 and peak memory. The table goes to the screen, and with versions, GPU and a digest of the sources to
-bench/results/op.csv and op.json, where several runs of the same sources add up.
+bench/results/GPU/op.csv and op.json, where several runs of the same sources add up.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """`python -m bench.readme`: README's tables, from bench/results.
 
-Between `<!-- bench.NAME -->` and `<!-- /bench.NAME -->` stands what is made of bench/results/NAME.json, and
-nothing where there is no such file. `--check` changes nothing and exits with 1 where README differs.
+Between `<!-- bench.NAME -->` and `<!-- /bench.NAME -->` stands what is made of the newest of
+bench/results/*/NAME.json, which are one a GPU, and nothing where there is none; for the op also what is made
+of the others. `--check` changes nothing and exits with 1 where README differs.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ import argparse
 import re
 import statistics
 import sys
+import textwrap
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 from . import records
 from .records import number
@@ -31,8 +34,38 @@ def table(header: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
     return "\n".join([line(header), "|" + "---|" * len(header), *map(line, lines)])
 
 
-def link(name: str) -> str:
-    return f"[bench/results/{name}.json](bench/results/{name}.json)"
+def paragraph(text: str) -> str:
+    """In lines, none of which ends within backticks."""
+    whole = re.sub("`.*?`", lambda code: code[0].replace(" ", "\0"), text)
+    return textwrap.fill(whole, 120, break_long_words=False, break_on_hyphens=False).replace("\0", " ")
+
+
+class Result(NamedTuple):
+    """A record, the GPU's folder that it lies in, and those of other GPUs, the newest first."""
+
+    name: str
+    folder: str
+    record: dict
+    others: list[Result]
+
+    def path(self, ending: str) -> str:
+        return f"bench/results/{self.folder}/{self.name}.{ending}"
+
+    @property
+    def link(self) -> str:
+        return f"[{self.path('json')}]({self.path('json')})"
+
+    @property
+    def gpu(self) -> str:
+        return f"one {self.record['gpu']}"
+
+
+def newest(folder: Path, name: str) -> Result | None:
+    """By the date in the record; None where no GPU has one."""
+    paths = sorted(folder.glob(f"*/{name}.json"))
+    found = [Result(name, path.parent.name, records.load(path.parent, name), []) for path in paths]
+    found.sort(key=lambda x: x.record.get("date", ""), reverse=True)
+    return found[0]._replace(others=found[1:]) if found else None
 
 
 def by_shape(rows: Iterable[dict], *about: str) -> dict[tuple, dict[str, dict]]:
@@ -49,11 +82,35 @@ def ratio(rows: dict[str, dict], column: str) -> float | None:
     return theirs and rows["gdn2_ext"][column] and theirs / rows["gdn2_ext"][column]
 
 
-def op(record: dict) -> str:
+def op(result: Result) -> str:
+    record = result.record
+    against = f", against flash-linear-attention {record['fla']} (Triton)" if record["fla"] else ""
+    parts = [
+        paragraph(
+            f"On {result.gpu}, bfloat16, float32 g, K = V = 128, milliseconds, eager / CUDA graph; medians, "
+            f"both in one process on the same inputs (`python -m bench.op`, {result.link}){against}:"
+        ),
+        *op_tables(record),
+    ]
+    for other in result.others:
+        older = " with older sources" if other.record["digest"] != record["digest"] else ""
+        day = other.record["date"][:10]
+        parts += [f"On {other.gpu}, measured {day}{older} ({other.link}):", *op_tables(other.record)]
+    return "\n\n".join(parts)
+
+
+def op_tables(record: dict) -> list[str]:
+    """Times and memory, the byte floor, and times faster with the L2 norm inside where that was measured."""
     order = {shape.label: n for n, shape in enumerate(OP_SHAPES)}  # whichever was measured first
-    rows = [row for row in record["rows"] if not row["l2norm"]]
-    rows.sort(key=lambda row: order.get(row["shape"], len(order)))
-    shapes = by_shape(rows, "shape", "pass")
+    rows = sorted(record["rows"], key=lambda row: order.get(row["shape"], len(order)))
+    shapes = by_shape((row for row in rows if not row["l2norm"]), "shape", "pass")
+    normed = by_shape((row for row in rows if row["l2norm"]), "shape", "pass")
+
+    def labels(shapes: dict) -> list[str]:
+        return list(dict.fromkeys(shape for shape, _ in shapes))
+
+    def faster(rows: dict[str, dict]) -> str:
+        return f"{number(ratio(rows, 'ms'), '.1f')} / {number(ratio(rows, 'graph_ms'), '.1f')}"
 
     def cells(rows: dict[str, dict]) -> list[str]:
         """Ours, Triton's and times faster, eager / CUDA graph."""
@@ -61,24 +118,32 @@ def op(record: dict) -> str:
             f"{number(row.get('ms'), '.2f')} / {number(row.get('graph_ms'), '.2f')}"
             for row in (rows["gdn2_ext"], rows.get("fla", {}))
         ]
-        return [*times, f"{number(ratio(rows, 'ms'), '.1f')} / {number(ratio(rows, 'graph_ms'), '.1f')}"]
+        return [*times, faster(rows)]
 
     lines = []
-    for shape in dict.fromkeys(shape for shape, _ in shapes):
+    for shape in labels(shapes):
         forward, training = (shapes[shape, which] for which in PASSES)
         memory = [number(training.get(who, {}).get("peak_mib"), ".0f") for who in ("gdn2_ext", "fla")]
         lines.append([shape, *cells(forward), *cells(training), " against ".join(memory)])
     columns = ("Triton", "times faster")
     header = ["shape", "forward", *columns, "forward + backward", *columns, "peak memory, MiB"]
-    floors = [shapes[rows[0]["shape"], which]["gdn2_ext"]["floor_ms"] for which in PASSES]
-    return (
-        f"{table(header, lines)}\n\nThe byte floor of the first shape is {floors[0]:.3f} ms forward, "
-        f"{floors[1]:.3f} ms with the backward."
-    )
+    floors = [shapes[labels(shapes)[0], which]["gdn2_ext"]["floor_ms"] for which in PASSES]
+    parts = [
+        table(header, lines),
+        f"The byte floor of the first shape is {floors[0]:.3f} ms forward, "
+        f"{floors[1]:.3f} ms with the backward.",
+    ]
+    if normed:
+        lines = [[x, *(faster(normed.get((x, which), {})) for which in PASSES)] for x in labels(normed)]
+        parts += [
+            "Times faster with the L2 norm of q and k inside the call, eager / CUDA graph:",
+            table(("shape", "forward", "forward + backward"), lines),
+        ]
+    return parts
 
 
-def decode(record: dict) -> str:
-    rows = [row for row in record["rows"] if row["states"] == "float32"]
+def decode(result: Result) -> str:
+    rows = [row for row in result.record["rows"] if row["states"] == "float32"]
     lines = []
     for (shape,), who in by_shape(rows, "shape").items():
         new, pool, fla = (who.get(name, {}) for name in ("gdn2_ext", "gdn2_ext pool", "fla"))
@@ -86,12 +151,17 @@ def decode(record: dict) -> str:
         eager = [number(x.get("eager_us"), ".0f") for x in (pool, fla)]
         lines.append([shape.split()[0][1:], f"{graphs[0]} / {graphs[1]}", graphs[2], *eager])
     header = ("batch", "graph: new states / pool in place", "Triton", "eager, pool in place", "Triton")
-    return table(header, lines)
+    about = paragraph(
+        f"Decoding one token on {result.gpu}, H16, K = V = 128, float32 states, microseconds "
+        f"(`python -m bench.decode`, {result.link}): a graph of 100 calls on 100 sets of states, divided by "
+        "100, and an eager call:"
+    )
+    return f"{about}\n\n{table(header, lines)}"
 
 
-def model(record: dict) -> str:
+def model(result: Result) -> str:
     lines = []
-    for (what, shape), who in by_shape(record["rows"], "what", "shape").items():
+    for (what, shape), who in by_shape(result.record["rows"], "what", "shape").items():
         ours, fla = who["gdn2_ext"], who.get("fla", {})
         times = [number(x.get("ms"), ".1f") for x in (ours, fla)]
         tokens = [number(x.get("tokens_per_second"), ",.0f") for x in (ours, fla)]
@@ -99,33 +169,34 @@ def model(record: dict) -> str:
         both = [" against ".join(x) for x in (tokens, memory)]
         lines.append([what, shape.replace("x", " "), *times, number(ratio(who, "ms"), ".2f"), *both])
     header = ("what", "shape", "ms a step", "Triton", "times faster", "tokens a second", "peak memory, GiB")
-    return (
-        "Training steps, eager: the layer alone (hidden size 2048, 16 heads, bfloat16, forward and\n"
-        "backward), and the paper's models with AdamW under bfloat16 autocast, with this op and with\n"
-        f"Triton's in the same model (`python -m bench.model`, {link('model')}):\n\n{table(header, lines)}"
+    about = paragraph(
+        f"Training steps on {result.gpu}, eager: the layer alone (hidden size 2048, 16 heads, bfloat16, "
+        "forward and backward), and the paper's models with AdamW under bfloat16 autocast, with this op and "
+        f"with Triton's in the same model (`python -m bench.model`, {result.link}):"
     )
+    return f"{about}\n\n{table(header, lines)}"
 
 
-def variants(record: dict) -> str:
+def variants(result: Result) -> str:
     lines = [
         [row["topic"], row["pass"].replace("+", " + "), row["call"],
          f"{row['ms']:.3f} / {number(row['graph_ms'], '.3f')}", f"{row['relative_to_first']:.2f}",
          number(row["ns_a_token_and_head"], ".2f")]
-        for row in record["rows"]
+        for row in result.record["rows"]
     ]  # fmt: skip
     header = ("topic", "pass", "call", "ms, eager / graph", "relative to the first", "ns a token and head")
-    return (
-        f"What options and sizes cost (`python -m bench.variants`, {link('variants')}):\n\n"
-        f"{table(header, lines)}"
+    about = paragraph(
+        f"What options and sizes cost on {result.gpu} (`python -m bench.variants`, {result.link}):"
     )
+    return f"{about}\n\n{table(header, lines)}"
 
 
-def recall(record: dict) -> str:
+def recall(result: Result) -> str:
     scores: dict[tuple[str, int], dict[str, list[float]]] = {}
-    for run in record["runs"]:
+    for run in result.record["runs"]:
         for n, accuracy in run["accuracy"].items():
             scores.setdefault((run["task"], int(n)), {}).setdefault(run["variant"], []).append(accuracy)
-    names = list(dict.fromkeys(run["variant"] for run in record["runs"]))
+    names = list(dict.fromkeys(run["variant"] for run in result.record["runs"]))
     names.sort(key=lambda name: name != "gdn2")
 
     def cell(values: list[float] | None) -> str:
@@ -138,29 +209,35 @@ def recall(record: dict) -> str:
         [task, str(n), *(cell(by_name.get(name)) for name in names)]
         for (task, n), by_name in sorted(scores.items())
     ]
-    return (
-        "Recall, accuracy in percent over seeds, by the number of pairs or needles n, trained on an "
-        f"{record['device']}\n(`python examples/recall.py`, {link('recall')}):\n\n"
-        f"{table(('task', 'n', *names), lines)}\n\n"
-        "![accuracy against pairs and needles](bench/results/recall.png)"
+    about = paragraph(
+        "Recall, accuracy in percent over seeds, by the number of pairs or needles n, trained on one "
+        f"{result.record['device']} (`python examples/recall.py`, {result.link}):"
     )
+    plot = f"![accuracy against pairs and needles]({result.path('png')})"
+    return f"{about}\n\n{table(('task', 'n', *names), lines)}\n\n{plot}"
 
 
-def sweep(record: dict) -> str:
-    return (
-        "Over lengths and heads, beside Kimi Delta Attention (Triton) and PyTorch's causal attention\n"
-        f"(`python -m bench.sweep`, {link('sweep')}):\n\n"
-        "![time a token, share of the byte floor, times faster than Triton](bench/results/sweep.png)"
+def sweep(result: Result) -> str:
+    about = paragraph(
+        f"Over lengths and heads on {result.gpu}, beside Kimi Delta Attention (Triton) and PyTorch's causal "
+        f"attention (`python -m bench.sweep`, {result.link}):"
     )
+    plot = f"![time a token, share of the byte floor, times faster than Triton]({result.path('png')})"
+    return f"{about}\n\n{plot}"
 
 
-def split(record: dict) -> str:
-    times = [row["times_faster"] for row in record["rows"]]
-    shapes = len({row["shape"] for row in record["rows"]})
-    return (
-        f"Sequences cut into segments, where that is chosen: {min(times):.2f} to {max(times):.2f} times "
-        f"faster than whole ones,\nover {shapes} shapes (`python -m bench.split`, {link('split')})."
+def split(result: Result) -> str:
+    rows = result.record["rows"]
+    times: dict[str, list[float]] = {}
+    for row in rows:
+        times.setdefault(row["pass"].replace("+", " + "), []).append(row["times_faster"])
+    ranges = ", ".join(f"{which} {min(x):.2f} to {max(x):.2f} times" for which, x in times.items())
+    shapes = len({row["shape"] for row in rows})
+    about = paragraph(
+        f"Sequences cut into segments, where that is chosen, against whole ones on {result.gpu}, "
+        f"over {shapes} shapes: {ranges} faster (`python -m bench.split`, {result.link}):"
     )
+    return f"{about}\n\n![times faster than whole, over lengths]({result.path('png')})"
 
 
 BLOCKS = {
@@ -177,8 +254,8 @@ BLOCKS = {
 def render(text: str, folder: Path = records.RESULTS) -> str:
     """README's text with the blocks of the results in the folder."""
     for name, block in BLOCKS.items():
-        record = records.load(folder, name)
-        content = "" if record is None else f"\n{block(record)}\n\n"
+        result = newest(folder, name)
+        content = "" if result is None else f"\n{block(result)}\n\n"
         begin, end = f"<!-- bench.{name} -->\n", f"<!-- /bench.{name} -->"
         pattern = re.compile(f"({re.escape(begin)}).*?({re.escape(end)})", re.DOTALL)
         text, found = pattern.subn(lambda marks, x=content: f"{marks[1]}{x}{marks[2]}", text)
@@ -190,7 +267,7 @@ def render(text: str, folder: Path = records.RESULTS) -> str:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.readme", description=__doc__)
     parser.add_argument("--check", action="store_true", help="only exit with 1 where README differs")
-    parser.add_argument("--out", type=Path, default=records.RESULTS, help="folder of the results")
+    parser.add_argument("--out", type=Path, default=records.RESULTS, help="results by GPU")
     parser.add_argument("--readme", type=Path, default=README)
     options = parser.parse_args(arguments)
     text = options.readme.read_text()

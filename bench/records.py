@@ -8,6 +8,7 @@ import functools
 import importlib.metadata
 import json
 import math
+import re
 import sys
 import time
 from collections.abc import Iterable
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import provenance
 
-RESULTS = Path(__file__).resolve().parent / "results"
+RESULTS = Path(__file__).resolve().parent / "results"  # by GPU
 
 # Rows are kept from one run to the next where these are the same.
 _SAME = ("digest", "gpu", "torch", "triton", "cuda", "fla")
@@ -34,6 +35,13 @@ def header() -> dict:
     except importlib.metadata.PackageNotFoundError:
         fla = None
     return {"digest": provenance.digest(), **provenance.environment(), "fla": fla}
+
+
+def gpu_folder() -> Path:
+    """The committed results of this GPU: "NVIDIA H100 80GB HBM3" has h100, no GPU cpu."""
+    words = re.findall("[a-z0-9]+", (header()["gpu"] or "cpu").lower().replace("nvidia", ""))
+    is_model = re.fullmatch(r"[a-z]+\d+[a-z]*", words[0])  # what follows is memory and form
+    return RESULTS / (words[0] if is_model else "-".join(words))
 
 
 def save(folder: Path, name: str, rows: list[dict], **measured: object) -> None:
@@ -56,11 +64,16 @@ def load(folder: Path, name: str) -> dict | None:
 # -- runs that add up ----------------------------------------------------------------------------------------
 
 
+def add_out(parser: argparse.ArgumentParser) -> None:
+    """--out: where results are read and written, by default this GPU's."""
+    parser.add_argument("--out", type=Path, default=gpu_folder(), help="folder of the results")
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """--budget, --again and --out, of a benchmark whose runs add up."""
     parser.add_argument("--budget", type=float, help="seconds after which nothing new is begun")
     parser.add_argument("--again", action="store_true", help="also what is recorded for these sources")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    add_out(parser)
 
 
 class Budget:
@@ -93,7 +106,7 @@ class Rows:
             print(f"{len(self._measured)} rows of {name}.json are these sources': kept", file=sys.stderr)
 
     def _recorded(self) -> list[dict]:
-        for folder in (self._folder, RESULTS):
+        for folder in (self._folder, gpu_folder()):
             record = load(folder, self._name)
             if record is not None and all(record.get(key) == header()[key] for key in _SAME):
                 return record["rows"]

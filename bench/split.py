@@ -5,8 +5,9 @@ Where few heads leave most of the GPU without work, chunk_gdn2 walks segments of
 shape that is cut, as it is chosen and whole (`sequence_split=1`), in turn in one process, forward and forward
 with backward, medians of eager calls and of CUDA graphs. Shapes that are not cut make one and the same call.
 
-The table goes to the screen, and with versions, GPU and a digest of the sources to bench/results/split.csv
-and split.json, where several runs of the same sources add up, and to the plot split.png.
+The table goes to the screen, and with versions, GPU and a digest of the sources to
+bench/results/GPU/split.csv and split.json, where several runs of the same sources add up, and to the plot
+split.png.
 """
 
 from __future__ import annotations

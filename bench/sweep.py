@@ -6,10 +6,10 @@ Attention, and PyTorch's causal attention (scaled_dot_product_attention), forwar
 bfloat16, as medians of eager calls. First ours alone, then the others, ours taking turns with them in one
 process. What would take more memory than there is, or longer than --longest, is left out.
 
-Everything goes to bench/results/sweep.csv and .json, with versions, GPU and a digest of the sources, and to
-the plot sweep.png beside them: time a token, the share of the byte floor, times faster than Triton. Runs of
-the same sources add up: with --budget a run begins nothing new after so many seconds, and the next one goes
-on with what is not recorded. `--plot` draws anew what was measured.
+Everything goes to bench/results/GPU/sweep.csv and .json, with versions, GPU and a digest of the sources, and
+to the plot sweep.png beside them: time a token, the share of the byte floor, times faster than Triton. Runs
+of the same sources add up: with --budget a run begins nothing new after so many seconds, and the next one
+goes on with what is not recorded. `--plot` draws anew what was measured.
 """
 
 from __future__ import annotations
@@ -270,7 +270,11 @@ def main(arguments: list[str] | None = None) -> int:
     records.add_arguments(parser)
     options = parser.parse_args(arguments)
     if options.plot:
-        plot(records.load(options.out, "sweep"), options.out / "sweep.png")
+        record = records.load(options.out, "sweep")
+        if record is None:
+            print(f"there is no sweep.json in {options.out}: --out names another folder", file=sys.stderr)
+            return 1
+        plot(record, options.out / "sweep.png")
         return 0
     if not torch.cuda.is_available():
         print("bench.sweep needs a GPU, and PyTorch sees none", file=sys.stderr)

@@ -9,8 +9,8 @@
     linear         nanoseconds a token and head at T = 262144 beside T = 16384
 
 The calls of a topic take turns in one process: medians of eager calls, and of CUDA graphs. The table goes to
-the screen, and with versions, GPU and a digest of the sources to bench/results/variants.csv and .json, where
-the topics of several runs of the same sources add up.
+the screen, and with versions, GPU and a digest of the sources to bench/results/GPU/variants.csv and .json,
+where the topics of several runs of the same sources add up.
 """
 
 from __future__ import annotations

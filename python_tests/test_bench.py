@@ -1,5 +1,6 @@
 """What the benchmarks keep between runs: rows of the same sources, and Triton's choices for the baseline."""
 
+import argparse
 import csv
 import json
 import sys
@@ -52,11 +53,31 @@ def test_rows_of_several_runs_add_up(out):
 
 
 def test_committed_rows_go_on_in_another_folder(out):
-    records.Rows(records.RESULTS, "x", ABOUT).add([row("a", "us", 1)])
+    committed = records.RESULTS / "h200"
+    records.Rows(committed, "x", ABOUT).add([row("a", "us", 1)])
     rows = records.Rows(out, "x", ABOUT)
     assert rows.has("a", "us")
     rows.add([row("b", "us", 2)])
-    assert len(records.load(out, "x")["rows"]) == 2 and len(records.load(records.RESULTS, "x")["rows"]) == 1
+    assert len(records.load(out, "x")["rows"]) == 2 and len(records.load(committed, "x")["rows"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("gpu", "folder"),
+    [
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("NVIDIA L40S", "l40s"),
+        ("NVIDIA GeForce RTX 4090", "geforce-rtx-4090"),
+        (None, "cpu"),
+    ],
+)
+def test_results_lie_by_gpu_unless_out_says_otherwise(own_results, gpu, folder):
+    own_results["gpu"] = gpu
+    parser = argparse.ArgumentParser()
+    records.add_arguments(parser)
+    assert parser.parse_args([]).out == records.RESULTS / folder
+    assert parser.parse_args(["--out", "x"]).out == Path("x")
 
 
 @pytest.mark.parametrize("changed", ["digest", "gpu", "torch", "triton", "fla"])
@@ -135,7 +156,7 @@ def test_restoring_overwrites_nothing_and_lets_fla_keep_choices(out):
 
 def test_choices_add_up_over_the_committed_ones(out):
     write("A/walk.autotune.json", timed([1.0] * 3))
-    fla_tuning.collect(records.RESULTS)
+    fla_tuning.collect(records.RESULTS / "h200")
     (fla_tuning.cache_folder() / "A/walk.autotune.json").unlink()
     write("B/walk.autotune.json", timed([1.0] * 3))
     assert fla_tuning.collect(out) == 2
@@ -176,6 +197,17 @@ def test_the_command_says_what_it_did(out, capsys):
         f"1 choices in {out / fla_tuning.NAME}",
         f"0 files written to {fla_tuning.cache_folder()}",
     ]
+
+
+def test_the_command_without_a_folder_takes_this_gpus(own_results):
+    path = write("A/walk.autotune.json", timed([1.0] * 3))
+    assert fla_tuning.main(["collect"]) == 0
+    assert (records.RESULTS / "h200" / fla_tuning.NAME).is_file()
+    path.unlink()
+    own_results["gpu"] = "NVIDIA H100"
+    assert fla_tuning.main(["restore"]) == 0 and not path.exists()
+    own_results["gpu"] = "NVIDIA H200"
+    assert fla_tuning.main(["restore"]) == 0 and path.is_file()
 
 
 def test_head_counts_without_waiting(out):
@@ -232,6 +264,10 @@ def test_plots_of_whatever_was_measured(tmp_path):
     cut = {"pass": "forward", "heads": 1, "batch": 1, "seqlen": 4096, "times_faster": 1.5}
     split.plot({"rows": [cut]}, tmp_path / "split.png")
     assert all(path.stat().st_size for path in tmp_path.glob("*.png"))
+
+
+def test_no_sweep_to_plot(out, capsys):
+    assert sweep.main(["--plot", "--out", str(out)]) == 1 and str(out) in capsys.readouterr().err
 
 
 def test_shapes_that_are_cut_are_few_heads():
