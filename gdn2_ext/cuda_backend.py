@@ -127,7 +127,7 @@ class _Sizes(NamedTuple):
 
     def num_segments(self, requested: int, device: torch.device) -> int:
         """Of every sequence in the forward; requested: 0 for whatever is quickest."""
-        if self.seqlen == 0:
+        if self.seqlen == 0:  # nothing to split
             return 1
         return num_segments(
             requested, self.seqlen, self.num_sequences, self.num_gate_heads, self.num_value_heads, self.dim_k,

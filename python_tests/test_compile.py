@@ -53,10 +53,13 @@ def fresh_compiler():
 
 
 @every_call
-@pytest.mark.parametrize("requires_grad, keeps_tiles", [(False, False), (True, False), (True, True)])
-def test_chunk_forward_passes_opcheck(backend, kind, options, requires_grad, keeps_tiles, seed):
+@pytest.mark.parametrize(
+    "requires_grad, keeps_tiles, split",
+    [(False, False, 0), (True, False, 0), (True, True, 0), (True, True, 3)],
+)
+def test_chunk_forward_passes_opcheck(backend, kind, options, requires_grad, keeps_tiles, split, seed):
     tensors, _, _ = operator_inputs(backend, kind, options, seed, requires_grad)
-    arguments = (*tensors, *options, True, None, requires_grad, keeps_tiles, 0, backend.name)
+    arguments = (*tensors, *options, True, None, requires_grad, keeps_tiles, split, backend.name)
     opcheck(torch.ops.gdn2_ext.chunk_forward.default, arguments)
 
 

@@ -87,6 +87,23 @@ def test_states_groups_and_sizes(hopper, dim_k, dim_v, v_first, seed):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dim_k", [48, 128])
+@pytest.mark.parametrize("split", [2, 16, 64])
+def test_borders_keep_more_of_states_than_16_bit_elements_would(hopper, dim_k, split, seed):
+    """Without keys and values states only decay, and nothing but the borders of segments rounds them."""
+    inputs = hopper.inputs("slow", seqlen=1050, heads=2, dim_k=dim_k, dim_v=40, seed=seed)
+    for x in (inputs.k, inputs.v, inputs.do):
+        x.zero_()
+    initial_state, d_final_state = hopper.states(inputs, seed=seed)
+    whole, cut = (
+        hopper.run(inputs, initial_state=initial_state, d_final_state=d_final_state, sequence_split=n)
+        for n in (1, split)
+    )
+    for name in ("S", "d_initial_state"):
+        compare.assert_close(cut[name], whole[name], 1e-4, name)
+
+
+@pytest.mark.gpu
 def test_states_that_are_forgotten_at_the_borders_of_segments(hopper, seed):
     """Decays of -inf in the first and the last token of a segment, and everywhere in one of them."""
     inputs = hopper.inputs("slow", seqlen=512, heads=2, seed=seed)

@@ -102,14 +102,7 @@ bool takes(Parameters& parameters, ChunkCall& call, View const& q, bool split) {
   if (!split) {
     call.num_segments = 1;
   } else if (call.num_segments == 0) {
-    call.num_segments = num_segments({.seqlen = shape.seqlen,
-                                      .num_sequences = shape.num_sequences,
-                                      .num_gate_heads = shape.num_gate_heads,
-                                      .num_value_heads = shape.num_value_heads,
-                                      .dim_k = shape.dim_k,
-                                      .dim_v = shape.dim_v,
-                                      .packed = call.cu_seqlens != nullptr,
-                                      .num_sms = call.num_sms});
+    call.num_segments = num_segments(split_choice(call));
   }
   return true;
 }

@@ -2,6 +2,17 @@
 
 namespace gdn2 {
 
+SplitChoice split_choice(ChunkCall const& call) {
+  return {.seqlen = call.shape.seqlen,
+          .num_sequences = call.shape.num_sequences,
+          .num_gate_heads = call.shape.num_gate_heads,
+          .num_value_heads = call.shape.num_value_heads,
+          .dim_k = call.shape.dim_k,
+          .dim_v = call.shape.dim_v,
+          .packed = call.cu_seqlens != nullptr,
+          .num_sms = call.num_sms};
+}
+
 void plan(ChunkCall const& call, cudaStream_t stream) {
   if (call.cu_seqlens != nullptr) {
     run_plan({.cu_seqlens = call.cu_seqlens,

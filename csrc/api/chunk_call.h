@@ -3,6 +3,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include "api/sequence_split.h"
 #include "params.h"
 
 namespace gdn2 {
@@ -24,6 +25,8 @@ struct ChunkCall {
   bool state_v_first;
   int num_sms;  // of the device
 };
+
+SplitChoice split_choice(ChunkCall const& call);
 
 struct Preparation {
   bool factors_only = false;   // see PrepareParams

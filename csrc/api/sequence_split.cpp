@@ -10,15 +10,17 @@ namespace {
 
 constexpr std::int64_t kChunk = 64, kColumns = 64;  // tokens of a chunk, value columns of a walk
 constexpr std::int64_t kMostSegments = 64;
-// In microseconds, fitted to what calls with every number of segments took on an H100 (docs/kernels.md). What kernels
-// take from each other by their bytes is in them: a chunk of a walk takes longer by what every walk at that time adds.
-constexpr double kCallTime = 15.0;                             // of what does not depend on the shape
-constexpr double kPrepareTime = 10.1;                          // of a chunk and head, on one SM
-constexpr double kScanTime = 0.855, kScanShared = 0.0094;      // of a chunk of a walk
-constexpr double kMapsTime = 0.6, kMapsShared = 0.0073;        // the same of the walks that make maps
-constexpr double kBesideTime = 0.937, kBesideShared = 0.0195;  // of a chunk of a walk beside prepare
-constexpr double kSplitTime = 3.3;                             // of what only a split needs
-constexpr double kStateTime = 2.0;                             // of every segment's first state
+// In microseconds, fitted to calls with every number of segments and with prepare before and beside scan, on an H100
+// (docs/kernels.md). Walks at the same time share the memory: a chunk takes no less than their number times their share.
+constexpr double kCallTime = 13.3, kBesideCallTime = 18.1;  // of what does not depend on the shape
+constexpr double kPrepareTime = 9.26;                       // of a chunk and head, on one SM
+constexpr double kScanTime = 0.887, kScanShare = 0.0097;    // of a chunk of a walk
+constexpr double kMapsTime = 0.667, kMapsShare = 0.0087;    // the same of the walks that make maps
+constexpr double kSplitTime = 5.0;                          // of what only a split needs
+constexpr double kStateTime = 2.0;                          // of every segment's first state
+// Beside each other: of a chunk of a walk, and what every head that prepare has to do adds to it; of a chunk and head of
+// prepare, on one SM, where the walks wait for it.
+constexpr double kBesideScanTime = 0.849, kBesideHeadTime = 0.0532, kBesidePrepareTime = 6.53;
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) {
   return (a + b - 1) / b;
@@ -32,38 +34,45 @@ class Estimate {
             call.packed ? call.seqlen / std::max<std::int64_t>(call.num_sequences, 1) : call.seqlen, kChunk)),
         walks_(call.num_sequences * call.num_value_heads * ceil_div(call.dim_v, kColumns)),
         matrices_(call.num_sequences * call.num_gate_heads * ceil_div(call.dim_k, kColumns)),
-        prepare_(kPrepareTime * static_cast<double>(call.num_sequences) * static_cast<double>(chunks_) *
-                 static_cast<double>(call.num_gate_heads)) {}
+        tiles_(static_cast<double>(call.num_sequences * call.num_gate_heads) * static_cast<double>(chunks_)) {
+  }
 
   std::int64_t chunks() const { return chunks_; }
 
-  double microseconds(std::int64_t segments) const {
-    double const first = kCallTime + prepare_ / call_.num_sms;
-    double const scan = walk(segments * walks_, segments, kScanTime, kScanShared);
-    if (segments > 1) {
-      // The first segment starts in one state only.
-      std::int64_t const number = (segments - 1) * walks_ + (segments - 2) * matrices_;
-      double const maps = walk(number, segments, kMapsTime, kMapsShared);
-      return first + maps + kSplitTime + kStateTime * static_cast<double>(segments - 1) + scan;
-    }
-    if (call_.packed || 2 * walks_ > call_.num_sms) {  // as in csrc/api/chunk_forward.cpp
-      return first + scan;
-    }
-    double const chunk = kBesideTime + kBesideShared * static_cast<double>(walks_);
-    double const beside = std::max(prepare_ / static_cast<double>(call_.num_sms - walks_),
-                                   static_cast<double>(chunks_) * chunk);
-    return std::min(first + scan, kCallTime + beside);
+  // Of a schedule, in microseconds.
+  double split(std::int64_t segments) const {
+    // The first segment starts in one state only.
+    std::int64_t const number = (segments - 1) * walks_ + (segments - 2) * matrices_;
+    return prepare_then_scan(segments) + walk(number, segments, kMapsTime, kMapsShare) + kSplitTime +
+           kStateTime * static_cast<double>(segments - 1);
+  }
+  double whole() const { return sms_beside_scan() > 0 ? beside() : prepare_then_scan(1); }
+
+  int sms_beside_scan() const {
+    return may_run_beside() && beside() < 0.99 * prepare_then_scan(1) ? other_sms() : 0;
   }
 
  private:
   SplitChoice const& call_;
   std::int64_t chunks_, walks_, matrices_;
-  double prepare_;
+  double tiles_;
 
-  double walk(std::int64_t number, std::int64_t segments, double chunk, double shared) const {
+  // Lengths of packed sequences are not known here.
+  bool may_run_beside() const { return !call_.packed && chunks_ > 0 && 2 * walks_ <= call_.num_sms; }
+  int other_sms() const { return call_.num_sms - static_cast<int>(walks_); }
+
+  double prepare_then_scan(std::int64_t segments) const {
+    return kCallTime + kPrepareTime * tiles_ / call_.num_sms +
+           walk(segments * walks_, segments, kScanTime, kScanShare);
+  }
+  double beside() const {
+    double const scan = kBesideScanTime * static_cast<double>(chunks_) + kBesideHeadTime * tiles_;
+    return kBesideCallTime + std::max(scan, kBesidePrepareTime * tiles_ / other_sms());
+  }
+  double walk(std::int64_t number, std::int64_t segments, double chunk, double share) const {
     std::int64_t const steps = ceil_div(number, call_.num_sms) * ceil_div(chunks_, segments);
     std::int64_t const at_once = std::min<std::int64_t>(number, call_.num_sms);
-    return static_cast<double>(steps) * std::max(chunk, shared * static_cast<double>(at_once));
+    return static_cast<double>(steps) * std::max(chunk, share * static_cast<double>(at_once));
   }
 };
 
@@ -71,11 +80,11 @@ class Estimate {
 
 int num_segments(SplitChoice const& call) {
   Estimate const estimate(call);
-  double const whole = estimate.microseconds(1);
+  double const whole = estimate.whole();
   double least = whole;
   std::int64_t best = 1;
   for (std::int64_t segments = 2; segments <= std::min(kMostSegments, estimate.chunks()); ++segments) {
-    double const time = estimate.microseconds(segments);
+    double const time = estimate.split(segments);
     if (time < least) {
       least = time;
       best = segments;
@@ -83,6 +92,10 @@ int num_segments(SplitChoice const& call) {
   }
   // Where it would save less than such an estimate is good for, none.
   return least < 0.95 * whole ? static_cast<int>(best) : 1;
+}
+
+int sms_beside_scan(SplitChoice const& call) {
+  return Estimate(call).sms_beside_scan();
 }
 
 }  // namespace gdn2

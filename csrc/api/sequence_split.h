@@ -37,7 +37,7 @@ struct SegmentStatesParams {
   float* states;
 };
 
-// What the number of segments is chosen by.
+// What the schedule of a call's walks is chosen by.
 struct SplitChoice {
   std::int64_t seqlen;  // of a dense sequence, or of all packed ones
   std::int64_t num_sequences, num_gate_heads, num_value_heads, dim_k, dim_v;
@@ -47,6 +47,9 @@ struct SplitChoice {
 
 // The quickest; 1 for sequences that stay whole.
 int num_segments(SplitChoice const& call);
+
+// Of whole sequences: on how many SMs prepare runs beside scan; 0 where one after the other is quicker.
+int sms_beside_scan(SplitChoice const& call);
 
 void run_segment_maps(SegmentMapsParams const& params, cudaStream_t stream);  // csrc/sm90/segment_maps.cu
 void run_segment_states(SegmentStatesParams const& params,

@@ -3,12 +3,13 @@
 //     forwards   S of segment 1 = N of 0, then S' = M S + N: where segments 1, 2, .. start
 //     reverse    dS of the end of the last but one = N of the last, then dS' = M^T dS + N: what segments end in
 //
-// M and S are sums of two bfloat16, 16 bits of float32's 24, in the products; what is added up is float32.
+// M and S are sums of two bfloat16 in the products, and the product of the two smaller parts is left out: 2^-15 of M S.
+// What is added up is float32. Infinity becomes NaN.
 //
 // Grid: one CTA for kColumns value columns of a sequence and value head.
 // Roles: none. In the products a warp has 16 channels after, one of two halves of the channels before, and all columns; of
 // the sums each of the two warps of the same channels has a half of the columns. M comes straight to the registers of a
-// product's left operand, a segment ahead.
+// product's left operand, a segment ahead: 128 registers (K 128).
 // Shared memory (K 128): S 10 KB, sums of the other half 8 KB.
 #include "api/cuda_error.h"
 #include "api/sequence_split.h"
@@ -94,7 +95,7 @@ struct LeftOperand {
   }
 };
 
-// sums = (M or M^T) S over the warp's half of the channels before.
+// sums = (M or M^T) S over the warp's half of the channels before, but for both smaller parts.
 template <int kDimK>
 __device__ void multiply(float (&sums)[kColumns / kColumnTile][4], LeftOperand<kDimK> const& left,
                          SharedStorage<kDimK> const& smem, int first_before) {
@@ -152,7 +153,7 @@ __global__ void __launch_bounds__(kWarps<kDimK>* kWarpThreads)
            channel;
   };
 
-  let_next_kernel_start();
+  let_next_kernel_start();     // what it touches before its wait is older than prepare
   wait_for_earlier_kernels();  // the maps
   MapRows<kDimK> rows;
   if (num_rows > 1) {
