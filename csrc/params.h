@@ -92,6 +92,7 @@ struct PrepareParams {
   GateParams gates;
   float scale;
   PackedPlan plan;    // null pointers: dense
+  int num_segments;   // of a sequence, that the walk after it or before it is cut into
   ChunkTiles tiles;   // for the backward A_minus_I and P are inputs of the later stages, and not written
   float* row_norms;   // [num_slots, num_gate_heads, 2, 64]: 1 / norm of the rows of q and of k; or null
   bool factors_only;  // for the backward: neither T, A nor P
@@ -160,6 +161,7 @@ struct GradientsParams {
   GateParams gates;
   float scale;
   PackedPlan plan;
+  int num_segments;        // as in PrepareParams
   BackwardTiles tiles;     // read
   float const* row_norms;  // as in PrepareParams; read where norms are asked for
   // Gradients, contiguous in the shapes of their inputs; null where nobody asked. dq and dk are float32 and

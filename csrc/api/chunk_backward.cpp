@@ -58,6 +58,7 @@ void chunk_backward(ChunkBackwardParams const& params, cudaStream_t stream) {
                  .gates = call.gates,
                  .scale = call.scale,
                  .plan = call.plan,
+                 .num_segments = call.num_segments,
                  .tiles = params.tiles,
                  .row_norms = params.row_norms,
                  .dq = params.dq,

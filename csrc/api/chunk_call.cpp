@@ -36,6 +36,7 @@ void plan_and_prepare(ChunkCall const& call, Preparation const& how, cudaStream_
                .gates = call.gates,
                .scale = call.scale,
                .plan = call.plan,
+               .num_segments = call.num_segments,
                .tiles = call.tiles,
                .row_norms = how.row_norms,
                .factors_only = how.factors_only,

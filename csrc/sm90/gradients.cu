@@ -443,7 +443,7 @@ void launch(GradientsParams const& params, cudaStream_t stream) {
   config.stream = stream;
   config.attrs = attributes;
   config.numAttrs = 2;
-  throw_on_error(cudaLaunchKernelEx(&config, kernel, params, GradientsDivisors(shape), maps),
+  throw_on_error(cudaLaunchKernelEx(&config, kernel, params, GradientsDivisors(shape, params.num_segments), maps),
                  "gradients: launch");
 }
 

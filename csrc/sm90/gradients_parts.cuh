@@ -5,6 +5,7 @@
 #include <cutlass/fast_math.h>
 
 #include "params.h"
+#include "sm90/chunk_order.cuh"
 #include "sm90/gate_tiles.cuh"
 #include "tile/decay_levels.cuh"
 #include "tile/pipeline.cuh"
@@ -24,15 +25,16 @@ constexpr int kStages = 2;
 
 // What places in a call are divided by, and how many value heads share a gate head.
 struct GradientsDivisors {
-  cutlass::FastDivmod boxes, gate_heads, chunks, gate_heads_of_head, slices;
+  cutlass::FastDivmod boxes, gate_heads, gate_heads_of_head, slices;
+  DenseChunks chunks;
   int heads_per_gate;
 
-  explicit GradientsDivisors(CallShape const& shape)
+  GradientsDivisors(CallShape const& shape, int num_segments)
       : boxes(shape.dim_k > kChannels ? 2 : 1),
         gate_heads(shape.num_gate_heads),
-        chunks(shape.num_slots / shape.batch),
         gate_heads_of_head(shape.num_gate_heads / shape.num_heads),
         slices((shape.dim_v + kColumns - 1) / kColumns),
+        chunks(shape, num_segments),
         heads_per_gate(shape.num_value_heads / shape.num_gate_heads) {}
 };
 
@@ -48,15 +50,14 @@ struct GradientsWork {
 
   __device__ GradientsWork(GradientsParams const& params, GradientsDivisors const& by) {
     CallShape const& shape = params.shape;
-    int tile_index;
-    by.boxes(tile_index, box, static_cast<int>(blockIdx.x));
+    int order;
+    by.boxes(order, box, static_cast<int>(blockIdx.x));
     num_boxes = by.boxes.divisor;
     first_channel = box * kChannels;
-    tile = tile_index;
     wants_decays =
         params.dg != nullptr || params.dA_log_of_slots != nullptr || params.d_dt_bias_of_slots != nullptr;
     needs_raw_gates = wants_decays && params.gates.decay_gate != DecayGate::kNone;
-    by.gate_heads(slot, gate_head, tile_index);
+    by.gate_heads(slot, gate_head, order);
     head = by.gate_heads_of_head.div(gate_head);
     if (params.plan.slots != nullptr) {
       ChunkSlot const at = params.plan.slots[slot];
@@ -64,11 +65,12 @@ struct GradientsWork {
       first_token = at.first_token;
       num_rows = at.num_rows;
     } else {
-      int chunk;
-      by.chunks(batch, chunk, slot);
+      int chunk;  // the walks before have ended at both ends
+      slot = by.chunks.find<ChunkOrder::kInwards>(slot, batch, chunk);
       first_token = chunk * kChunk;
       num_rows = min(kChunk, shape.seqlen - first_token);
     }
+    tile = static_cast<std::int64_t>(slot) * shape.num_gate_heads + gate_head;
   }
 
   // Which slice comes index-th: the CTA of the other channels takes the second one of two first. Each makes dv and dw of

@@ -29,6 +29,7 @@
 
 #include "api/chunk_forward.h"
 #include "api/cuda_error.h"
+#include "sm90/chunk_order.cuh"
 #include "sm90/gate_tiles.cuh"
 #include "sm90/token_map.h"
 #include "tile/activation.cuh"
@@ -61,6 +62,10 @@ struct Config {
   static constexpr int kTeamThreads = kWarpgroups * kWarpgroupThreads;
   static constexpr int kTeamsPerSm = kDimK == 64 ? 3 : 2;
   static constexpr bool kStays = kWholeSm_;
+  // What the walk after it begins with comes last; beside it, first. That of the backward begins at both ends.
+  static constexpr ChunkOrder kOrder = kStays         ? ChunkOrder::kUp
+                                       : kFactorsOnly ? ChunkOrder::kOutwards
+                                                      : ChunkOrder::kDown;
   static constexpr int kTeams = kWholeSm_ ? kTeamsPerSm : 1;
   static constexpr int kThreads = kTeams * kTeamThreads;
   static constexpr int kCtasPerSm = kTeamsPerSm / kTeams;
@@ -148,15 +153,16 @@ __device__ bool has_order(PrepareParams const& params, int order) {
 
 // What find_work divides by.
 struct Divisors {
-  cutlass::FastDivmod gate_heads, chunks, batch, gate_heads_of_head;
+  cutlass::FastDivmod gate_heads, gate_heads_of_head;
+  DenseChunks chunks;
 
-  explicit Divisors(CallShape const& shape)
-      : gate_heads(shape.num_gate_heads),
-        chunks(shape.num_slots / shape.batch),
-        batch(shape.batch),
-        gate_heads_of_head(shape.num_gate_heads / shape.num_heads) {}
+  explicit Divisors(PrepareParams const& params)
+      : gate_heads(params.shape.num_gate_heads),
+        gate_heads_of_head(params.shape.num_gate_heads / params.shape.num_heads),
+        chunks(params.shape, params.num_segments) {}
 };
 
+template <class Cfg>
 __device__ Work find_work(PrepareParams const& params, Divisors const& by, int order) {
   CallShape const& shape = params.shape;
   Work work;
@@ -171,12 +177,7 @@ __device__ Work find_work(PrepareParams const& params, Divisors const& by, int o
     work.num_rows = at.num_rows;
   } else {
     int chunk;
-    if (params.ready != nullptr) {  // beside a walk the earlier chunks of all sequences come first
-      by.batch(chunk, work.batch, slot);
-      slot = work.batch * by.chunks.divisor + chunk;
-    } else {
-      by.chunks(work.batch, chunk, slot);
-    }
+    slot = by.chunks.find<Cfg::kOrder>(slot, work.batch, chunk);
     work.first_token = chunk * kChunk;
     work.num_rows = min(kChunk, shape.seqlen - work.first_token);
   }
@@ -728,7 +729,7 @@ __device__ void clear_ready(PrepareParams const& params, Divisors const& by, int
   int const stride = gridDim.x * Cfg::kTeams;
   for (int order = first_order + thread_of_team<Cfg>() * stride; has_order(params, order);
        order += Cfg::kTeamThreads * stride) {
-    params.ready[find_work(params, by, order).tile] = 0;
+    params.ready[find_work<Cfg>(params, by, order).tile] = 0;
   }
   __threadfence();
   __syncthreads();
@@ -765,7 +766,7 @@ struct NextChunk {
     if (is_asking()) {
       next.order = work.order + gridDim.x * Cfg::kTeams;
       if (has_order(params, next.order)) {
-        next = find_work(params, by, next.order);
+        next = find_work<Cfg>(params, by, next.order);
       }
     }
   }
@@ -867,7 +868,7 @@ __global__ void __launch_bounds__(Cfg::kThreads, Cfg::kCtasPerSm)
   // A warp a part: all wait for them, and they not for each other.
   if (int const part = thread_of_team<Cfg>() / kWarpThreads;
       part < loads.kParts && has_order(params, first_order) && elect_one()) {
-    Work const own = find_work(params, by, first_order);
+    Work const own = find_work<Cfg>(params, by, first_order);
     loads.load(own, part);
     if (part == 0) {
       smem.work[0] = own;
@@ -912,7 +913,7 @@ void launch(PrepareParams const& params, cudaStream_t stream) {
                  "prepare: shared memory");
   int const tiles = shape.num_slots * shape.num_gate_heads;
   unsigned const num_ctas = Cfg::kStays ? std::min(tiles, params.num_sms) : tiles;
-  kernel<<<num_ctas, Cfg::kThreads, kSmemBytes, stream>>>(params, Divisors(shape), maps);
+  kernel<<<num_ctas, Cfg::kThreads, kSmemBytes, stream>>>(params, Divisors(params), maps);
   throw_on_error(cudaGetLastError(), "prepare: launch");
 }
 
