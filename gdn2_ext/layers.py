@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from .autocast import in_autocast_dtype
 from .modules import GatedRMSNorm, ShortConvolution
 from .ops import chunk_gdn2, fused_recurrent_gdn2
 
@@ -275,6 +276,7 @@ class GatedDeltaNet2(nn.Module):
         if attention_mask is not None and not (state is not None and state.num_tokens and seqlen == 1):
             is_token = attention_mask[:, -seqlen:].bool().unsqueeze(-1)  # [B, T, 1]
             hidden_states = hidden_states.masked_fill(~is_token, 0)
+        hidden_states = in_autocast_dtype(hidden_states)
 
         raw = {
             "q": self.q_proj(hidden_states),

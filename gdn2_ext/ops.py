@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import autograd, cuda_backend, cuda_launch, cuda_recurrent  # noqa: F401  (autograd registers the gradients)
+from .autocast import in_autocast_dtype
 from .sequence_split import MAX_SEGMENTS
 from .torch_backend import CHUNK, GateOptions, compute_dtype
 
@@ -245,11 +246,7 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """q, k, v, b, w in the dtype of autocast where it is on; g, A_log, dt_bias and states stay."""
     if not all(isinstance(x, Tensor) for x in tensors):
         return tensors  # the checks will name it
-    device_type = tensors[0].device.type
-    if not torch.is_autocast_enabled(device_type):
-        return tensors
-    dtype = torch.get_autocast_dtype(device_type)
-    return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)
+    return tuple(map(in_autocast_dtype, tensors))
 
 
 def _choose_backend(backend: str, device: torch.device, reason: str | None) -> str:

@@ -4,6 +4,7 @@ import compare
 import pytest
 import torch
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("transformers", reason="the models need transformers")
 
@@ -11,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from gdn2_ext import GatedDeltaNet2
 from gdn2_ext.models import GatedDeltaNet2Cache, GatedDeltaNet2Config, GatedDeltaNet2ForCausalLM
-from gdn2_ext.models.attention import SlidingWindowAttention
+from gdn2_ext.models.attention import SlidingWindowAttention, _normalize_and_rotate
 
 HYBRID = {"attention_every": 2, "sliding_window": 16, "num_attention_heads": 4, "num_key_value_heads": 2}
 KINDS = {
@@ -161,6 +162,42 @@ def test_the_loss_is_that_of_the_next_token(backend, model, tokens):
     expected = functional.cross_entropy(output.logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten())
     compare.assert_close(output.loss.detach(), expected.detach(), 1e-6, "loss")
     assert model(tokens, logits_to_keep=2).logits.shape == (3, 2, 257)
+
+
+class CastCounter(TorchDispatchMode):
+    """How often a float32 tensor of a shape is cast to another dtype."""
+
+    def __init__(self, shape: tuple[int, ...]):
+        super().__init__()
+        self.shape, self.number = shape, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is torch.ops.aten._to_copy.default and args[0].shape == self.shape:
+            self.number += args[0].dtype == torch.float32 and kwargs.get("dtype") is not None
+        return function(*args, **kwargs)
+
+
+def test_autocast_casts_what_a_block_reads_once():
+    """What the mixer and the MLP read, of every block, and what the head reads: not for every linear."""
+    config = GatedDeltaNet2Config.named("tiny", hidden_size=96, **HYBRID)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), CastCounter((1, 35, 96)) as casts:
+        model(torch.arange(35).unsqueeze(0), use_cache=False)
+    assert casts.number == 2 * config.num_hidden_layers + 1
+
+
+def test_positions_rotate_normalised_channels(backend, seed):
+    x = backend.normal(2, 3, 40, 16, seed=seed)
+    norm = torch.nn.RMSNorm(16, 1e-5).to(x)
+    with torch.no_grad():
+        norm.weight.uniform_(0.5, 2)
+    positions = torch.arange(7, 47, device=backend.device)
+    pairs = norm(x.double()).unflatten(-1, (2, 8))
+    angles = positions.unsqueeze(-1) * 10000.0 ** (-torch.arange(8, device=backend.device).double() / 8)
+    turned = torch.complex(pairs[..., 0, :], pairs[..., 1, :]) * torch.polar(torch.ones_like(angles), angles)
+    expected = torch.cat([turned.real, turned.imag], -1)
+    compare.assert_close(_normalize_and_rotate(x, norm.weight, 1e-5, positions, 1e4), expected, 1e-5, "x")
 
 
 # -- configuration -------------------------------------------------------------------------------------------

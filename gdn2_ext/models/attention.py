@@ -9,8 +9,27 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from ..modules import sequence_of_token
+from ..autocast import in_autocast_dtype
+from ..modules import fused_on_gpu, sequence_of_token
 from .cache import GatedDeltaNet2Cache
+
+
+@fused_on_gpu
+def _normalize_and_rotate(
+    x: Tensor, weight: Tensor, eps: float, positions: Tensor, rope_theta: float
+) -> Tensor:
+    """RMSNorm over the channels of x [B, heads, T, head_dim], then rotary positions, in float32.
+
+    Pairs (i, i + head_dim / 2) turn by position * rope_theta**(-2 i / head_dim).
+    """
+    y = x.float()
+    y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps) * weight.float()
+    half = x.shape[-1] // 2
+    exponents = torch.arange(half, device=x.device, dtype=torch.float32) / half
+    angles = positions.float().unsqueeze(-1) * rope_theta**-exponents
+    cos, sin = angles.cos(), angles.sin()
+    y1, y2 = y.split(half, -1)
+    return torch.cat([y1 * cos - y2 * sin, y2 * cos + y1 * sin], -1).to(x.dtype)
 
 
 @functools.cache
@@ -29,6 +48,7 @@ class SlidingWindowAttention(nn.Module):
         window: tokens that a token sees, itself included.
         rope_theta: base of the rotary positions.
         layer_idx: of this layer's state in a cache.
+        norm_eps: of the norms of q and k.
     """
 
     def __init__(
@@ -39,6 +59,7 @@ class SlidingWindowAttention(nn.Module):
         window: int,
         rope_theta: float,
         layer_idx: int,
+        norm_eps: float = 1e-5,
     ):
         super().__init__()
         self.head_dim, self.window, self.layer_idx = hidden_size // num_heads, window, layer_idx
@@ -46,7 +67,7 @@ class SlidingWindowAttention(nn.Module):
         kv_size = num_kv_heads * self.head_dim
         self.q_proj = nn.Linear(hidden_size, hidden_size, bias=False)
         self.k_proj, self.v_proj = (nn.Linear(hidden_size, kv_size, bias=False) for _ in range(2))
-        self.q_norm, self.k_norm = nn.RMSNorm(self.head_dim), nn.RMSNorm(self.head_dim)
+        self.q_norm, self.k_norm = (nn.RMSNorm(self.head_dim, norm_eps) for _ in range(2))
         self.o_proj = nn.Linear(hidden_size, hidden_size, bias=False)
 
     def forward(
@@ -61,6 +82,7 @@ class SlidingWindowAttention(nn.Module):
     ) -> tuple[Tensor, None, GatedDeltaNet2Cache | None]:
         """As `gdn2_ext.GatedDeltaNet2.forward`."""
         seqlen, device = hidden_states.shape[1], hidden_states.device
+        hidden_states = in_autocast_dtype(hidden_states)
         q, k, v = (
             project(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for project in (self.q_proj, self.k_proj, self.v_proj)
@@ -68,7 +90,10 @@ class SlidingWindowAttention(nn.Module):
         state = None if past_key_values is None else past_key_values.layers[self.layer_idx]
         first = 0 if state is None else state.num_tokens
         positions = torch.arange(first, first + seqlen, device=device)
-        q, k = self._rotated(self.q_norm(q), positions), self._rotated(self.k_norm(k), positions)
+        q, k = (
+            _normalize_and_rotate(x, norm.weight, norm.eps, positions, self.rope_theta)
+            for x, norm in ((q, self.q_norm), (k, self.k_norm))
+        )
         is_token = None if attention_mask is None else attention_mask[:, -seqlen:].bool()
         if state is not None and use_cache:
             k, v, is_token = state.append(k, v, is_token)
@@ -76,15 +101,6 @@ class SlidingWindowAttention(nn.Module):
             raise ValueError("use_cache: expected True where past_key_values has seen tokens")
         o = self._attend(q, k, v, is_token, cu_seqlens)
         return self.o_proj(o.transpose(1, 2).flatten(-2)), None, past_key_values
-
-    def _rotated(self, x: Tensor, positions: Tensor) -> Tensor:
-        """Rotary positions: pairs (i, i + head_dim / 2), angles position * rope_theta**(-2 i / head_dim)."""
-        half = self.head_dim // 2
-        exponents = torch.arange(half, device=x.device, dtype=torch.float32) / half
-        angles = positions.float().unsqueeze(-1) * self.rope_theta**-exponents
-        cos, sin = angles.cos(), angles.sin()
-        x1, x2 = x.float().split(half, -1)
-        return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], -1).to(x.dtype)
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, is_token: Tensor | None, cu_seqlens: Tensor | None

@@ -8,7 +8,9 @@ from torch.nn import functional
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
+from ..autocast import in_autocast_dtype
 from ..layers import GatedDeltaNet2
+from ..modules import fused_on_gpu
 from .attention import SlidingWindowAttention
 from .cache import GatedDeltaNet2Cache
 from .configuration import SLIDING, GatedDeltaNet2Config
@@ -24,7 +26,13 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(functional.silu(self.gate_proj(x)) * self.up_proj(x))
+        x = in_autocast_dtype(x)
+        return self.down_proj(_gated(self.gate_proj(x), self.up_proj(x)))
+
+
+@fused_on_gpu
+def _gated(gate: Tensor, x: Tensor) -> Tensor:
+    return functional.silu(gate) * x
 
 
 class Block(nn.Module):
@@ -36,7 +44,7 @@ class Block(nn.Module):
         if config.layer_types[layer_idx] == SLIDING:
             self.attn = SlidingWindowAttention(
                 config.hidden_size, config.num_attention_heads, config.num_key_value_heads,
-                config.sliding_window, config.rope_theta, layer_idx,
+                config.sliding_window, config.rope_theta, layer_idx, config.norm_eps,
             )  # fmt: skip
         else:
             self.attn = GatedDeltaNet2(
@@ -249,9 +257,7 @@ def _linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, reduction:
     """cross_entropy(x @ weight.T, targets), in pieces where PyTorch can."""
     if not hasattr(functional, "linear_cross_entropy") or torch.compiler.is_compiling():
         return functional.cross_entropy(functional.linear(x, weight).float(), targets, reduction=reduction)
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight = x.to(dtype), weight.to(dtype)
+    x, weight = in_autocast_dtype(x), in_autocast_dtype(weight)
     options = nn.LinearCrossEntropyOptions()
     return functional.linear_cross_entropy(
         x, weight, targets, reduction=reduction, ignore_index=-100, options=options
