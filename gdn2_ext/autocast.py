@@ -11,7 +11,10 @@ def in_autocast_dtype(x: Tensor) -> Tensor:
 
     Cast before several linears take it, and not by each of them, it is read and written once.
     """
-    device_type = x.device.type
-    if x.is_floating_point() and x.dtype != torch.float64 and torch.is_autocast_enabled(device_type):
-        return x.to(torch.get_autocast_dtype(device_type))
+    if x.is_floating_point() and x.dtype != torch.float64 and _is_on(x.device.type):
+        return x.to(torch.get_autocast_dtype(x.device.type))
     return x
+
+
+def _is_on(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
