@@ -1,5 +1,7 @@
 """Sequences cut into segments: when, and that nothing but time changes."""
 
+import itertools
+
 import cases
 import compare
 import pytest
@@ -58,6 +60,45 @@ def test_packed_sequences_count_as_long_as_the_average():
     assert automatic(131072, 2, 4, packed=True) == automatic(32768, 2, 4) > 2
 
 
+def beside(seqlen: int, heads: int, batch: int = 1, dim: int = 128, packed: bool = False) -> int:
+    """On how many SMs prepare runs beside scan."""
+    return cuda_launch._C.sms_beside_scan(seqlen, batch, heads, heads, dim, dim, packed, H200_SMS)
+
+
+BESIDE = [
+    (2, 1145, 8, 64),
+    (2, 1145, 8, 128),
+    (3, 1209, 5, 128),
+    (1, 2500, 16, 128),
+]  # batch, seqlen, heads, dim
+
+
+@needs_extension
+def test_prepare_runs_beside_walks_that_leave_it_sms():
+    for batch, seqlen, heads, dim in BESIDE:
+        walks = batch * heads * dim // 64
+        assert beside(seqlen, heads, batch, dim) == H200_SMS - walks > 0, (batch, seqlen, heads, dim)
+    assert beside(8192, 40) == beside(0, 8) == beside(8192, 16, packed=True) == beside(256, 1) == 0
+
+
+@needs_extension
+@pytest.mark.parametrize("segments", [1, 2, 3, 5, 16, 64])
+@pytest.mark.parametrize("order", ["up", "down", "inwards", "outwards"])
+def test_every_chunk_is_taken_once(order, segments):
+    """And what a walk begins with comes first or last, of every segment of full length."""
+    for batch, chunks in itertools.product((1, 2, 3), (1, 2, 7, 16, 20, 33)):
+        slots = cuda_launch._C.chunk_order(batch, chunks, segments, order)
+        assert sorted(slots) == list(range(batch * chunks))
+        length = -(-chunks // segments)
+        full = [b * chunks + s * length for b in range(batch) for s in range(chunks // length)]
+        last = slots[batch * chunks - batch * (chunks % length) - len(full) :][: len(full)]
+        first = slots[batch * (chunks % length) :][: len(full)]
+        if order in ("down", "outwards"):
+            assert last == full, (batch, chunks)
+        else:
+            assert first == full, (batch, chunks)
+
+
 # -- the results ---------------------------------------------------------------------------------------------
 
 
@@ -84,6 +125,25 @@ def test_states_groups_and_sizes(hopper, dim_k, dim_v, v_first, seed):
         state_v_first=v_first,
         sequence_split=3,
     )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("raw", [False, True])
+@pytest.mark.parametrize(("batch", "seqlen", "heads", "dim"), BESIDE)
+def test_prepare_beside_scan_changes_no_bit(hopper, batch, seqlen, heads, dim, raw, seed):
+    """With the states of all chunks to write, prepare runs first."""
+    sizes = {"batch": batch, "seqlen": seqlen, "heads": heads, "dim_k": dim, "dim_v": dim}
+    inputs = hopper.raw_inputs(**sizes, seed=seed) if raw else hopper.inputs("slow", **sizes, seed=seed)
+    options = {"sequence_split": 1, "output_final_state": True}
+    if raw:
+        options |= {
+            "use_gate_in_kernel": True, "use_gate_sigmoid_in_kernel": True, "use_qk_l2norm_in_kernel": True,
+        }  # fmt: skip
+    o, S = hopper.forward(inputs, **options)
+    first, first_S, _ = hopper.forward(inputs, **options, return_intermediate_states=True)
+    compare.assert_bitwise_equal(o, first, "o")
+    compare.assert_bitwise_equal(S, first_S, "S")
+    compare.assert_close(o, hopper.expected(inputs, **options)["o"], hopper.bar("o"), "o")
 
 
 @pytest.mark.gpu

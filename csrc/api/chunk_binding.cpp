@@ -6,6 +6,7 @@
 #include "api/chunk_checks.h"
 #include "api/device.h"
 #include "api/sequence_split.h"
+#include "sm90/chunk_order.h"
 
 namespace gdn2 {
 namespace {
@@ -139,10 +140,11 @@ PyObject* workspace_bytes(PyObject*, PyObject* const* arguments, Py_ssize_t numb
   return PyLong_FromLongLong(room.size());
 }
 
-// (seqlen, num_sequences, gate heads, value heads, K, V, packed, SMs) to the number that is quickest.
-PyObject* num_segments_of_python(PyObject*, PyObject* const* arguments, Py_ssize_t number) {
+// (seqlen, num_sequences, gate heads, value heads, K, V, packed, SMs) to what choose makes of them.
+template <int (*choose)(SplitChoice const&)>
+PyObject* choice_of_python(PyObject*, PyObject* const* arguments, Py_ssize_t number) {
   if (number != 8) {
-    return PyErr_Format(PyExc_TypeError, "num_segments: expected 8 arguments, got %zd", number);
+    return PyErr_Format(PyExc_TypeError, "expected 8 arguments, got %zd", number);
   }
   Arguments from(arguments);
   SplitChoice const call{.seqlen = from.integer(),
@@ -153,7 +155,40 @@ PyObject* num_segments_of_python(PyObject*, PyObject* const* arguments, Py_ssize
                          .dim_v = from.integer(),
                          .packed = from.flag(),
                          .num_sms = static_cast<int>(from.integer())};
-  return PyErr_Occurred() ? nullptr : PyLong_FromLong(num_segments(call));
+  return PyErr_Occurred() ? nullptr : PyLong_FromLong(choose(call));
+}
+
+template <ChunkOrder kOrder>
+PyObject* chunk_order(int batch, int num_chunks, int num_segments) {
+  DenseChunks const chunks(batch, num_chunks, num_segments);
+  PyObject* const slots = PyList_New(batch * num_chunks);
+  for (int i = 0; slots != nullptr && i < batch * num_chunks; ++i) {
+    int of_batch, chunk;
+    PyList_SET_ITEM(slots, i, PyLong_FromLong(chunks.find<kOrder>(i, of_batch, chunk)));
+  }
+  return slots;
+}
+
+PyObject* chunk_order_of_python(PyObject*, PyObject* const* arguments, Py_ssize_t number) {
+  if (number != 4) {
+    return PyErr_Format(PyExc_TypeError, "chunk_order: expected 4 arguments, got %zd", number);
+  }
+  Arguments from(arguments);
+  auto const batch = static_cast<int>(from.integer()), num_chunks = static_cast<int>(from.integer()),
+             num_segments = static_cast<int>(from.integer());
+  PyObject* const order = from.object();
+  if (PyErr_Occurred()) {
+    return nullptr;
+  }
+  for (auto const& [name, slots] :
+       {std::pair{"up", &chunk_order<ChunkOrder::kUp>}, std::pair{"down", &chunk_order<ChunkOrder::kDown>},
+        std::pair{"inwards", &chunk_order<ChunkOrder::kInwards>},
+        std::pair{"outwards", &chunk_order<ChunkOrder::kOutwards>}}) {
+    if (PyUnicode_Check(order) && PyUnicode_CompareWithASCIIString(order, name) == 0) {
+      return slots(batch, num_chunks, num_segments);
+    }
+  }
+  return PyErr_Format(PyExc_ValueError, "chunk_order: unknown order %R", order);
 }
 
 PyMethodDef methods[] = {
@@ -166,7 +201,14 @@ PyMethodDef methods[] = {
         "The chunk backward on the current device. False, and nothing launched, where an argument is not as the "
         "kernels need it."),
     method("chunk_workspace_bytes", &workspace_bytes, "The least size of the workspace of either."),
-    method("num_segments", &num_segments_of_python, "Into how many segments sequences are cut by default."),
+    method("num_segments", &choice_of_python<num_segments>,
+           "Into how many segments sequences are cut by default."),
+    method("sms_beside_scan", &choice_of_python<sms_beside_scan>,
+           "On how many SMs prepare runs beside scan where sequences stay whole; 0: before it."),
+    method(
+        "chunk_order", &chunk_order_of_python,
+        "(batch, chunks, segments, \"up\", \"down\", \"inwards\" or \"outwards\") to slots, in the order in which kernels take "
+        "them."),
     method(
         "chunk_forward_at_once", &chunk_forward_at_once,
         "The chunk forward of plain tensors on the current device: (o, final_state or None), and with keep also "

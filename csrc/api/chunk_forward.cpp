@@ -3,6 +3,7 @@
 #include "api/sequence_split.h"
 
 namespace gdn2 {
+
 void chunk_forward(ChunkForwardParams const& params, cudaStream_t stream) {
   ChunkCall const& call = params.call;
   bool const split = call.num_segments > 1;

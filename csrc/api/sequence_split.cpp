@@ -1,4 +1,5 @@
-// Into how many segments the sequences of a call are cut. Segments are walked side by side (docs/kernels.md), which pays
+// The schedule of a call's walks: into how many segments its sequences are cut, and whether prepare runs beside scan where
+// they stay whole. Segments are walked side by side (docs/kernels.md), which pays
 // where the walks of whole sequences leave most of the GPU without work. It costs a second walk, of all segments but the
 // last, that makes their affine maps.
 #include "api/sequence_split.h"
@@ -18,9 +19,9 @@ constexpr double kScanTime = 0.887, kScanShare = 0.0097;    // of a chunk of a w
 constexpr double kMapsTime = 0.667, kMapsShare = 0.0087;    // the same of the walks that make maps
 constexpr double kSplitTime = 5.0;                          // of what only a split needs
 constexpr double kStateTime = 2.0;                          // of every segment's first state
-// Beside each other: of a chunk of a walk, and what every head that prepare has to do adds to it; of a chunk and head of
+// Beside each other: of a chunk of a walk, and what every chunk and head of prepare adds to it; of a chunk and head of
 // prepare, on one SM, where the walks wait for it.
-constexpr double kBesideScanTime = 0.849, kBesideHeadTime = 0.0532, kBesidePrepareTime = 6.53;
+constexpr double kBesideScanTime = 0.849, kBesideTileTime = 0.0532, kBesidePrepareTime = 6.53;
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) {
   return (a + b - 1) / b;
@@ -66,7 +67,7 @@ class Estimate {
            walk(segments * walks_, segments, kScanTime, kScanShare);
   }
   double beside() const {
-    double const scan = kBesideScanTime * static_cast<double>(chunks_) + kBesideHeadTime * tiles_;
+    double const scan = kBesideScanTime * static_cast<double>(chunks_) + kBesideTileTime * tiles_;
     return kBesideCallTime + std::max(scan, kBesidePrepareTime * tiles_ / other_sms());
   }
   double walk(std::int64_t number, std::int64_t segments, double chunk, double share) const {

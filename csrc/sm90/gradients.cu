@@ -10,7 +10,8 @@
 // where pairs(M).x[r] = sum_s M[r,s] k[s] exp(G[r]-G[s]) and pairs(M).y[s] = sum_r M[r,s] x[r] exp(G[r]-G[s]), split by
 // halves as in prepare: exp(G[r]-G[s]) = D[r] U[s], both products of alpha, in [0, 1].
 //
-// Grid: one CTA for a chunk slot, gate head and 64 channels, channels fastest; 256 threads, two CTAs an SM. Where the L2
+// Grid: one CTA for a chunk slot, gate head and 64 channels, channels fastest, dense chunks as chunk_order.h has
+// them; 256 threads, two CTAs an SM. Where the L2
 // norm asks for sums over 128 channels, the CTAs of both halves are a cluster.
 // Roles: two warpgroups, half of the tokens each. Products by wgmma over the value heads of the group and slices of 64
 // value columns: one warpgroup dP and the other dT, tokens on the rows; each for its tokens dO S^T, dX S^T and R dS'^T
@@ -443,8 +444,9 @@ void launch(GradientsParams const& params, cudaStream_t stream) {
   config.stream = stream;
   config.attrs = attributes;
   config.numAttrs = 2;
-  throw_on_error(cudaLaunchKernelEx(&config, kernel, params, GradientsDivisors(shape, params.num_segments), maps),
-                 "gradients: launch");
+  throw_on_error(
+      cudaLaunchKernelEx(&config, kernel, params, GradientsDivisors(shape, params.num_segments), maps),
+      "gradients: launch");
 }
 
 template <class Element>

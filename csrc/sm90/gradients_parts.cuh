@@ -5,7 +5,7 @@
 #include <cutlass/fast_math.h>
 
 #include "params.h"
-#include "sm90/chunk_order.cuh"
+#include "sm90/chunk_order.h"
 #include "sm90/gate_tiles.cuh"
 #include "tile/decay_levels.cuh"
 #include "tile/pipeline.cuh"

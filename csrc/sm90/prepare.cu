@@ -11,8 +11,8 @@
 //     [E*D; q*D] [64, K]  x  (k*U)^T [K, 32]
 // of which the entries of matching pairs are kept.
 //
-// Grid: as many CTAs as run at once, each for every so many-th chunk slot and gate head, heads fastest. K 128: 256
-// threads, two CTAs an SM. K 64: 128 threads, three.
+// Grid: one CTA for a chunk slot and gate head, heads fastest, dense chunks as chunk_order.h has them; beside a walk one CTA
+// an SM, whose teams each take every so many-th. K 128: 256 threads, two CTAs an SM. K 64: 128 threads, three.
 // Roles: norms, gates and sigmoids are made in the inputs' tiles first, where they are asked for. Then a thread owns two
 // channels of 16 tokens, in registers from the first read to the last store, so that the running products stay inside it;
 // the four warps of a warpgroup take the four blocks of 16 tokens of 64 channels.
@@ -29,7 +29,7 @@
 
 #include "api/chunk_forward.h"
 #include "api/cuda_error.h"
-#include "sm90/chunk_order.cuh"
+#include "sm90/chunk_order.h"
 #include "sm90/gate_tiles.cuh"
 #include "sm90/token_map.h"
 #include "tile/activation.cuh"

@@ -153,7 +153,7 @@ __global__ void __launch_bounds__(kWarps<kDimK>* kWarpThreads)
            channel;
   };
 
-  let_next_kernel_start();     // what it touches before its wait is older than prepare
+  let_next_kernel_start();     // what the walks touch before their wait is older than prepare
   wait_for_earlier_kernels();  // the maps
   MapRows<kDimK> rows;
   if (num_rows > 1) {

@@ -18,10 +18,7 @@ from .cache import GatedDeltaNet2Cache
 def _normalize_and_rotate(
     x: Tensor, weight: Tensor, eps: float, positions: Tensor, rope_theta: float
 ) -> Tensor:
-    """RMSNorm over the channels of x [B, heads, T, head_dim], then rotary positions, in float32.
-
-    Pairs (i, i + head_dim / 2) turn by position * rope_theta**(-2 i / head_dim).
-    """
+    """Pairs (i, i + head_dim / 2) turn by position * rope_theta**(-2 i / head_dim)."""
     y = x.float()
     y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps) * weight.float()
     half = x.shape[-1] // 2
@@ -30,6 +27,13 @@ def _normalize_and_rotate(
     cos, sin = angles.cos(), angles.sin()
     y1, y2 = y.split(half, -1)
     return torch.cat([y1 * cos - y2 * sin, y2 * cos + y1 * sin], -1).to(x.dtype)
+
+
+class RotaryRMSNorm(nn.RMSNorm):
+    """RMSNorm over the channels of x [B, heads, T, head_dim], then rotary positions [T]; float32 inside."""
+
+    def forward(self, x: Tensor, positions: Tensor, rope_theta: float) -> Tensor:
+        return _normalize_and_rotate(x, self.weight, self.eps, positions, rope_theta)
 
 
 @functools.cache
@@ -67,7 +71,7 @@ class SlidingWindowAttention(nn.Module):
         kv_size = num_kv_heads * self.head_dim
         self.q_proj = nn.Linear(hidden_size, hidden_size, bias=False)
         self.k_proj, self.v_proj = (nn.Linear(hidden_size, kv_size, bias=False) for _ in range(2))
-        self.q_norm, self.k_norm = (nn.RMSNorm(self.head_dim, norm_eps) for _ in range(2))
+        self.q_norm, self.k_norm = (RotaryRMSNorm(self.head_dim, norm_eps) for _ in range(2))
         self.o_proj = nn.Linear(hidden_size, hidden_size, bias=False)
 
     def forward(
@@ -90,10 +94,7 @@ class SlidingWindowAttention(nn.Module):
         state = None if past_key_values is None else past_key_values.layers[self.layer_idx]
         first = 0 if state is None else state.num_tokens
         positions = torch.arange(first, first + seqlen, device=device)
-        q, k = (
-            _normalize_and_rotate(x, norm.weight, norm.eps, positions, self.rope_theta)
-            for x, norm in ((q, self.q_norm), (k, self.k_norm))
-        )
+        q, k = self.q_norm(q, positions, self.rope_theta), self.k_norm(k, positions, self.rope_theta)
         is_token = None if attention_mask is None else attention_mask[:, -seqlen:].bool()
         if state is not None and use_cache:
             k, v, is_token = state.append(k, v, is_token)
