@@ -74,11 +74,7 @@ class Parameters : public CallChecks {
       fill_matrices(params.call.tiles, shape);
     }
     if (x.kept.given) {
-      KeptRoom const kept = kept_room(params.call);
-      params.segment_M = kept.M;
-      params.segment_states = kept.states;
-      params.keeps_tiles = kept.tiles;
-      params.row_norms = kept.row_norms;
+      params.keeps_tiles = fill_kept(params);
     }
     return good();
   }
@@ -95,11 +91,7 @@ class Parameters : public CallChecks {
     fill_matrices(params.call.tiles, shape);
     need(x.kept.given || params.call.num_segments == 1);
     if (x.kept.given) {
-      KeptRoom const kept = kept_room(params.call);
-      params.segment_M = kept.M;
-      params.segment_states = kept.states;
-      params.has_tiles = kept.tiles;
-      params.row_norms = kept.row_norms;
+      params.has_tiles = fill_kept(params);
     }
     params.dO = tokens(x.o);
     params.d_final_state = states(x.d_final_state, shape.num_sequences, shape);
@@ -188,35 +180,32 @@ class Parameters : public CallChecks {
   }
 
   // What a forward keeps beside A - I and P, one after the other in float32: M and first states of segments where there
-  // are several, and prepare's tiles where there is room for them.
-  struct KeptRoom {
-    float *M = nullptr, *states = nullptr, *row_norms = nullptr;
-    bool tiles = false;
-  };
-  KeptRoom kept_room(ChunkCall& call) {
+  // are several, and prepare's tiles where there is room for them. Whether there is.
+  template <class Params>
+  bool fill_kept(Params& params) {
+    ChunkCall& call = params.call;
     View const& view = x_.kept;
     SplitSizes const split(call.shape, call.num_segments);
     TileSizes const sizes(call);
     need(view.kind == Kind::kFloat32 && view.ndim == 1);
     std::uint8_t* const first = contiguous(view);
     if (!good()) {
-      return {};
+      return false;
     }
     Workspace room(first);
-    KeptRoom kept;
     if (call.num_segments > 1) {
-      kept.M = room.take<float>(split.M * sizeof(float));
-      kept.states = room.take<float>(split.states * sizeof(float));
+      params.segment_M = room.take<float>(split.M * sizeof(float));
+      params.segment_states = room.take<float>(split.states * sizeof(float));
     }
     std::int64_t const rest = view.shape[0] - split.M - split.states;
-    kept.tiles = rest > 0;
     need(rest == 0 || rest == sizes.total());
-    if (kept.tiles) {
-      call.tiles.factors = room.take<float>(sizes.factors * sizeof(float));
-      call.tiles.gamma_last = room.take<float>(sizes.gamma_last * sizeof(float));
-      kept.row_norms = sizes.row_norms > 0 ? room.take<float>(sizes.row_norms * sizeof(float)) : nullptr;
+    if (rest == 0) {
+      return false;
     }
-    return kept;
+    call.tiles.factors = room.take<float>(sizes.factors * sizeof(float));
+    call.tiles.gamma_last = room.take<float>(sizes.gamma_last * sizeof(float));
+    params.row_norms = sizes.row_norms > 0 ? room.take<float>(sizes.row_norms * sizeof(float)) : nullptr;
+    return true;
   }
 
   // Of an input and like it; or null.
