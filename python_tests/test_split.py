@@ -29,7 +29,7 @@ def automatic(seqlen: int, heads: int, sequences: int = 1, num_sms: int = H200_S
 
 @needs_extension
 def test_few_heads_and_long_sequences_are_split():
-    """Into about as many segments as were quickest on an H100 (docs/kernels.md)."""
+    """Into about as many segments as were quickest on an H200 (docs/kernels.md)."""
     assert 4 <= automatic(8192, 8) <= 6
     assert 3 <= automatic(2048, 4) <= 5
     assert 7 <= automatic(65536, 4) <= 10
@@ -77,7 +77,8 @@ BESIDE = [
 def test_prepare_runs_beside_walks_that_leave_it_sms():
     for batch, seqlen, heads, dim in BESIDE:
         walks = batch * heads * dim // 64
-        assert beside(seqlen, heads, batch, dim) == H200_SMS - walks > 0, (batch, seqlen, heads, dim)
+        sms = min(H200_SMS - walks, 16 + 4 * batch * heads)
+        assert beside(seqlen, heads, batch, dim) == sms > 0, (batch, seqlen, heads, dim)
     assert beside(8192, 40) == beside(0, 8) == beside(8192, 16, packed=True) == beside(256, 1) == 0
 
 

@@ -1,7 +1,6 @@
 // The schedule of a call's walks: into how many segments its sequences are cut, and whether prepare runs beside scan where
-// they stay whole. Segments are walked side by side (docs/kernels.md), which pays
-// where the walks of whole sequences leave most of the GPU without work. It costs a second walk, of all segments but the
-// last, that makes their affine maps.
+// they stay whole. Segments are walked side by side (docs/kernels.md), which pays where the walks of whole sequences leave
+// most of the GPU without work. It costs a second walk, of all segments but the last, that makes their affine maps.
 #include "api/sequence_split.h"
 
 #include <algorithm>
@@ -11,17 +10,20 @@ namespace {
 
 constexpr std::int64_t kChunk = 64, kColumns = 64;  // tokens of a chunk, value columns of a walk
 constexpr std::int64_t kMostSegments = 64;
-// In microseconds, fitted to calls with every number of segments and with prepare before and beside scan, on an H100
+// In microseconds, fitted to calls with every number of segments and with prepare before and beside scan, on an H200
 // (docs/kernels.md). Walks at the same time share the memory: a chunk takes no less than their number times their share.
-constexpr double kCallTime = 13.3, kBesideCallTime = 18.1;  // of what does not depend on the shape
-constexpr double kPrepareTime = 9.26;                       // of a chunk and head, on one SM
-constexpr double kScanTime = 0.887, kScanShare = 0.0097;    // of a chunk of a walk
-constexpr double kMapsTime = 0.667, kMapsShare = 0.0087;    // the same of the walks that make maps
-constexpr double kSplitTime = 5.0;                          // of what only a split needs
-constexpr double kStateTime = 2.0;                          // of every segment's first state
+constexpr double kCallTime = 14.0, kBesideCallTime = 22.2;  // of what does not depend on the shape
+constexpr double kPrepareTime = 6.44;                       // of a chunk and head, on one SM
+constexpr double kScanTime = 0.917, kScanShare = 0.0107;    // of a chunk of a walk
+constexpr double kMapsTime = 0.813, kMapsShare = 0.0074;    // the same of the walks that make maps
+constexpr double kSplitTime = 3.7;                          // of what only a split needs
+constexpr double kStateTime = 2.3;                          // of every segment's first state
 // Beside each other: of a chunk of a walk, and what every chunk and head of prepare adds to it; of a chunk and head of
 // prepare, on one SM, where the walks wait for it.
-constexpr double kBesideScanTime = 0.849, kBesideTileTime = 0.0532, kBesidePrepareTime = 6.53;
+constexpr double kBesideScanTime = 0.871, kBesideTileTime = 0.0108, kBesidePrepareTime = 5.96;
+// On how many SMs prepare keeps just ahead of the walks: some, and these for every head. On more it would run so far ahead
+// that its tiles have left the L2 cache when the walks take them.
+constexpr std::int64_t kBesideSms = 16, kBesideSmsOfHead = 4;
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) {
   return (a + b - 1) / b;
@@ -34,9 +36,9 @@ class Estimate {
         chunks_(ceil_div(
             call.packed ? call.seqlen / std::max<std::int64_t>(call.num_sequences, 1) : call.seqlen, kChunk)),
         walks_(call.num_sequences * call.num_value_heads * ceil_div(call.dim_v, kColumns)),
-        matrices_(call.num_sequences * call.num_gate_heads * ceil_div(call.dim_k, kColumns)),
-        tiles_(static_cast<double>(call.num_sequences * call.num_gate_heads) * static_cast<double>(chunks_)) {
-  }
+        heads_(call.num_sequences * call.num_gate_heads),
+        matrices_(heads_ * ceil_div(call.dim_k, kColumns)),
+        tiles_(static_cast<double>(heads_) * static_cast<double>(chunks_)) {}
 
   std::int64_t chunks() const { return chunks_; }
 
@@ -55,12 +57,14 @@ class Estimate {
 
  private:
   SplitChoice const& call_;
-  std::int64_t chunks_, walks_, matrices_;
+  std::int64_t chunks_, walks_, heads_, matrices_;
   double tiles_;
 
   // Lengths of packed sequences are not known here.
   bool may_run_beside() const { return !call_.packed && chunks_ > 0 && 2 * walks_ <= call_.num_sms; }
-  int other_sms() const { return call_.num_sms - static_cast<int>(walks_); }
+  int other_sms() const {
+    return static_cast<int>(std::min(call_.num_sms - walks_, kBesideSms + kBesideSmsOfHead * heads_));
+  }
 
   double prepare_then_scan(std::int64_t segments) const {
     return kCallTime + kPrepareTime * tiles_ / call_.num_sms +
