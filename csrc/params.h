@@ -135,8 +135,8 @@ struct ScanBackwardParams {
   TokenTensor v, w, dO;  // [batch, seqlen, num_value_heads, dim_v]
   GateParams gates;
   PackedPlan plan;
-  ChunkTiles tiles;  // read
-  BackwardTiles out;
+  ChunkTiles tiles;   // read
+  BackwardTiles out;  // null where not wanted
   // States as in ScanParams; each may be null: zero, or not wanted.
   float const* initial_state;
   float const* d_final_state;
@@ -147,9 +147,11 @@ struct ScanBackwardParams {
   // Where segments 1, 2, .. start, and the gradients of the states that segments 0, 1, .. but the last end in: see
   // SegmentStatesParams; null where there is one segment.
   float const *segment_states, *segment_gradients;
-  // Not null: the reverse walk alone, of all segments but the first, from a gradient of zero (the last one's is
-  // d_final_state). Nothing comes out but the gradients of their first states, here, as in SegmentStatesParams.
+  // Not null: the reverse walk of all segments but the first, from a gradient of zero (the last one's is d_final_state).
+  // Nothing comes out of it but the gradients of their first states, here, as in SegmentStatesParams.
   float* segment_N;
+  // The segments that are walked forwards too, beside either kind of reverse walk.
+  int first_recomputed, num_recomputed;
 };
 
 struct GradientsParams {

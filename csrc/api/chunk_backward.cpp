@@ -1,8 +1,24 @@
 #include "api/chunk_backward.h"
 
+#include <algorithm>
+
+#include "api/chunk_room.h"
 #include "api/sequence_split.h"
 
 namespace gdn2 {
+namespace {
+
+// How many segments' recomputation runs beside the reverse walks from zero: as many as find SMs.
+int recomputed_at_first(ChunkCall const& call) {
+  CallShape const& shape = call.shape;
+  std::int64_t const ctas =
+      std::int64_t{shape.num_sequences} * shape.num_value_heads * ((shape.dim_v + kSlice - 1) / kSlice);
+  std::int64_t const reverse_walks = call.num_segments - 1;
+  return static_cast<int>(std::clamp<std::int64_t>(
+      call.num_sms / std::max<std::int64_t>(ctas, 1) - reverse_walks, 0, call.num_segments));
+}
+
+}  // namespace
 
 void chunk_backward(ChunkBackwardParams const& params, cudaStream_t stream) {
   ChunkCall const& call = params.call;
@@ -22,9 +38,13 @@ void chunk_backward(ChunkBackwardParams const& params, cudaStream_t stream) {
                            .d_final_state = params.d_final_state,
                            .state_v_first = call.state_v_first,
                            .num_segments = call.num_segments,
-                           .follows_prepare = !params.has_tiles};
+                           .follows_prepare = !params.has_tiles,
+                           .segment_states = params.segment_states,
+                           .num_recomputed = call.num_segments};
   if (call.num_segments > 1) {
     walks.segment_N = params.segment_N;
+    walks.num_recomputed = recomputed_at_first(call);
+    walks.out = {.S = params.tiles.S, .R = params.tiles.R};
     run_scan_backward(walks, stream);
     run_segment_states({.shape = call.shape,
                         .num_segments = call.num_segments,
@@ -35,8 +55,9 @@ void chunk_backward(ChunkBackwardParams const& params, cudaStream_t stream) {
                        stream);
     walks.segment_N = nullptr;
     walks.follows_prepare = true;
-    walks.segment_states = params.segment_states;
     walks.segment_gradients = params.segment_gradients;
+    walks.first_recomputed = walks.num_recomputed;
+    walks.num_recomputed = call.num_segments - walks.first_recomputed;
   }
   walks.out = params.tiles;
   walks.d_initial_state = params.d_initial_state;

@@ -87,20 +87,26 @@ struct Channels {
     return {x[0], x[1], x[2], x[3]};
   }
 
-  // The decays inside groups, and over them. Both warpgroups read all of them: ends with the CTA's barrier.
-  __device__ void prepare_decays() {
+  // alpha of the lane's tokens and channels, where g is or alpha where it has been.
+  template <bool kActivated>
+  __device__ void read_alpha(HalfAccumulators& alpha, GradientsPlace const& place) const {
     int const num_rows = uniform(smem.work.num_rows);
+#pragma unroll
+    for (int n = 0; n < 4 * kHalfGroups; ++n) {
+      int const i = n / 4, half = n / 2 % 2, c = n % 2;
+      float const g = smem.tokens().g_at(place.token(i, c), place.channel(half));
+      alpha[n] = place.token(i, c) >= num_rows ? 1.f : kActivated ? g : exp2_approx(kLog2E * g);
+    }
+  }
+
+  // The decays inside groups, and over them. Both warpgroups read all of them: ends with the CTA's barrier.
+  __device__ void prepare_decays(bool activated) {
     auto& tokens = smem.tokens();
     auto& scratch = smem.scratch();
     GradientsPlace const place;
     int const thread = place.thread % kWarpgroupThreads;
-    float alpha[4 * kHalfGroups];
-#pragma unroll
-    for (int n = 0; n < 4 * kHalfGroups; ++n) {
-      int const i = n / 4, half = n / 2 % 2, c = n % 2;
-      float const g = tokens.g_at(place.token(i, c), place.channel(half));
-      alpha[n] = place.token(i, c) >= num_rows ? 1.f : Cfg::kFused ? g : exp2_approx(kLog2E * g);
-    }
+    HalfAccumulators alpha;
+    activated ? read_alpha<true>(alpha, place) : read_alpha<false>(alpha, place);
     __syncthreads();  // all of g has been read
 #pragma unroll
     for (int n = 0; n < 2 * kHalfGroups; ++n) {

@@ -11,6 +11,12 @@
 
 namespace gdn2 {
 
+// Whether g and b are anything but the decay in float32 and the gate: then alpha and E are made in their tiles first.
+__device__ inline bool needs_activation(GateParams const& gates, ElementType gate_element) {
+  return gates.decay_gate != DecayGate::kNone || gates.use_gate_sigmoid ||
+         gate_element != ElementType::kFloat32;
+}
+
 // What the gate of a key head has, from global memory: loaded before it is needed. Zero where there is none.
 __device__ inline float load_A_log(GateParams const& gates, int head) {
   return gates.A_log != nullptr ? gates.A_log[head] : 0.f;

@@ -348,14 +348,15 @@ __global__ void __launch_bounds__(kThreads, 2)
                            : store_matrix<Element>(smem.dT, products.dM, -1.f, place);
 
   smem.full[0].wait(num_slices / kStages % 2);
-  if constexpr (Cfg::kFused) {
+  bool const activated = Cfg::kFused && needs_activation(params.gates, params.gate_element);
+  if (activated) {
     x.activate_gates();
   }
   x.prepare_tiles();
-  if constexpr (Cfg::kFused) {
+  if (activated) {
     __syncthreads();  // alpha, which others read
   }
-  x.prepare_decays();
+  x.prepare_decays(activated);
   x.finish_state_products(rowsums);
   PairGradients<Element>(smem, dq, dE, dk, dG).run();
   DecayGradients<Cfg> decays{smem, params, work, dG};

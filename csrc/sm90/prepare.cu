@@ -106,7 +106,7 @@ struct SharedStorage {
   float block_first[kNumBlocks][Cfg::kDimK], block_rest[kNumBlocks][Cfg::kDimK];
   float q_scale[kChunk],
       k_scale[kChunk];     // scale / norm for q, 1 / norm for k (norms are 1 where not asked for)
-  float diagonal[kChunk];  // of P
+  float diagonal[kChunk];  // of q k^T
   // The CTA's chunk and head in this round, the next one and the ones before, which some threads may not have left yet.
   // Here, since all registers are needed elsewhere.
   Work work[4];
@@ -300,9 +300,9 @@ __device__ void activate_inputs(SharedStorage<Cfg>& smem, PrepareParams const& p
   }
 }
 
-// Tokens [first, first + kGroup) of a thread's 16. Where kTail, rows that are not the sequence's become g = 0 and
-// q = k = E = 0, whatever lies there.
-template <bool kTail, class Cfg>
+// Tokens [first, first + kGroup) of a thread's 16, of inputs as they came or activated ones. Where kTail, rows that are not
+// the sequence's become g = 0 and q = k = E = 0, whatever lies there.
+template <bool kTail, bool kActivated, class Cfg>
 __device__ void read_group(ThreadInputs<Cfg>& x, SharedStorage<Cfg>& smem, ThreadPlace at, int first,
                            int num_rows) {
   using Element = typename Cfg::Element;
@@ -315,9 +315,9 @@ __device__ void read_group(ThreadInputs<Cfg>& x, SharedStorage<Cfg>& smem, Threa
     x.q[i] = pair_at(smem.in.q[at.box], row, at.lane);
     x.k[i] = pair_at(smem.in.k[at.box], row, at.lane);
     std::uint32_t const b = pair_at(smem.in.b[at.box], row, at.lane);
-    x.E[i] = Cfg::kFused ? b : multiply_pairs<Element>(b, x.k[i]);
-    x.alpha[i][0] = Cfg::kFused ? g.x : exp2_approx(kLog2E * g.x);
-    x.alpha[i][1] = Cfg::kFused ? g.y : exp2_approx(kLog2E * g.y);
+    x.E[i] = kActivated ? b : multiply_pairs<Element>(b, x.k[i]);
+    x.alpha[i][0] = kActivated ? g.x : exp2_approx(kLog2E * g.x);
+    x.alpha[i][1] = kActivated ? g.y : exp2_approx(kLog2E * g.y);
     if (kTail && row >= num_rows) {
       x.q[i] = x.k[i] = x.E[i] = 0u;
       x.alpha[i][0] = x.alpha[i][1] = 1.f;
@@ -325,67 +325,81 @@ __device__ void read_group(ThreadInputs<Cfg>& x, SharedStorage<Cfg>& smem, Threa
   }
 }
 
-template <class Cfg>
+template <bool kActivated, class Cfg>
 __device__ void read_inputs(ThreadInputs<Cfg>& x, SharedStorage<Cfg>& smem, Work const& work,
                             ThreadPlace at) {
 #pragma unroll
   for (int first = 0; first < kBlock; first += Cfg::kGroup) {
     if (at.block * kBlock + first + Cfg::kGroup <= work.num_rows) {
-      read_group<false>(x, smem, at, first, work.num_rows);
+      read_group<false, kActivated>(x, smem, at, first, work.num_rows);
     } else {
-      read_group<true>(x, smem, at, first, work.num_rows);
+      read_group<true, kActivated>(x, smem, at, first, work.num_rows);
     }
   }
 }
 
-// Diagonals of q k^T (and, for the norms, of q q^T and k k^T) for 16 rows a warp: the product of a row with itself or
-// its partner, on the tensor cores. Writes the row scales and the diagonal of P.
-template <class Cfg>
-__device__ void row_products(SharedStorage<Cfg>& smem, PrepareParams const& params, Work const& work) {
+// put(row, x.y) for the 16 rows of a warp, by the lane that has it: products of rows with all others, on the tensor cores.
+template <class Cfg, class Put>
+__device__ void row_dots(std::uint8_t const (&x)[Cfg::kBoxes][kBoxBytes],
+                         std::uint8_t const (&y)[Cfg::kBoxes][kBoxBytes], Put put) {
   using Element = typename Cfg::Element;
-  int const warp = thread_of_team<Cfg>() / kWarpThreads, lane = lane_index();
-  bool const normalize = Cfg::kFused && params.gates.use_qk_l2norm;
-  float qk[2][4] = {}, qq[2][4] = {}, kk[2][4] = {};
+  int const warp = threadIdx.x % kWarpgroupThreads / kWarpThreads, lane = lane_index();
+  float dots[2][4] = {};
 #pragma unroll
   for (int step = 0; step < Cfg::kDimK / 16; ++step) {
-    std::uint32_t q[4], k[4];
-    load_matrices(q, smem.in.q[step / 4], 16 * warp, step % 4 * 2);
-    load_matrices(k, smem.in.k[step / 4], 16 * warp, step % 4 * 2);
+    std::uint32_t a[4], b[4];
+    load_matrices(a, x[step / 4], 16 * warp, step % 4 * 2);
+    load_matrices(b, y[step / 4], 16 * warp, step % 4 * 2);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      if constexpr (!Cfg::kFactorsOnly) {
-        mma_16x8x16<Element>(qk[half], q, k[half], k[half + 2]);
-      }
-      if (normalize) {
-        mma_16x8x16<Element>(qq[half], q, q[half], q[half + 2]);
-        mma_16x8x16<Element>(kk[half], k, k[half], k[half + 2]);
-      }
+      mma_16x8x16<Element>(dots[half], a, b[half], b[half + 2]);
     }
   }
   // Row l/4 + 8*half meets itself in column l/4 of the half's eight: there 2*(l%4) + c = l/4.
   if (lane / 8 == lane % 4) {
-    int const c = lane / 4 % 2;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      int const row = 16 * warp + lane / 4 + 8 * half;
-      float const q_norm =
-          normalize ? rsqrtf((c ? qq[half][2 * half + 1] : qq[half][2 * half]) + 1e-6f) : 1.f;
-      float const k_norm =
-          normalize ? rsqrtf((c ? kk[half][2 * half + 1] : kk[half][2 * half]) + 1e-6f) : 1.f;
-      bool const inside = row < work.num_rows;
-      smem.q_scale[row] = inside ? params.scale * q_norm : 0.f;
-      smem.k_scale[row] = inside ? k_norm : 0.f;
-      if (params.row_norms != nullptr) {
-        float* const norms = params.row_norms + static_cast<std::int64_t>(work.tile) * 2 * kChunk;
-        norms[row] = inside ? q_norm : 0.f;
-        norms[kChunk + row] = inside ? k_norm : 0.f;
-      }
-      if constexpr (!Cfg::kFactorsOnly) {
-        float const qk_norm =
-            (c ? qk[half][2 * half + 1] : qk[half][2 * half]) * params.scale * q_norm * k_norm;
-        smem.diagonal[row] = inside ? qk_norm : 0.f;
-      }
+      put(16 * warp + lane / 4 + 8 * half, lane / 4 % 2 ? dots[half][2 * half + 1] : dots[half][2 * half]);
     }
+  }
+}
+
+// The rows' scales and the diagonal of q k^T: q's by the first warpgroup, k's by the last one.
+template <class Cfg>
+__device__ void scale_rows(SharedStorage<Cfg>& smem, PrepareParams const& params, Work const& work) {
+  int const warpgroup = thread_of_team<Cfg>() / kWarpgroupThreads, thread = threadIdx.x % kWarpgroupThreads;
+  bool const of_q = warpgroup == 0, of_k = warpgroup == Cfg::kWarpgroups - 1;
+  auto const if_inside = [&](int row, float x) { return row < work.num_rows ? x : 0.f; };
+  if (!Cfg::kFactorsOnly && of_q) {
+    row_dots<Cfg>(smem.in.q, smem.in.k,
+                  [&](int row, float dot) { smem.diagonal[row] = if_inside(row, dot); });
+  }
+  if (!Cfg::kFused || !params.gates.use_qk_l2norm) {
+    if (thread < kChunk && of_q) {
+      smem.q_scale[thread] = if_inside(thread, params.scale);
+    }
+    if (thread < kChunk && of_k) {
+      smem.k_scale[thread] = if_inside(thread, 1.f);
+    }
+    return;
+  }
+  float* const norms = params.row_norms == nullptr
+                           ? nullptr
+                           : params.row_norms + static_cast<std::int64_t>(work.tile) * 2 * kChunk;
+  auto const set_norm = [&](int row, float dot, float* kept) {
+    float const norm = if_inside(row, rsqrtf(dot + 1e-6f));
+    if (norms != nullptr) {
+      kept[row] = norm;
+    }
+    return norm;
+  };
+  if (of_q) {
+    row_dots<Cfg>(smem.in.q, smem.in.q,
+                  [&](int row, float dot) { smem.q_scale[row] = params.scale * set_norm(row, dot, norms); });
+  }
+  if (of_k) {
+    row_dots<Cfg>(smem.in.k, smem.in.k,
+                  [&](int row, float dot) { smem.k_scale[row] = set_norm(row, dot, norms + kChunk); });
   }
 }
 
@@ -394,7 +408,8 @@ template <class Cfg>
 __device__ void place_diagonal(SharedStorage<Cfg>& smem, int row) {
   using Element = typename Cfg::Element;
   auto* const place = smem.P + swizzled_offset(row, row / 8) + row % 8 * sizeof(Element);
-  *reinterpret_cast<Element*>(place) = round_to<Element>(smem.diagonal[row]);
+  *reinterpret_cast<Element*>(place) =
+      round_to<Element>(smem.diagonal[row] * smem.q_scale[row] * smem.k_scale[row]);
 }
 
 // The index of a row among the 32 later (or earlier) rows of level h: the bit h taken out.
@@ -795,15 +810,17 @@ __device__ void run_tile(SharedStorage<Cfg>& smem, PrepareParams const& params, 
                          GateChannels const& channels, InputsRead inputs_read, OperandsRead operands_read) {
   ThreadPlace const at = thread_place<Cfg>();
   bool const normalize = Cfg::kFused && params.gates.use_qk_l2norm;
-  if (at.box == 0 && (Cfg::kFused || !Cfg::kFactorsOnly)) {
-    row_products(smem, params, work);
-  }
-  if constexpr (Cfg::kFused) {
-    activate_inputs(smem, params, channels);
-    sync_team<Cfg>();
+  if constexpr (Cfg::kFused || !Cfg::kFactorsOnly) {
+    scale_rows(smem, params, work);
   }
   ThreadInputs<Cfg> x;
-  read_inputs(x, smem, work, at);
+  if (Cfg::kFused && needs_activation(params.gates, params.gate_element)) {
+    activate_inputs(smem, params, channels);
+    sync_team<Cfg>();
+    read_inputs<true>(x, smem, work, at);
+  } else {
+    read_inputs<false>(x, smem, work, at);
+  }
   store_block_products(smem, x, at);
   // The inputs are in registers: their shared memory becomes operands. Nobody reads the tiles of the chunk before.
   sync_team<Cfg>();

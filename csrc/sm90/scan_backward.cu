@@ -11,7 +11,8 @@
 // is the rounded accumulator of the one before it, in the registers where it is.
 //
 // Grid: one CTA for a sequence, walk, segment, value head and kWarpgroups * 64 value columns; longer sequences first, of
-// each the reverse walks first. A sequence is one segment, or several whose first states and last gradients are known.
+// each the reverse walks first. A sequence is one segment, or several whose first states are known; the reverse walks of
+// those come twice: from zero, and once their last gradients are known.
 // Roles: kWarpgroups math warpgroups of 64 value columns each (S or dS 64, X or dR 32 accumulators; 32 rounded S or
 // dS', 16 rounded R or dX, 16 rounded X or dR, 16 dO a thread; 240 registers, 216 where there are two); one warpgroup
 // that makes Z (idle in the reverse walk); one whose first warp loads factors, whose next ones store, one a math
@@ -519,20 +520,26 @@ struct Reverse {
   }
 };
 
-// Walks of a sequence, value head and slice: of only_N all segments but the first, else both directions of all.
+// Walks of a sequence, value head and slice: reverse ones, where they make N of all segments but the first, and then those
+// of the recomputation.
+__host__ __device__ int num_reverse_walks(ScanBackwardParams const& params) {
+  return params.segment_N != nullptr ? params.num_segments - 1 : params.num_segments;
+}
 __host__ __device__ int num_walks(ScanBackwardParams const& params) {
-  return params.segment_N != nullptr ? params.num_segments - 1 : 2 * params.num_segments;
+  return num_reverse_walks(params) + params.num_recomputed;
 }
 
-// The CTA's walk, the reverse ones first; asked of the machine, it needs no register in between.
+// The CTA's walk; asked of the machine, it needs no register in between.
 __device__ int find_own_walk(ScanBackwardParams const& params) {
   asm volatile("" ::: "memory");
   return find_walk(params.shape, num_walks(params));
 }
 
 __device__ int find_segment(ScanBackwardParams const& params) {
-  int const walk = find_own_walk(params);
-  return params.segment_N != nullptr ? walk + 1 : walk % params.num_segments;
+  int const walk = find_own_walk(params), recomputed = walk - num_reverse_walks(params);
+  return recomputed >= 0               ? params.first_recomputed + recomputed
+         : params.segment_N != nullptr ? walk + 1
+                                       : walk;
 }
 
 template <class Cfg>
@@ -595,8 +602,7 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
   extern __shared__ std::uint8_t smem_bytes[];
   auto& recompute = *reinterpret_cast<RecomputeStorage<Cfg>*>(smem_bytes);
   auto& reverse = *reinterpret_cast<ReverseStorage<Cfg>*>(smem_bytes);
-  bool const only_N = params.segment_N != nullptr;
-  bool const forwards = !only_N && find_own_walk(params) >= params.num_segments;
+  bool const forwards = find_own_walk(params) >= num_reverse_walks(params);
   Work& work = *reinterpret_cast<Work*>(smem_bytes + kStorageBytes<Cfg>);  // where it costs no registers
   if (threadIdx.x == 0) {
     work = find_work(params.shape, params.plan, num_walks(params), Cfg::kWarpgroups * kColumns);
@@ -665,7 +671,7 @@ void launch(ScanBackwardParams const& params, cudaStream_t stream) {
 
 template <class Element, int kDimK>
 void dispatch(ScanBackwardParams const& params, cudaStream_t stream) {
-  // As in scan: two warpgroups share the factors that they load, at half the number of CTAs. There are two walks.
+  // As in scan: two warpgroups share the factors that they load, at half the number of CTAs.
   CallShape const& shape = params.shape;
   std::int64_t const slices = (shape.dim_v + kColumns - 1) / kColumns;
   std::int64_t const walks = std::int64_t{shape.num_sequences} * shape.num_value_heads * num_walks(params);
