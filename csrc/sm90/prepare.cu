@@ -23,6 +23,7 @@
 //     wait | gates | tiles out | build 1, 2 | multiply both | build 4 | build 8 | multiply both | .. 16, 32 .. | A, P out
 //                                                                                            next chunk in ..
 #include <cutlass/arch/barrier.h>
+#include <cutlass/arch/memory.h>
 #include <cutlass/fast_math.h>
 
 #include <algorithm>
@@ -253,9 +254,36 @@ __device__ ThreadPlace thread_place() {
           .lane = static_cast<int>(thread % kWarpThreads)};
 }
 
-// The address of this lane's pair of channels in row `row` of a box: 128 bytes a warp, without bank conflicts.
-__device__ std::uint32_t& pair_at(std::uint8_t* box, int row, int lane) {
-  return *reinterpret_cast<std::uint32_t*>(box + swizzled_offset(row, lane / 4) + lane % 4 * 4);
+// Where a lane has its channels in the rows of a box, from a multiple of eight on. The swizzle is a ^ of bits that are zero
+// in where a box begins: of the whole address then, one instruction, and what is left of `row` is known to the compiler.
+template <class Address>
+struct LaneRows {
+  Address first;
+
+  __device__ Address operator[](int row) const {
+    return (first ^ static_cast<Address>(row % 8 * 16)) + row * kBoxRowBytes;
+  }
+};
+
+// Pairs of channels: 128 bytes a warp, without bank conflicts.
+__device__ LaneRows<std::uint32_t> pairs_of(void const* box, int first_row, int lane) {
+  return {cute::cast_smem_ptr_to_uint(box) + swizzled_offset(first_row, lane / 4) + lane % 4 * 4};
+}
+// In global memory, in an image of a box at a multiple of 128 bytes.
+__device__ LaneRows<std::uintptr_t> image_pairs_of(std::uint8_t* box, int first_row, int lane) {
+  return {reinterpret_cast<std::uintptr_t>(box) + swizzled_offset(first_row, lane / 4) + lane % 4 * 4};
+}
+
+__device__ std::uint32_t load_pair(std::uint32_t address) {
+  std::uint32_t pair;
+  cutlass::arch::shared_load<sizeof(pair)>(&pair, address);
+  return pair;
+}
+__device__ void store_pair(std::uint32_t address, std::uint32_t pair) {
+  cutlass::arch::shared_store<sizeof(pair)>(address, &pair);
+}
+__device__ void store_pair(std::uintptr_t address, std::uint32_t pair) {
+  __stwb(reinterpret_cast<std::uint32_t*>(address), pair);
 }
 
 // True, as nobody but the machine knows: a branch that ptxas moves nothing across.
@@ -306,15 +334,19 @@ template <bool kTail, bool kActivated, class Cfg>
 __device__ void read_group(ThreadInputs<Cfg>& x, SharedStorage<Cfg>& smem, ThreadPlace at, int first,
                            int num_rows) {
   using Element = typename Cfg::Element;
+  using In = decltype(smem.in);
+  int const first_row = at.block * kBlock;
+  auto const pairs = pairs_of(smem.in.q[at.box], first_row, at.lane);
+  LaneRows<std::uint32_t> const gates{cute::cast_smem_ptr_to_uint(smem.in.g[2 * at.box + at.lane / 16]) +
+                                      swizzled_offset(first_row, at.lane % 16 / 2) + at.lane % 2 * 8};
 #pragma unroll
   for (int i = first; i < first + Cfg::kGroup; ++i) {
-    int const row = at.block * kBlock + i;
-    std::uint8_t* const box = smem.in.g[2 * at.box + at.lane / 16];
-    float2 const g =
-        *reinterpret_cast<float2*>(box + swizzled_offset(row, at.lane % 16 / 2) + at.lane % 2 * 8);
-    x.q[i] = pair_at(smem.in.q[at.box], row, at.lane);
-    x.k[i] = pair_at(smem.in.k[at.box], row, at.lane);
-    std::uint32_t const b = pair_at(smem.in.b[at.box], row, at.lane);
+    int const row = first_row + i;
+    float2 g;
+    cutlass::arch::shared_load<sizeof(g)>(&g, gates[i]);
+    x.q[i] = load_pair(pairs[i]);
+    x.k[i] = load_pair(pairs[i] + (offsetof(In, k) - offsetof(In, q)));
+    std::uint32_t const b = load_pair(pairs[i] + (offsetof(In, b) - offsetof(In, q)));
     x.E[i] = kActivated ? b : multiply_pairs<Element>(b, x.k[i]);
     x.alpha[i][0] = kActivated ? g.x : exp2_approx(kLog2E * g.x);
     x.alpha[i][1] = kActivated ? g.y : exp2_approx(kLog2E * g.y);
@@ -423,46 +455,56 @@ __host__ __device__ constexpr int earlier_row(int index, int h) {
   return index / h * 2 * h + index % h;
 }
 
+// Where a lane has its channels of a level, from a row on.
+struct LevelRows {
+  LaneRows<std::uint32_t> later, earlier;
+
+  template <class Cfg>
+  __device__ LevelRows(LevelOperands<Cfg> const& operands, ThreadPlace at, int first_row)
+      : later(pairs_of(operands.later[at.box], first_row, at.lane)),
+        earlier(pairs_of(operands.earlier[at.box], first_row, at.lane)) {}
+};
+
 // E*D and q*D of token i, to row `index` of the later halves. The factor is rounded once for both: that costs less
 // accuracy than the rounding of P does, and saves a third of the level's instructions.
 template <class Cfg>
-__device__ void store_later(LevelOperands<Cfg>& out, ThreadInputs<Cfg> const& x, ThreadPlace at, int i,
-                            int index, float const (&D)[2]) {
+__device__ void store_later(LevelRows const& out, ThreadInputs<Cfg> const& x, int i, int index,
+                            float const (&D)[2]) {
   using Element = typename Cfg::Element;
   std::uint32_t const factor = pack<Element>(D[0], D[1]);
-  pair_at(out.later[at.box], index, at.lane) = multiply_pairs<Element>(x.E[i], factor);
-  pair_at(out.later[at.box], 32 + index, at.lane) = multiply_pairs<Element>(x.q[i], factor);
+  store_pair(out.later[index], multiply_pairs<Element>(x.E[i], factor));
+  store_pair(out.later[32 + index], multiply_pairs<Element>(x.q[i], factor));
 }
 
 template <class Cfg>
-__device__ void store_earlier(LevelOperands<Cfg>& out, ThreadInputs<Cfg> const& x, ThreadPlace at, int i,
-                              int index, float const (&U)[2]) {
+__device__ void store_earlier(LevelRows const& out, ThreadInputs<Cfg> const& x, int i, int index,
+                              float const (&U)[2]) {
   using Element = typename Cfg::Element;
-  pair_at(out.earlier[at.box], index, at.lane) = multiply_pairs<Element>(x.k[i], pack<Element>(U[0], U[1]));
+  store_pair(out.earlier[index], multiply_pairs<Element>(x.k[i], pack<Element>(U[0], U[1])));
 }
 
 // Levels whose pairs lie inside a thread's 16 tokens.
 template <int h, class Cfg>
-__device__ void build_inner_level(LevelOperands<Cfg>& out, ThreadInputs<Cfg> const& x, ThreadPlace at) {
+__device__ void build_inner_level(LevelRows const& out, ThreadInputs<Cfg> const& x) {
   static_assert(2 * h <= kBlock);
 #pragma unroll
   for (int first = 0; first < kBlock; first += 2 * h) {
-    int const index = at.block * (kBlock / 2) + first / 2;
-    pair_at(out.later[at.box], index, at.lane) = x.E[first + h];  // D = 1
-    pair_at(out.later[at.box], 32 + index, at.lane) = x.q[first + h];
+    int const index = first / 2;
+    store_pair(out.later[index], x.E[first + h]);  // D = 1
+    store_pair(out.later[32 + index], x.q[first + h]);
     float D[2] = {1.f, 1.f};
 #pragma unroll
     for (int i = 1; i < h; ++i) {
       D[0] *= x.alpha[first + h + i][0];
       D[1] *= x.alpha[first + h + i][1];
-      store_later(out, x, at, first + h + i, index + i, D);
+      store_later(out, x, first + h + i, index + i, D);
     }
     float U[2] = {1.f, 1.f};
 #pragma unroll
     for (int i = h - 1; i >= 0; --i) {
       U[0] *= x.alpha[first + i + 1][0];
       U[1] *= x.alpha[first + i + 1][1];
-      store_earlier(out, x, at, first + i, index + i, U);
+      store_earlier(out, x, first + i, index + i, U);
     }
   }
 }
@@ -484,8 +526,8 @@ struct BlockProducts {
 // Levels 16 and 32: a block is later or earlier as a whole. `carry` is the decay between this block and the pair's
 // middle: from the later half's first row to this block's first, or from this block's last row to it.
 template <class Cfg>
-__device__ void build_outer_level(LevelOperands<Cfg>& out, ThreadInputs<Cfg> const& x, ThreadPlace at,
-                                  bool later, int first_index, float2 carry) {
+__device__ void build_outer_level(LevelRows const& out, ThreadInputs<Cfg> const& x, bool later,
+                                  float2 carry) {
   float F[2] = {carry.x, carry.y};
   if (later) {
 #pragma unroll
@@ -494,7 +536,7 @@ __device__ void build_outer_level(LevelOperands<Cfg>& out, ThreadInputs<Cfg> con
         F[0] *= x.alpha[i][0];
         F[1] *= x.alpha[i][1];
       }
-      store_later(out, x, at, i, first_index + i, F);
+      store_later(out, x, i, i, F);
     }
   } else {
 #pragma unroll
@@ -503,7 +545,7 @@ __device__ void build_outer_level(LevelOperands<Cfg>& out, ThreadInputs<Cfg> con
         F[0] *= x.alpha[i + 1][0];
         F[1] *= x.alpha[i + 1][1];
       }
-      store_earlier(out, x, at, i, first_index + i, F);
+      store_earlier(out, x, i, i, F);
     }
   }
 }
@@ -512,7 +554,7 @@ template <int h, class Cfg>
 __device__ void build_level(LevelOperands<Cfg>& out, SharedStorage<Cfg>& smem, ThreadInputs<Cfg> const& x,
                             ThreadPlace at) {
   if constexpr (2 * h <= kBlock) {
-    build_inner_level<h>(out, x, at);
+    build_inner_level<h>(LevelRows(out, at, at.block * (kBlock / 2)), x);
   } else {
     BlockProducts<Cfg> const blocks(smem, at.channel());
     float2 const one{1.f, 1.f};
@@ -528,7 +570,7 @@ __device__ void build_level(LevelOperands<Cfg>& out, SharedStorage<Cfg>& smem, T
               : at.block == 1 ? blocks.first[2]
                               : blocks.first[1] * blocks.rest[1] * blocks.first[2];
     }
-    build_outer_level(out, x, at, later, compressed_row(at.block * kBlock, h), carry);
+    build_outer_level(LevelRows(out, at, compressed_row(at.block * kBlock, h)), x, later, carry);
   }
 }
 
@@ -654,10 +696,10 @@ __device__ void store_factor_tiles(SharedStorage<Cfg>& smem, PrepareParams const
   using Element = typename Cfg::Element;
   ThreadPlace const at = thread_place<Cfg>();
   ChunkTiles const& tiles = params.tiles;
-  auto* const gamma_q = static_cast<std::uint8_t*>(tiles.factors) +
-                        static_cast<std::int64_t>(work.tile) * 3 * Cfg::kTileBytes + at.box * kBoxBytes;
-  auto* const Kt = gamma_q + Cfg::kTileBytes;
-  auto* const gamma_E = gamma_q + 2 * Cfg::kTileBytes;
+  auto* const box = static_cast<std::uint8_t*>(tiles.factors) +
+                    static_cast<std::int64_t>(work.tile) * 3 * Cfg::kTileBytes + at.box * kBoxBytes;
+  auto const gamma_q = image_pairs_of(box, at.block * kBlock, at.lane);
+  constexpr int kFromKt = Cfg::kTileBytes, kFromE = 2 * Cfg::kTileBytes;  // behind gamma_q
   BlockProducts<Cfg> const blocks(smem, at.channel());
   float2 gamma = blocks.first[0], tail{1.f, 1.f};
 #pragma unroll
@@ -676,9 +718,9 @@ __device__ void store_factor_tiles(SharedStorage<Cfg>& smem, PrepareParams const
         }
         float const q_scale = Cfg::kFused ? smem.q_scale[row] : params.scale;
         float2 const q = unpack<Element>(x.q[i]), E = unpack<Element>(x.E[i]);
-        pair_at(gamma_q, row, at.lane) = pack<Element>(q.x * gamma.x * q_scale, q.y * gamma.y * q_scale);
+        store_pair(gamma_q[i], pack<Element>(q.x * gamma.x * q_scale, q.y * gamma.y * q_scale));
         float2 const gamma_k = Cfg::kFused ? gamma * smem.k_scale[row] : gamma;
-        pair_at(gamma_E, row, at.lane) = pack<Element>(E.x * gamma_k.x, E.y * gamma_k.y);
+        store_pair(gamma_q[i] + kFromE, pack<Element>(E.x * gamma_k.x, E.y * gamma_k.y));
       }
     }
   }
@@ -697,7 +739,7 @@ __device__ void store_factor_tiles(SharedStorage<Cfg>& smem, PrepareParams const
         }
         float2 const k = unpack<Element>(x.k[i]);
         float2 const tail_k = Cfg::kFused ? tail * smem.k_scale[row] : tail;
-        pair_at(Kt, row, at.lane) = pack<Element>(k.x * tail_k.x, k.y * tail_k.y);
+        store_pair(gamma_q[i] + kFromKt, pack<Element>(k.x * tail_k.x, k.y * tail_k.y));
       }
     }
   }
@@ -852,8 +894,10 @@ __device__ void run_tile(SharedStorage<Cfg>& smem, PrepareParams const& params, 
 
   auto* const P =
       static_cast<std::uint8_t*>(params.tiles.P) + static_cast<std::int64_t>(work.tile) * kBoxBytes;
-  for (int i = thread_of_team<Cfg>(); i < kBoxBytes / 16; i += Cfg::kTeamThreads) {
-    reinterpret_cast<uint4*>(P)[i] = reinterpret_cast<uint4 const*>(smem.P)[i];
+#pragma unroll
+  for (int i = 0; i < kBoxBytes / 16; i += Cfg::kTeamThreads) {
+    int const piece = i + thread_of_team<Cfg>();
+    reinterpret_cast<uint4*>(P)[piece] = reinterpret_cast<uint4 const*>(smem.P)[piece];
   }
   if (at.box == 0) {
     invert_unit_lower(TriangularMatrix{smem.T}, barrier_id<Cfg>(TeamBarrier::kInverse));
@@ -893,8 +937,9 @@ __global__ void __launch_bounds__(Cfg::kThreads, Cfg::kCtasPerSm)
   }
   if constexpr (!Cfg::kFactorsOnly) {
     // The upper triangle of P, which no level writes, is zero.
-    for (int i = thread_of_team<Cfg>(); i < kBoxBytes / 16; i += Cfg::kTeamThreads) {
-      reinterpret_cast<uint4*>(smem.P)[i] = uint4{};
+#pragma unroll
+    for (int i = 0; i < kBoxBytes / 16; i += Cfg::kTeamThreads) {
+      reinterpret_cast<uint4*>(smem.P)[i + thread_of_team<Cfg>()] = uint4{};
     }
   }
   if constexpr (Cfg::kStays) {
