@@ -188,7 +188,7 @@ class Parameters : public CallChecks {
     SplitSizes const split(call.shape, call.num_segments);
     TileSizes const sizes(call);
     need(view.kind == Kind::kFloat32 && view.ndim == 1);
-    std::uint8_t* const first = contiguous(view, kRoomAlignment);
+    std::uint8_t* const first = contiguous(view);
     if (!good()) {
       return false;
     }

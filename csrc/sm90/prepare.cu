@@ -269,7 +269,7 @@ struct LaneRows {
 __device__ LaneRows<std::uint32_t> pairs_of(void const* box, int first_row, int lane) {
   return {cute::cast_smem_ptr_to_uint(box) + swizzled_offset(first_row, lane / 4) + lane % 4 * 4};
 }
-// In global memory, in an image of a box at a multiple of 128 bytes.
+// In global memory, in an image of a box at a multiple of 128 bytes, as allocations are.
 __device__ LaneRows<std::uintptr_t> image_pairs_of(std::uint8_t* box, int first_row, int lane) {
   return {reinterpret_cast<std::uintptr_t>(box) + swizzled_offset(first_row, lane / 4) + lane % 4 * 4};
 }
