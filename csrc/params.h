@@ -136,7 +136,7 @@ struct ScanBackwardParams {
   GateParams gates;
   PackedPlan plan;
   ChunkTiles tiles;   // read
-  BackwardTiles out;  // null where not wanted
+  BackwardTiles out;
   // States as in ScanParams; each may be null: zero, or not wanted.
   float const* initial_state;
   float const* d_final_state;

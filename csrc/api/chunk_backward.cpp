@@ -34,17 +34,21 @@ void chunk_backward(ChunkBackwardParams const& params, cudaStream_t stream) {
                            .gates = call.gates,
                            .plan = call.plan,
                            .tiles = call.tiles,
+                           .out = params.tiles,
                            .initial_state = call.initial_state,
                            .d_final_state = params.d_final_state,
+                           .d_initial_state = params.d_initial_state,
                            .state_v_first = call.state_v_first,
                            .num_segments = call.num_segments,
                            .follows_prepare = !params.has_tiles,
                            .segment_states = params.segment_states,
+                           .segment_gradients = params.segment_gradients,
+                           .segment_N = nullptr,
+                           .first_recomputed = 0,
                            .num_recomputed = call.num_segments};
   if (call.num_segments > 1) {
     walks.segment_N = params.segment_N;
     walks.num_recomputed = recomputed_at_first(call);
-    walks.out = {.S = params.tiles.S, .R = params.tiles.R};
     run_scan_backward(walks, stream);
     run_segment_states({.shape = call.shape,
                         .num_segments = call.num_segments,
@@ -55,12 +59,9 @@ void chunk_backward(ChunkBackwardParams const& params, cudaStream_t stream) {
                        stream);
     walks.segment_N = nullptr;
     walks.follows_prepare = true;
-    walks.segment_gradients = params.segment_gradients;
     walks.first_recomputed = walks.num_recomputed;
     walks.num_recomputed = call.num_segments - walks.first_recomputed;
   }
-  walks.out = params.tiles;
-  walks.d_initial_state = params.d_initial_state;
   run_scan_backward(walks, stream);
   bool const only_initial_state = !params.dq && !params.dk && !params.dv && !params.dg && !params.db &&
                                   !params.dw && !params.dA_log && !params.d_dt_bias;

@@ -633,8 +633,9 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
         store<Cfg>(recompute.outgoing, recompute.rings_outgoing, out.S, out.R, true, params.shape, work,
                    warp - 1);
       } else {
-        store<Cfg>(reverse.outgoing, reverse.rings_outgoing, out.dS, out.dX, false, params.shape, work,
-                   warp - 1);
+        bool const only_N = params.segment_N != nullptr;
+        store<Cfg>(reverse.outgoing, reverse.rings_outgoing, only_N ? nullptr : out.dS, out.dX, false,
+                   params.shape, work, warp - 1);
       }
     } else if (warp == Cfg::kWarpgroups + 1 && elect_one()) {
       wait_for_earlier_kernels();
