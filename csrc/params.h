@@ -145,7 +145,7 @@ struct ScanBackwardParams {
   int num_segments;      // of a sequence, walked side by side
   bool follows_prepare;  // or segment_states, on the stream: what else is read was there before those
   // Where segments 1, 2, .. start, and the gradients of the states that segments 0, 1, .. but the last end in: see
-  // SegmentStatesParams; null where there is one segment.
+  // SegmentStatesParams; null where there is one segment. The gradients are not read where segment_N is not null.
   float const *segment_states, *segment_gradients;
   // Not null: the reverse walk of all segments but the first, from a gradient of zero (the last one's is d_final_state).
   // Nothing comes out of it but the gradients of their first states, here, as in SegmentStatesParams.

@@ -8,7 +8,8 @@
 namespace gdn2 {
 namespace {
 
-// How many segments' recomputation runs beside the reverse walks from zero: as many as find SMs.
+// How many segments' recomputation runs beside the reverse walks from zero: as many as find SMs. (Where none does, the walks
+// of two slices share a CTA and leave some: none of the calls that are split by themselves.)
 int recomputed_at_first(ChunkCall const& call) {
   CallShape const& shape = call.shape;
   std::int64_t const ctas =
@@ -27,6 +28,8 @@ void chunk_backward(ChunkBackwardParams const& params, cudaStream_t stream) {
   } else {
     plan_and_prepare(call, {.factors_only = true, .row_norms = params.row_norms}, stream);
   }
+  bool const only_initial_state = !params.dq && !params.dk && !params.dv && !params.dg && !params.db &&
+                                  !params.dw && !params.dA_log && !params.d_dt_bias;
   ScanBackwardParams walks{.shape = call.shape,
                            .v = call.v,
                            .w = call.w,
@@ -45,10 +48,10 @@ void chunk_backward(ChunkBackwardParams const& params, cudaStream_t stream) {
                            .segment_gradients = params.segment_gradients,
                            .segment_N = nullptr,
                            .first_recomputed = 0,
-                           .num_recomputed = call.num_segments};
+                           .num_recomputed = only_initial_state ? 0 : call.num_segments};
   if (call.num_segments > 1) {
     walks.segment_N = params.segment_N;
-    walks.num_recomputed = recomputed_at_first(call);
+    walks.num_recomputed = only_initial_state ? 0 : recomputed_at_first(call);
     run_scan_backward(walks, stream);
     run_segment_states({.shape = call.shape,
                         .num_segments = call.num_segments,
@@ -60,11 +63,9 @@ void chunk_backward(ChunkBackwardParams const& params, cudaStream_t stream) {
     walks.segment_N = nullptr;
     walks.follows_prepare = true;
     walks.first_recomputed = walks.num_recomputed;
-    walks.num_recomputed = call.num_segments - walks.first_recomputed;
+    walks.num_recomputed = only_initial_state ? 0 : call.num_segments - walks.first_recomputed;
   }
   run_scan_backward(walks, stream);
-  bool const only_initial_state = !params.dq && !params.dk && !params.dv && !params.dg && !params.db &&
-                                  !params.dw && !params.dA_log && !params.d_dt_bias;
   if (only_initial_state) {
     return;
   }

@@ -87,7 +87,7 @@ struct Channels {
     return {x[0], x[1], x[2], x[3]};
   }
 
-  // alpha of the lane's tokens and channels, where g is or alpha where it has been.
+  // alpha of the lane's tokens and channels, of g or, where activate_gates has been, as it lies there.
   template <bool kActivated>
   __device__ void read_alpha(HalfAccumulators& alpha, GradientsPlace const& place) const {
     int const num_rows = uniform(smem.work.num_rows);

@@ -12,7 +12,7 @@
 namespace gdn2 {
 
 // Whether g and b are anything but the decay in float32 and the gate: then alpha and E are made in their tiles first.
-__device__ inline bool needs_activation(GateParams const& gates, ElementType gate_element) {
+__host__ __device__ inline bool needs_activation(GateParams const& gates, ElementType gate_element) {
   return gates.decay_gate != DecayGate::kNone || gates.use_gate_sigmoid ||
          gate_element != ElementType::kFloat32;
 }

@@ -453,8 +453,7 @@ void launch(GradientsParams const& params, cudaStream_t stream) {
 template <class Element>
 void dispatch(GradientsParams const& params, cudaStream_t stream) {
   GateParams const& gates = params.gates;
-  bool const fused = gates.use_qk_l2norm || gates.use_gate_sigmoid || gates.decay_gate != DecayGate::kNone ||
-                     params.gate_element != ElementType::kFloat32;
+  bool const fused = gates.use_qk_l2norm || needs_activation(gates, params.gate_element);
   fused ? launch<Config<Element, true>>(params, stream) : launch<Config<Element, false>>(params, stream);
 }
 

@@ -13,20 +13,20 @@
 //
 // Grid: one CTA for a chunk slot and gate head, heads fastest, dense chunks as chunk_order.h has them; beside a walk one CTA
 // an SM, whose teams each take every so many-th. K 128: 256 threads, two CTAs an SM. K 64: 128 threads, three.
-// Roles: norms, gates and sigmoids are made in the inputs' tiles first, where they are asked for. Then a thread owns two
+// Roles: gates and sigmoids are made in the inputs' tiles first, where they are asked for. Then a thread owns two
 // channels of 16 tokens, in registers from the first read to the last store, so that the running products stay inside it;
 // the four warps of a warpgroup take the four blocks of 16 tokens of 64 channels.
-// Warpgroups take turns in the products of the levels; the first one inverts.
+// Warpgroups multiply a level each; the first one inverts.
 // Shared memory (K 128): q, k, b, g 80 KB, which then hold three operand buffers of 24 KB; T 17 KB, P 8 KB, block
 // products 4 KB: 110 KB.
 //
 //     wait | gates | tiles out | build 1, 2 | multiply both | build 4 | build 8 | multiply both | .. 16, 32 .. | A, P out
 //                                                                                            next chunk in ..
 #include <cutlass/arch/barrier.h>
-#include <cutlass/arch/memory.h>
 #include <cutlass/fast_math.h>
 
 #include <algorithm>
+#include <stdexcept>
 
 #include "api/chunk_forward.h"
 #include "api/cuda_error.h"
@@ -269,18 +269,23 @@ struct LaneRows {
 __device__ LaneRows<std::uint32_t> pairs_of(void const* box, int first_row, int lane) {
   return {cute::cast_smem_ptr_to_uint(box) + swizzled_offset(first_row, lane / 4) + lane % 4 * 4};
 }
-// In global memory, in an image of a box at a multiple of 128 bytes, as allocations are.
+// In global memory, in an image of a box at a multiple of 128 bytes.
 __device__ LaneRows<std::uintptr_t> image_pairs_of(std::uint8_t* box, int first_row, int lane) {
   return {reinterpret_cast<std::uintptr_t>(box) + swizzled_offset(first_row, lane / 4) + lane % 4 * 4};
 }
 
 __device__ std::uint32_t load_pair(std::uint32_t address) {
   std::uint32_t pair;
-  cutlass::arch::shared_load<sizeof(pair)>(&pair, address);
+  asm volatile("ld.shared.b32 %0, [%1];\n" : "=r"(pair) : "r"(address) : "memory");
   return pair;
 }
+__device__ float2 load_float2(std::uint32_t address) {
+  float2 x;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];\n" : "=f"(x.x), "=f"(x.y) : "r"(address) : "memory");
+  return x;
+}
 __device__ void store_pair(std::uint32_t address, std::uint32_t pair) {
-  cutlass::arch::shared_store<sizeof(pair)>(address, &pair);
+  asm volatile("st.shared.b32 [%0], %1;\n" ::"r"(address), "r"(pair) : "memory");
 }
 __device__ void store_pair(std::uintptr_t address, std::uint32_t pair) {
   __stwb(reinterpret_cast<std::uint32_t*>(address), pair);
@@ -342,8 +347,7 @@ __device__ void read_group(ThreadInputs<Cfg>& x, SharedStorage<Cfg>& smem, Threa
 #pragma unroll
   for (int i = first; i < first + Cfg::kGroup; ++i) {
     int const row = first_row + i;
-    float2 g;
-    cutlass::arch::shared_load<sizeof(g)>(&g, gates[i]);
+    float2 const g = load_float2(gates[i]);
     x.q[i] = load_pair(pairs[i]);
     x.k[i] = load_pair(pairs[i] + (offsetof(In, k) - offsetof(In, q)));
     std::uint32_t const b = load_pair(pairs[i] + (offsetof(In, b) - offsetof(In, q)));
@@ -394,6 +398,7 @@ __device__ void row_dots(std::uint8_t const (&x)[Cfg::kBoxes][kBoxBytes],
       put(16 * warp + lane / 4 + 8 * half, lane / 4 % 2 ? dots[half][2 * half + 1] : dots[half][2 * half]);
     }
   }
+  __syncwarp();
 }
 
 // The rows' scales and the diagonal of q k^T: q's by the first warpgroup, k's by the last one.
@@ -415,23 +420,21 @@ __device__ void scale_rows(SharedStorage<Cfg>& smem, PrepareParams const& params
     }
     return;
   }
-  float* const norms = params.row_norms == nullptr
-                           ? nullptr
-                           : params.row_norms + static_cast<std::int64_t>(work.tile) * 2 * kChunk;
-  auto const set_norm = [&](int row, float dot, float* kept) {
+  // Of a row, kept `place` rows behind the first of q.
+  auto const norm_of = [&](int row, float dot, int place) {
     float const norm = if_inside(row, rsqrtf(dot + 1e-6f));
-    if (norms != nullptr) {
-      kept[row] = norm;
+    if (params.row_norms != nullptr) {
+      params.row_norms[static_cast<std::int64_t>(work.tile) * 2 * kChunk + place + row] = norm;
     }
     return norm;
   };
   if (of_q) {
     row_dots<Cfg>(smem.in.q, smem.in.q,
-                  [&](int row, float dot) { smem.q_scale[row] = params.scale * set_norm(row, dot, norms); });
+                  [&](int row, float dot) { smem.q_scale[row] = params.scale * norm_of(row, dot, 0); });
   }
   if (of_k) {
     row_dots<Cfg>(smem.in.k, smem.in.k,
-                  [&](int row, float dot) { smem.k_scale[row] = set_norm(row, dot, norms + kChunk); });
+                  [&](int row, float dot) { smem.k_scale[row] = norm_of(row, dot, kChunk); });
   }
 }
 
@@ -968,6 +971,9 @@ void launch(PrepareParams const& params, cudaStream_t stream) {
       .k = token_map(params.k, shape, shape.num_heads, shape.dim_k, shape.element),
       .b = token_map(params.b, shape, shape.num_gate_heads, shape.dim_k, shape.element),
       .g = token_map(params.g, shape, shape.num_gate_heads, shape.dim_k, params.gate_element)};
+  if (reinterpret_cast<std::uintptr_t>(params.tiles.factors) % kBoxRowBytes != 0) {
+    throw std::runtime_error("prepare: tiles have to lie at multiples of 128 bytes");
+  }
   auto const kernel = prepare_kernel<Cfg>;
   constexpr int kSmemBytes = Cfg::kTeams * sizeof(SharedStorage<Cfg>);
   static_assert(Cfg::kCtasPerSm * (kSmemBytes + 1024) <= 228 * 1024);
@@ -982,8 +988,7 @@ void launch(PrepareParams const& params, cudaStream_t stream) {
 template <class Element, bool kFactorsOnly, bool kWholeSm>
 void dispatch(PrepareParams const& params, cudaStream_t stream) {
   GateParams const& gates = params.gates;
-  bool const fused = gates.use_qk_l2norm || gates.use_gate_sigmoid || gates.decay_gate != DecayGate::kNone ||
-                     params.gate_element != ElementType::kFloat32;
+  bool const fused = gates.use_qk_l2norm || needs_activation(gates, params.gate_element);
   if (params.shape.dim_k > 64) {
     fused ? launch<Config<Element, 128, true, kFactorsOnly, kWholeSm>>(params, stream)
           : launch<Config<Element, 128, false, kFactorsOnly, kWholeSm>>(params, stream);

@@ -11,8 +11,9 @@
 // is the rounded accumulator of the one before it, in the registers where it is.
 //
 // Grid: one CTA for a sequence, walk, segment, value head and kWarpgroups * 64 value columns; longer sequences first, of
-// each the reverse walks first. A sequence is one segment, or several whose first states are known; the reverse walks of
-// those come twice: from zero, and once their last gradients are known.
+// each the reverse walks first. A sequence is one segment, or several whose first states are known. Those take two launches:
+// reverse walks from zero, and those from their last gradients, which then are known; walks of the recomputation are beside
+// either.
 // Roles: kWarpgroups math warpgroups of 64 value columns each (S or dS 64, X or dR 32 accumulators; 32 rounded S or
 // dS', 16 rounded R or dX, 16 rounded X or dR, 16 dO a thread; 240 registers, 216 where there are two); one warpgroup
 // that makes Z (idle in the reverse walk); one whose first warp loads factors, whose next ones store, one a math
@@ -520,8 +521,8 @@ struct Reverse {
   }
 };
 
-// Walks of a sequence, value head and slice: reverse ones, where they make N of all segments but the first, and then those
-// of the recomputation.
+// Walks of a sequence, value head and slice: first the reverse ones (those that make N: of all segments but the first),
+// then those of the recomputation.
 __host__ __device__ int num_reverse_walks(ScanBackwardParams const& params) {
   return params.segment_N != nullptr ? params.num_segments - 1 : params.num_segments;
 }
