@@ -118,6 +118,7 @@ struct ScanParams {
   float const*
       segment_states;  // where segments 1, 2, .. start: see SegmentStatesParams; null where there is one segment
   bool state_v_first;
+  int num_sms;  // of the GPU
 };
 
 // Between the kernels of the backward: images of shared memory as in ChunkTiles, for 64 value columns each. The last
@@ -135,7 +136,7 @@ struct ScanBackwardParams {
   TokenTensor v, w, dO;  // [batch, seqlen, num_value_heads, dim_v]
   GateParams gates;
   PackedPlan plan;
-  ChunkTiles tiles;   // read
+  ChunkTiles tiles;  // read
   BackwardTiles out;
   // States as in ScanParams; each may be null: zero, or not wanted.
   float const* initial_state;
@@ -152,6 +153,7 @@ struct ScanBackwardParams {
   float* segment_N;
   // The segments that are walked forwards too, beside either kind of reverse walk.
   int first_recomputed, num_recomputed;
+  int num_sms;  // of the GPU
 };
 
 struct GradientsParams {

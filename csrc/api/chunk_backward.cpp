@@ -48,7 +48,8 @@ void chunk_backward(ChunkBackwardParams const& params, cudaStream_t stream) {
                            .segment_gradients = params.segment_gradients,
                            .segment_N = nullptr,
                            .first_recomputed = 0,
-                           .num_recomputed = only_initial_state ? 0 : call.num_segments};
+                           .num_recomputed = only_initial_state ? 0 : call.num_segments,
+                           .num_sms = call.num_sms};
   if (call.num_segments > 1) {
     walks.segment_N = params.segment_N;
     walks.num_recomputed = only_initial_state ? 0 : recomputed_at_first(call);

@@ -29,7 +29,7 @@
 #include <cute/arch/cluster_sm90.hpp>
 
 #include "api/chunk_forward.h"
-#include "api/device.h"
+#include "api/cuda_error.h"
 #include "sm90/scan_parts.cuh"
 #include "tile/launch_order.cuh"
 #include "tile/ready_flag.cuh"
@@ -474,7 +474,7 @@ void dispatch(ScanParams const& params, cudaStream_t stream) {
   CallShape const& shape = params.shape;
   std::int64_t const slices = (shape.dim_v + kColumns - 1) / kColumns;
   std::int64_t const walks = std::int64_t{shape.num_sequences} * shape.num_value_heads * params.num_segments;
-  bool const share = slices > 1 && walks * slices > num_multiprocessors();
+  bool const share = slices > 1 && walks * slices > params.num_sms;
   // Beside prepare there may be no two SMs free that could be a cluster.
   bool const pair = slices % 2 == 0 && params.ready == nullptr;
   if (params.chunk_states != nullptr) {

@@ -34,7 +34,7 @@
 #include <algorithm>
 
 #include "api/chunk_backward.h"
-#include "api/device.h"
+#include "api/cuda_error.h"
 #include "sm90/scan_parts.cuh"
 #include "tile/launch_order.cuh"
 #include "tile/tensor_map.h"
@@ -677,7 +677,7 @@ void dispatch(ScanBackwardParams const& params, cudaStream_t stream) {
   CallShape const& shape = params.shape;
   std::int64_t const slices = (shape.dim_v + kColumns - 1) / kColumns;
   std::int64_t const walks = std::int64_t{shape.num_sequences} * shape.num_value_heads * num_walks(params);
-  bool const share = slices > 1 && walks * slices > num_multiprocessors();
+  bool const share = slices > 1 && walks * slices > params.num_sms;
   share ? launch<Config<Element, kDimK, 2>>(params, stream)
         : launch<Config<Element, kDimK, 1>>(params, stream);
 }
