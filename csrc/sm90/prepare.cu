@@ -16,12 +16,12 @@
 // Roles: gates and sigmoids are made in the inputs' tiles first, where they are asked for. Then a thread owns two
 // channels of 16 tokens, in registers from the first read to the last store, so that the running products stay inside it;
 // the four warps of a warpgroup take the four blocks of 16 tokens of 64 channels.
-// Warpgroups multiply a level each; the first one inverts.
+// Warpgroups multiply a level and a half at a time each; the first one inverts.
 // Shared memory (K 128): q, k, b, g 80 KB, which then hold three operand buffers of 24 KB; T 17 KB, P 8 KB, block
 // products 4 KB: 110 KB.
 //
-//     wait | gates | tiles out | build 1, 2 | multiply both | build 4 | build 8 | multiply both | .. 16, 32 .. | A, P out
-//                                                                                            next chunk in ..
+//     wait | gates | tiles out | build 1, 2, 4 | multiply | build 8, 16, 32 | multiply | A, P out
+//                                                                                 next chunk in ..
 #include <cutlass/arch/barrier.h>
 #include <cutlass/fast_math.h>
 
@@ -614,9 +614,12 @@ struct EntryStore {
   }
 };
 
-// The entries of matching pairs, from the accumulators of a warpgroup: its warps 0 and 1 hold rows of T, 2 and 3 of P.
-template <int h, class Cfg>
-__device__ void store_level(SharedStorage<Cfg>& smem, float const (&acc)[16], bool normalize) {
+// The entries of matching pairs, from the accumulators of a warpgroup, columns [first_column, first_column + 2*kSize): its
+// warps 0 and 1 hold rows of T, 2 and 3 of P.
+template <int h, class Cfg, int kSize>
+__device__ void store_level(SharedStorage<Cfg>& smem, float const (&acc)[kSize], int first_column,
+                            bool normalize) {
+  constexpr bool kHalf = kSize == 8;  // of the 32 columns
   int const warp = threadIdx.x % kWarpgroupThreads / kWarpThreads, lane = lane_index();
   bool const upper = warp % 2 == 1;  // later rows 16-31
   EntryStore<h, Cfg> const store{smem, warp >= 2, normalize};
@@ -625,33 +628,35 @@ __device__ void store_level(SharedStorage<Cfg>& smem, float const (&acc)[16], bo
     int const r = later_row(16 * (warp % 2) + 8 * half + lane / 4, h);
     if constexpr (h == 32) {
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        store(r, 8 * j + 2 * (lane % 4), acc[4 * j + 2 * half], acc[4 * j + 2 * half + 1]);
+      for (int j = 0; j < kSize / 4; ++j) {
+        store(r, first_column + 8 * j + 2 * (lane % 4), acc[4 * j + 2 * half], acc[4 * j + 2 * half + 1]);
       }
-    } else if constexpr (h == 16) {
+      continue;
+    }
+    // Rows 16-31 meet columns from 16 on, and the others those before.
+    if (kHalf && first_column != 16 * (warp % 2)) {
+      continue;
+    }
+    auto const own = [&](int i) { return !kHalf && upper ? acc[(i + 8) % kSize] : acc[i]; };
+    if constexpr (h == 16) {
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
-        float const x = upper ? acc[8 + 4 * j + 2 * half] : acc[4 * j + 2 * half];
-        float const y = upper ? acc[8 + 4 * j + 2 * half + 1] : acc[4 * j + 2 * half + 1];
-        store(r, 16 * (warp % 2) + 8 * j + 2 * (lane % 4), x, y);
+        store(r, 16 * (warp % 2) + 8 * j + 2 * (lane % 4), own(4 * j + 2 * half), own(4 * j + 2 * half + 1));
       }
-    } else {
+    } else if (h == 1 || lane / 4 / h == 2 * (lane % 4) / h) {
       // Eight later rows meet their own eight earlier ones, and among them row groups of h.
-      float const x = upper ? acc[8 + 6 * half] : acc[6 * half];
-      float const y = upper ? acc[8 + 6 * half + 1] : acc[6 * half + 1];
-      if (h == 1 || lane / 4 / h == 2 * (lane % 4) / h) {
-        store(r, 16 * (warp % 2) + 8 * half + 2 * (lane % 4), x, y);
-      }
+      store(r, 16 * (warp % 2) + 8 * half + 2 * (lane % 4), own(6 * half), own(6 * half + 1));
     }
   }
 }
 
-// [E*D; q*D] (k*U)^T of one level, by one warpgroup.
-template <int h, class Cfg>
-__device__ void multiply_level(SharedStorage<Cfg>& smem, LevelOperands<Cfg> const& operands, bool normalize) {
-  float acc[16];
+// [E*D; q*D] (k*U)^T of one level, 2*kSize columns from first_column on, by one warpgroup.
+template <int kLevel, int kSize, class Cfg>
+__device__ void multiply_level(SharedStorage<Cfg>& smem, int first_column, bool normalize) {
+  LevelOperands<Cfg> const& operands = smem.operands[kLevel % 3];
+  float acc[kSize];
   auto const later = shared_descriptor<Major::K>(operands.later);
-  auto const earlier = shared_descriptor<Major::K>(operands.earlier);
+  auto const earlier = shared_descriptor<Major::K>(operands.earlier[0] + first_column * kBoxRowBytes);
   wgmma_fence();
 #pragma unroll
   for (int step = 0; step < Cfg::kDimK / 16; ++step) {
@@ -661,7 +666,7 @@ __device__ void multiply_level(SharedStorage<Cfg>& smem, LevelOperands<Cfg> cons
   }
   wgmma_commit();
   wgmma_wait<0>();
-  store_level<h>(smem, acc, normalize);
+  store_level<1 << kLevel>(smem, acc, first_column, normalize);
 }
 
 // Every thread's operands of one level.
@@ -679,15 +684,21 @@ __device__ void meet_at_operands() {
   sync_team<Cfg>();
 }
 
-// The products of two levels, by a warpgroup each.
+// The products of three levels: two warpgroups have one each and a half of the third one's columns.
 template <int kLevel, class Cfg>
-__device__ void multiply_two_levels(SharedStorage<Cfg>& smem, bool normalize) {
-  int const warpgroup = thread_of_team<Cfg>() / kWarpgroupThreads;
-  if (warpgroup == 0) {
-    multiply_level<1 << kLevel>(smem, smem.operands[kLevel % 3], normalize);
-  }
-  if (warpgroup == Cfg::kWarpgroups - 1) {
-    multiply_level<2 << kLevel>(smem, smem.operands[(kLevel + 1) % 3], normalize);
+__device__ void multiply_three_levels(SharedStorage<Cfg>& smem, bool normalize) {
+  if constexpr (Cfg::kWarpgroups == 1) {
+    multiply_level<kLevel, 16>(smem, 0, normalize);
+    multiply_level<kLevel + 1, 16>(smem, 0, normalize);
+    multiply_level<kLevel + 2, 16>(smem, 0, normalize);
+  } else {
+    int const warpgroup = thread_of_team<Cfg>() / kWarpgroupThreads;
+    if (warpgroup == 0) {
+      multiply_level<kLevel, 16>(smem, 0, normalize);
+    } else {
+      multiply_level<kLevel + 1, 16>(smem, 0, normalize);
+    }
+    multiply_level<kLevel + 2, 8>(smem, 16 * warpgroup, normalize);
   }
 }
 
@@ -877,21 +888,17 @@ __device__ void run_tile(SharedStorage<Cfg>& smem, PrepareParams const& params, 
   if (thread_of_team<Cfg>() < kChunk) {
     place_diagonal(smem, thread_of_team<Cfg>());
   }
-  // With three buffers all warpgroups build and multiply at the same time.
   build<0>(smem, x);
   build<1>(smem, x);
-  meet_at_operands<Cfg>();
-  multiply_two_levels<0>(smem, normalize);
   build<2>(smem, x);
   meet_at_operands<Cfg>();
+  multiply_three_levels<0>(smem, normalize);
+  meet_at_operands<Cfg>();
   build<3>(smem, x);
-  meet_at_operands<Cfg>();
-  multiply_two_levels<2>(smem, normalize);
   build<4>(smem, x);
-  meet_at_operands<Cfg>();
   build<5>(smem, x);
   meet_at_operands<Cfg>();
-  multiply_two_levels<4>(smem, normalize);
+  multiply_three_levels<3>(smem, normalize);
   meet_at_operands<Cfg>();  // T and P are complete; the copy engine may write where operands have been
   operands_read();
 

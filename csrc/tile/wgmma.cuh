@@ -42,9 +42,11 @@ struct AtomSS;
     using Type = cute::SM90::GMMA::MMA_64x##N##x16_F32##NAME##NAME##_SS<kMajorA, Major::K, ScaleIn::One, \
                                                                         ScaleIn::One>;                   \
   };
+GDN2_WGMMA_ATOM(__nv_bfloat16, BF16, 16)
 GDN2_WGMMA_ATOM(__nv_bfloat16, BF16, 32)
 GDN2_WGMMA_ATOM(__nv_bfloat16, BF16, 64)
 GDN2_WGMMA_ATOM(__nv_bfloat16, BF16, 128)
+GDN2_WGMMA_ATOM(__half, F16, 16)
 GDN2_WGMMA_ATOM(__half, F16, 32)
 GDN2_WGMMA_ATOM(__half, F16, 64)
 GDN2_WGMMA_ATOM(__half, F16, 128)
