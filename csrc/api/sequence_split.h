@@ -21,10 +21,18 @@ struct SegmentMapsParams {
   float const* initial_state;  // as in ScanParams
   bool state_v_first;          // of the initial state
   int num_segments;            // of every sequence, at least 2
-  float*
-      M;  // [num_sequences, num_segments - 1, num_gate_heads, kDimK, kDimK], not written for the first segment
+  // [num_sequences, num_segments - 1, num_gate_heads, kDimK, kDimK], each map as place_in_map has it; not written for the
+  // first segment.
+  float* M;
   float* N;  // [num_sequences, num_segments - 1, num_value_heads, dim_v, kDimK]
 };
+
+// Where M[channel, column] lies in a map: channels side by side, but for a permutation of their pieces of four, so that
+// what segment_states reads at the same time, along either, has banks of its own.
+__host__ __device__ constexpr int place_in_map(int channel, int column, int dim_k) {
+  int const permutation = (column / 4 % 4 * 2) ^ (column / 2 % 2 * 4);
+  return column * dim_k + (channel / 4 ^ permutation) * 4 + channel % 4;
+}
 
 struct SegmentStatesParams {
   CallShape shape;

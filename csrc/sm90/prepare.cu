@@ -16,7 +16,7 @@
 // Roles: gates and sigmoids are made in the inputs' tiles first, where they are asked for. Then a thread owns two
 // channels of 16 tokens, in registers from the first read to the last store, so that the running products stay inside it;
 // the four warps of a warpgroup take the four blocks of 16 tokens of 64 channels.
-// Warpgroups multiply a level and a half at a time each; the first one inverts.
+// Of three levels at a time each of two warpgroups multiplies one and a half; the first one inverts.
 // Shared memory (K 128): q, k, b, g 80 KB, which then hold three operand buffers of 24 KB; T 17 KB, P 8 KB, block
 // products 4 KB: 110 KB.
 //
@@ -626,24 +626,20 @@ __device__ void store_level(SharedStorage<Cfg>& smem, float const (&acc)[kSize],
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     int const r = later_row(16 * (warp % 2) + 8 * half + lane / 4, h);
+    // Rows 16-31 meet columns from 16 on, and the others those before.
+    auto const own = [&](int i) { return !kHalf && upper ? acc[(i + 8) % kSize] : acc[i]; };
+    bool const has_own = !kHalf || first_column == 16 * (warp % 2);
     if constexpr (h == 32) {
 #pragma unroll
       for (int j = 0; j < kSize / 4; ++j) {
         store(r, first_column + 8 * j + 2 * (lane % 4), acc[4 * j + 2 * half], acc[4 * j + 2 * half + 1]);
       }
-      continue;
-    }
-    // Rows 16-31 meet columns from 16 on, and the others those before.
-    if (kHalf && first_column != 16 * (warp % 2)) {
-      continue;
-    }
-    auto const own = [&](int i) { return !kHalf && upper ? acc[(i + 8) % kSize] : acc[i]; };
-    if constexpr (h == 16) {
+    } else if constexpr (h == 16) {
 #pragma unroll
-      for (int j = 0; j < 2; ++j) {
+      for (int j = 0; j < 2 && has_own; ++j) {
         store(r, 16 * (warp % 2) + 8 * j + 2 * (lane % 4), own(4 * j + 2 * half), own(4 * j + 2 * half + 1));
       }
-    } else if (h == 1 || lane / 4 / h == 2 * (lane % 4) / h) {
+    } else if (has_own && (h == 1 || lane / 4 / h == 2 * (lane % 4) / h)) {
       // Eight later rows meet their own eight earlier ones, and among them row groups of h.
       store(r, 16 * (warp % 2) + 8 * half + 2 * (lane % 4), own(6 * half), own(6 * half + 1));
     }

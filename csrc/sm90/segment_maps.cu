@@ -225,7 +225,7 @@ struct Walk {
     float* const map = (work.is_M ? params.M : params.N) + row * columns * Cfg::kDimK;
     for_each_element<Cfg::kDimK>(work.first_column, [&](int acc, int channel, int column) {
       if (column < columns) {
-        map[column * Cfg::kDimK + channel] = S[acc];
+        map[work.is_M ? place_in_map(channel, column, Cfg::kDimK) : column * Cfg::kDimK + channel] = S[acc];
       }
     });
   }

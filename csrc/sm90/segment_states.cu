@@ -3,14 +3,13 @@
 //     forwards   S of segment 1 = N of 0, then S' = M S + N: where segments 1, 2, .. start
 //     reverse    dS of the end of the last but one = N of the last, then dS' = M^T dS + N: what segments end in
 //
-// M and S are sums of two bfloat16 in the products, and the product of the two smaller parts is left out: 2^-15 of M S.
+// M and S are sums of two bfloat16 in the products, and the product of the two smaller parts is left out: with what rounding them loses, 2^-15 of M S.
 // What is added up is float32. Infinity becomes NaN.
 //
 // Grid: one CTA for kColumns value columns of a sequence and value head.
-// Roles: the first warp asks for M, two segments ahead, a bulk copy a row. In the products a warp has 16 channels after, one
-// of two halves of the channels before, and all columns; of the sums each of the two warps of the same channels has a half
-// of the columns.
-// Shared memory (K 128): two stages of M 136 KB, S 9 KB, sums of the other half 8 KB.
+// Roles: one thread asks for M, two segments ahead. In the products a warp has 16 channels after, one of two halves of the
+// channels before, and all columns; of the sums each of the two warps of the same channels has a half of the columns.
+// Shared memory (K 128): two stages of M 128 KB, S 9 KB, sums of the other half 8 KB.
 #include <cutlass/arch/barrier.h>
 
 #include "api/cuda_error.h"
@@ -35,14 +34,12 @@ struct Config {
   static constexpr bool kReverse = kReverse_;
   static constexpr int kRowWarps = kDimK / kRows, kWarps = 2 * kRowWarps;
   static constexpr int kSteps = kDimK / 2 / kStep;  // of a warp
-  // Floats from row to row of M, so that the threads of a load have banks of their own.
-  static constexpr int kRowStride = kDimK + (kReverse ? 8 : 4);
 };
 
 template <class Cfg>
 struct SharedStorage {
-  alignas(16) float M[kStages][Cfg::kDimK * Cfg::kRowStride];
-  // Larger and smaller parts [column, channel]. A row is longer for the same reason.
+  alignas(16) float M[kStages][Cfg::kDimK * Cfg::kDimK];  // as place_in_map has it
+  // Larger and smaller parts [column, channel]. A row is longer, so that the threads of a load have banks of their own.
   alignas(16) __nv_bfloat16 S[2][kColumns][Cfg::kDimK + 16];
   float4 sums[Cfg::kWarps][kWarpThreads];
   FullBarrier full[kStages];
@@ -65,8 +62,7 @@ template <class Cfg>
 struct LeftOperand {
   std::uint32_t larger[Cfg::kSteps][4], smaller[Cfg::kSteps][4];
 
-  // M: from the thread's first channel before and after on.
-  __device__ explicit LeftOperand(float const* M) {
+  __device__ LeftOperand(float const* M, int after, int before) {
 #pragma unroll
     for (int step = 0; step < Cfg::kSteps; ++step) {
       float rows[2][4];
@@ -74,11 +70,13 @@ struct LeftOperand {
       for (int i = 0; i < 4; ++i) {
         if constexpr (Cfg::kReverse) {
           if (i < 2) {
-            auto const x = *reinterpret_cast<float4 const*>(M + i * Cfg::kRowStride + step * kStep);
+            int const place = place_in_map(before + step * kStep, after + i, Cfg::kDimK);
+            auto const x = *reinterpret_cast<float4 const*>(M + place);
             rows[i][0] = x.x, rows[i][1] = x.y, rows[i][2] = x.z, rows[i][3] = x.w;
           }
         } else {
-          auto const x = *reinterpret_cast<float2 const*>(M + (step * kStep + i) * Cfg::kRowStride);
+          int const place = place_in_map(after, before + step * kStep + i, Cfg::kDimK);
+          auto const x = *reinterpret_cast<float2 const*>(M + place);
           rows[0][i] = x.x, rows[1][i] = x.y;
         }
       }
@@ -135,21 +133,16 @@ __global__ void __launch_bounds__(Cfg::kWarps* kWarpThreads)
   int const column = half * kColumnTile + lane % 4 * 2;  // and the next, of the sums that the thread keeps
   int const value = blockIdx.y * kColumns + column;
   std::int64_t const first_row = static_cast<std::int64_t>(sequence) * num_rows;
-  // Of a step: the row of N and of the states, and the map of the segment that leads there, by the first warp.
+  // Of a step: the row of N and of the states, and the map of the segment that leads there, by the first thread.
   auto const row_of = [&](int step) { return Cfg::kReverse ? num_rows - 1 - step : step; };
   auto const load_map = [&](int step) {
-    int const segment = Cfg::kReverse ? row_of(step) + 1 : row_of(step);
-    float const* const map =
-        params.M + ((first_row + segment) * shape.num_gate_heads + gate_head) * kDimK * kDimK;
-    FullBarrier& full = smem.full[step % kStages];
-    if (lane == 0) {
-      full.arrive_and_expect_tx(kDimK * kDimK * sizeof(float));
+    if (threadIdx.x != 0 || step >= num_rows) {
+      return;
     }
-    __syncwarp();
-    for (int row = lane; row < kDimK; row += kWarpThreads) {
-      bulk_load(smem.M[step % kStages] + row * Cfg::kRowStride, map + row * kDimK, kDimK * sizeof(float),
-                full);
-    }
+    int const segment = Cfg::kReverse ? row_of(step) + 1 : row_of(step), stage = step % kStages;
+    std::int64_t const map = (first_row + segment) * shape.num_gate_heads + gate_head;
+    smem.full[stage].arrive_and_expect_tx(sizeof(smem.M[stage]));
+    bulk_load(smem.M[stage], params.M + map * kDimK * kDimK, sizeof(smem.M[stage]), smem.full[stage]);
   };
   // Of the thread's two channels and column `value + i` of N and of the states.
   auto const place = [&](int step, int i) {
@@ -175,7 +168,7 @@ __global__ void __launch_bounds__(Cfg::kWarps* kWarpThreads)
   __syncthreads();
   let_next_kernel_start();     // what the walks touch before their wait is older than prepare
   wait_for_earlier_kernels();  // the maps
-  for (int step = 1; step <= kStages && step < num_rows && warp == 0; ++step) {
+  for (int step = 1; step <= kStages; ++step) {
     load_map(step);
   }
   float2 N[2];
@@ -186,22 +179,19 @@ __global__ void __launch_bounds__(Cfg::kWarps* kWarpThreads)
     if (step > 0) {
       int const stage = step % kStages;
       smem.full[stage].wait((step - 1) / kStages % 2);
-      int const first =
-          Cfg::kReverse ? channel * Cfg::kRowStride + before : before * Cfg::kRowStride + channel;
-      LeftOperand<Cfg> const left(smem.M[stage] + first);
+      LeftOperand<Cfg> const left(smem.M[stage], channel, before);
       __syncthreads();  // S is there, and M has been read
-      if (step + kStages < num_rows && warp == 0) {
-        load_map(step + kStages);
-      }
+      load_map(step + kStages);
       float sums[kColumns / kColumnTile][4];
       multiply(sums, left, smem, before);
-      float const(&others)[4] = sums[1 - half];
-      smem.sums[warp][lane] = {others[0], others[1], others[2], others[3]};
+      float4 const of_tile[2] = {{sums[0][0], sums[0][1], sums[0][2], sums[0][3]},
+                                 {sums[1][0], sums[1][1], sums[1][2], sums[1][3]}};
+      smem.sums[warp][lane] = half == 0 ? of_tile[1] : of_tile[0];
       __syncthreads();
-      float4 const other = smem.sums[(warp + Cfg::kRowWarps) % Cfg::kWarps][lane];
-      float const(&own)[4] = sums[half];
-      S[0].x += own[0] + other.x, S[1].x += own[1] + other.y;
-      S[0].y += own[2] + other.z, S[1].y += own[3] + other.w;
+      float4 const own = half == 0 ? of_tile[0] : of_tile[1],
+                   other = smem.sums[(warp + Cfg::kRowWarps) % Cfg::kWarps][lane];
+      S[0].x += own.x + other.x, S[1].x += own.y + other.y;
+      S[0].y += own.z + other.z, S[1].y += own.w + other.w;
     }
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -220,6 +210,7 @@ void launch(SegmentStatesParams const& params, cudaStream_t stream) {
   CallShape const& shape = params.shape;
   auto const kernel = segment_states_kernel<Cfg>;
   constexpr int kSmemBytes = sizeof(SharedStorage<Cfg>);
+  static_assert(kSmemBytes <= 227 * 1024);
   throw_on_error(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSmemBytes),
                  "segment_states: shared memory");
   cudaLaunchAttribute overlap = overlapping_launch();
