@@ -58,16 +58,19 @@ struct TileSizes {
   std::int64_t total() const { return factors + gamma_last + row_norms; }
 };
 
-// In floats: M of the segments, and the states that they start from. Room of the second size is what each direction needs
-// for N and, in the reverse, for gradients like those states. Nothing where there is one segment.
+// In floats: M of the segments between the first and the last, and the states that all but the first start from. Room of
+// the second size is what each direction needs for N and, in the reverse, for gradients like those states. Nothing where
+// there is one segment.
 struct SplitSizes {
   std::int64_t M = 0, states = 0;
 
   SplitSizes(CallShape const& shape, std::int64_t num_segments) {
-    std::int64_t const rows = shape.num_sequences * std::max<std::int64_t>(num_segments - 1, 0),
-                       k = padded_k(shape);
-    M = rows * shape.num_gate_heads * k * k;
-    states = rows * shape.num_value_heads * shape.dim_v * k;
+    auto const rows = [&](std::int64_t of_a_sequence) {
+      return shape.num_sequences * std::max<std::int64_t>(of_a_sequence, 0);
+    };
+    std::int64_t const k = padded_k(shape);
+    M = rows(num_segments - 2) * shape.num_gate_heads * k * k;
+    states = rows(num_segments - 1) * shape.num_value_heads * shape.dim_v * k;
   }
 };
 

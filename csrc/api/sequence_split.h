@@ -21,8 +21,7 @@ struct SegmentMapsParams {
   float const* initial_state;  // as in ScanParams
   bool state_v_first;          // of the initial state
   int num_segments;            // of every sequence, at least 2
-  // [num_sequences, num_segments - 1, num_gate_heads, kDimK, kDimK], each map as place_in_map has it; not written for the
-  // first segment.
+  // [num_sequences, num_segments - 2, num_gate_heads, kDimK, kDimK], each map as place_in_map has it: of segments 1, 2, ..
   float* M;
   float* N;  // [num_sequences, num_segments - 1, num_value_heads, dim_v, kDimK]
 };

@@ -220,8 +220,10 @@ struct Walk {
     int const heads = work.is_M ? shape.num_gate_heads : shape.num_value_heads;
     int const head = work.is_M ? work.value_head / group : work.value_head;
     int const columns = work.is_M ? Cfg::kDimK : shape.dim_v;
-    std::int64_t const in_sequence = static_cast<std::int64_t>(work.sequence) * (params.num_segments - 1);
-    std::int64_t const row = (in_sequence + work.segment) * heads + head;
+    std::int64_t const sequence = work.sequence;
+    std::int64_t const in_order = work.is_M ? sequence * (params.num_segments - 2) + work.segment - 1
+                                            : sequence * (params.num_segments - 1) + work.segment;
+    std::int64_t const row = in_order * heads + head;
     float* const map = (work.is_M ? params.M : params.N) + row * columns * Cfg::kDimK;
     for_each_element<Cfg::kDimK>(work.first_column, [&](int acc, int channel, int column) {
       if (column < columns) {

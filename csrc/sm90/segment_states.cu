@@ -3,8 +3,8 @@
 //     forwards   S of segment 1 = N of 0, then S' = M S + N: where segments 1, 2, .. start
 //     reverse    dS of the end of the last but one = N of the last, then dS' = M^T dS + N: what segments end in
 //
-// M and S are sums of two bfloat16 in the products, and the product of the two smaller parts is left out: with what rounding them loses, 2^-15 of M S.
-// What is added up is float32. Infinity becomes NaN.
+// M and S are sums of two bfloat16 in the products, and the product of the two smaller parts is left out: with what
+// rounding them loses, 2^-15 of M S. What is added up is float32. Infinity becomes NaN.
 //
 // Grid: one CTA for kColumns value columns of a sequence and value head.
 // Roles: one thread asks for M, two segments ahead. In the products a warp has 16 channels after, one of two halves of the
@@ -140,7 +140,8 @@ __global__ void __launch_bounds__(Cfg::kWarps* kWarpThreads)
       return;
     }
     int const segment = Cfg::kReverse ? row_of(step) + 1 : row_of(step), stage = step % kStages;
-    std::int64_t const map = (first_row + segment) * shape.num_gate_heads + gate_head;
+    std::int64_t const first_map = static_cast<std::int64_t>(sequence) * (num_rows - 1);  // of segment 1
+    std::int64_t const map = (first_map + segment - 1) * shape.num_gate_heads + gate_head;
     smem.full[stage].arrive_and_expect_tx(sizeof(smem.M[stage]));
     bulk_load(smem.M[stage], params.M + map * kDimK * kDimK, sizeof(smem.M[stage]), smem.full[stage]);
   };
