@@ -105,9 +105,9 @@ struct SharedStorage {
   float T[kChunk * TriangularMatrix::kStride];
   // Of every block of 16 tokens and channel: alpha of its first token, and the product over the others.
   float block_first[kNumBlocks][Cfg::kDimK], block_rest[kNumBlocks][Cfg::kDimK];
-  float q_scale[kChunk],
-      k_scale[kChunk];     // scale / norm for q, 1 / norm for k (norms are 1 where not asked for)
-  float diagonal[kChunk];  // of q k^T
+  alignas(16) float q_scale[kChunk];  // scale / norm for q
+  alignas(16) float k_scale[kChunk];  // 1 / norm for k (norms are 1 where not asked for)
+  float diagonal[kChunk];             // of q k^T
   // The CTA's chunk and head in this round, the next one and the ones before, which some threads may not have left yet.
   // Here, since all registers are needed elsewhere.
   Work work[4];
@@ -305,7 +305,7 @@ __device__ bool phase_begins_if_crowded() {
 __device__ float2 operator*(float2 a, float2 b) {
   return {a.x * b.x, a.y * b.y};
 }
-__device__ float2 operator*(float2 a, float b) {
+__device__ float2 operator*(float b, float2 a) {
   return {a.x * b, a.y * b};
 }
 
@@ -577,18 +577,31 @@ __device__ void build_level(LevelOperands<Cfg>& out, SharedStorage<Cfg>& smem, T
   }
 }
 
-// Two entries of T or P side by side (one, where the level's pairs are single rows), scaled, to shared memory.
+// Two entries of row r of T or P side by side (one, where the level's pairs are single rows), scaled, to shared memory.
 template <int h, class Cfg>
 struct EntryStore {
   SharedStorage<Cfg>& smem;
   bool is_P, normalize;
+  int r;
+  float row_scale;
 
-  __device__ void operator()(int r, int earlier, float x, float y) const {
+  __device__ EntryStore(SharedStorage<Cfg>& smem, bool is_P, bool normalize, int r)
+      : smem(smem),
+        is_P(is_P),
+        normalize(normalize),
+        r(r),
+        row_scale(is_P ? smem.q_scale[r] : normalize ? smem.k_scale[r] : 1.f) {}
+
+  __device__ void operator()(int earlier, float x, float y) const {
     using Element = typename Cfg::Element;
     int const s0 = earlier_row(earlier, h), s1 = earlier_row(earlier + 1, h);
-    float const row_scale = is_P ? smem.q_scale[r] : normalize ? smem.k_scale[r] : 1.f;
-    x *= normalize ? row_scale * smem.k_scale[s0] : row_scale;
-    y *= normalize ? row_scale * smem.k_scale[s1] : row_scale;
+    float2 scale{row_scale, row_scale};
+    if (normalize) {
+      scale = row_scale * (h > 1 ? *reinterpret_cast<float2 const*>(&smem.k_scale[s0])
+                                 : float2{smem.k_scale[s0], smem.k_scale[s1]});
+    }
+    x *= scale.x;
+    y *= scale.y;
     bool const has_x = h > 1 || r == s0 + 1, has_y = h > 1 || r == s1 + 1;
     if (is_P) {
       auto* const row = smem.P + swizzled_offset(r, s0 / 8);
@@ -622,26 +635,26 @@ __device__ void store_level(SharedStorage<Cfg>& smem, float const (&acc)[kSize],
   constexpr bool kHalf = kSize == 8;  // of the 32 columns
   int const warp = threadIdx.x % kWarpgroupThreads / kWarpThreads, lane = lane_index();
   bool const upper = warp % 2 == 1;  // later rows 16-31
-  EntryStore<h, Cfg> const store{smem, warp >= 2, normalize};
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    int const r = later_row(16 * (warp % 2) + 8 * half + lane / 4, h);
+    EntryStore<h, Cfg> const store(smem, warp >= 2, normalize,
+                                   later_row(16 * (warp % 2) + 8 * half + lane / 4, h));
     // Rows 16-31 meet columns from 16 on, and the others those before.
     auto const own = [&](int i) { return !kHalf && upper ? acc[(i + 8) % kSize] : acc[i]; };
     bool const has_own = !kHalf || first_column == 16 * (warp % 2);
     if constexpr (h == 32) {
 #pragma unroll
       for (int j = 0; j < kSize / 4; ++j) {
-        store(r, first_column + 8 * j + 2 * (lane % 4), acc[4 * j + 2 * half], acc[4 * j + 2 * half + 1]);
+        store(first_column + 8 * j + 2 * (lane % 4), acc[4 * j + 2 * half], acc[4 * j + 2 * half + 1]);
       }
     } else if constexpr (h == 16) {
 #pragma unroll
       for (int j = 0; j < 2 && has_own; ++j) {
-        store(r, 16 * (warp % 2) + 8 * j + 2 * (lane % 4), own(4 * j + 2 * half), own(4 * j + 2 * half + 1));
+        store(16 * (warp % 2) + 8 * j + 2 * (lane % 4), own(4 * j + 2 * half), own(4 * j + 2 * half + 1));
       }
     } else if (has_own && (h == 1 || lane / 4 / h == 2 * (lane % 4) / h)) {
       // Eight later rows meet their own eight earlier ones, and among them row groups of h.
-      store(r, 16 * (warp % 2) + 8 * half + 2 * (lane % 4), own(6 * half), own(6 * half + 1));
+      store(16 * (warp % 2) + 8 * half + 2 * (lane % 4), own(6 * half), own(6 * half + 1));
     }
   }
 }
@@ -717,19 +730,32 @@ __device__ void store_factor_tiles(SharedStorage<Cfg>& smem, PrepareParams const
     gamma = block < at.block ? gamma * blocks.rest[block] * blocks.first[block + 1] : gamma;
     tail = block + 1 > at.block ? tail * blocks.first[block + 1] * blocks.rest[block + 1] : tail;
   }
+  // Of four rows at a time, of which this is the i-th.
+  auto const take_scale = [&](float4& four, float const(&scales)[kChunk], int i, int first) {
+    if (i % 4 == first) {
+      four = *reinterpret_cast<float4 const*>(&scales[at.block * kBlock + i / 4 * 4]);
+    }
+  };
+  auto const scale_of = [](float4 const& four, int i) {
+    return i % 4 == 0 ? four.x : i % 4 == 1 ? four.y : i % 4 == 2 ? four.z : four.w;
+  };
 #pragma unroll
   for (int first = 0; first < kBlock; first += Cfg::kGroup) {
     if (phase_begins_if_crowded<Cfg>()) {
+      float4 q_scales, k_scales;
 #pragma unroll
       for (int i = first; i < first + Cfg::kGroup; ++i) {
-        int const row = at.block * kBlock + i;
         if (i > 0) {
           gamma = gamma * float2{x.alpha[i][0], x.alpha[i][1]};
         }
-        float const q_scale = Cfg::kFused ? smem.q_scale[row] : params.scale;
+        if constexpr (Cfg::kFused) {
+          take_scale(q_scales, smem.q_scale, i, 0);
+          take_scale(k_scales, smem.k_scale, i, 0);
+        }
+        float const q_scale = Cfg::kFused ? scale_of(q_scales, i) : params.scale;
         float2 const q = unpack<Element>(x.q[i]), E = unpack<Element>(x.E[i]);
         store_pair(gamma_q[i], pack<Element>(q.x * gamma.x * q_scale, q.y * gamma.y * q_scale));
-        float2 const gamma_k = Cfg::kFused ? gamma * smem.k_scale[row] : gamma;
+        float2 const gamma_k = Cfg::kFused ? scale_of(k_scales, i) * gamma : gamma;
         store_pair(gamma_q[i] + kFromE, pack<Element>(E.x * gamma_k.x, E.y * gamma_k.y));
       }
     }
@@ -741,14 +767,17 @@ __device__ void store_factor_tiles(SharedStorage<Cfg>& smem, PrepareParams const
 #pragma unroll
   for (int last = kBlock - 1; last >= 0; last -= Cfg::kGroup) {
     if (phase_begins_if_crowded<Cfg>()) {
+      float4 k_scales;
 #pragma unroll
       for (int i = last; i > last - Cfg::kGroup; --i) {
-        int const row = at.block * kBlock + i;
         if (i < kBlock - 1) {
           tail = tail * float2{x.alpha[i + 1][0], x.alpha[i + 1][1]};
         }
         float2 const k = unpack<Element>(x.k[i]);
-        float2 const tail_k = Cfg::kFused ? tail * smem.k_scale[row] : tail;
+        if constexpr (Cfg::kFused) {
+          take_scale(k_scales, smem.k_scale, i, 3);
+        }
+        float2 const tail_k = Cfg::kFused ? scale_of(k_scales, i) * tail : tail;
         store_pair(gamma_q[i] + kFromKt, pack<Element>(k.x * tail_k.x, k.y * tail_k.y));
       }
     }
