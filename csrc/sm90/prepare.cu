@@ -583,25 +583,17 @@ struct EntryStore {
   SharedStorage<Cfg>& smem;
   bool is_P, normalize;
   int r;
-  float row_scale;
-
-  __device__ EntryStore(SharedStorage<Cfg>& smem, bool is_P, bool normalize, int r)
-      : smem(smem),
-        is_P(is_P),
-        normalize(normalize),
-        r(r),
-        row_scale(is_P ? smem.q_scale[r] : normalize ? smem.k_scale[r] : 1.f) {}
+  float row_scale = is_P ? smem.q_scale[r] : normalize ? smem.k_scale[r] : 1.f;
 
   __device__ void operator()(int earlier, float x, float y) const {
     using Element = typename Cfg::Element;
     int const s0 = earlier_row(earlier, h), s1 = earlier_row(earlier + 1, h);
-    float2 scale{row_scale, row_scale};
+    x *= row_scale, y *= row_scale;
     if (normalize) {
-      scale = row_scale * (h > 1 ? *reinterpret_cast<float2 const*>(&smem.k_scale[s0])
-                                 : float2{smem.k_scale[s0], smem.k_scale[s1]});
+      float2 const scale = h > 1 ? *reinterpret_cast<float2 const*>(&smem.k_scale[s0])
+                                 : float2{smem.k_scale[s0], smem.k_scale[s1]};
+      x *= scale.x, y *= scale.y;
     }
-    x *= scale.x;
-    y *= scale.y;
     bool const has_x = h > 1 || r == s0 + 1, has_y = h > 1 || r == s1 + 1;
     if (is_P) {
       auto* const row = smem.P + swizzled_offset(r, s0 / 8);
@@ -637,8 +629,8 @@ __device__ void store_level(SharedStorage<Cfg>& smem, float const (&acc)[kSize],
   bool const upper = warp % 2 == 1;  // later rows 16-31
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    EntryStore<h, Cfg> const store(smem, warp >= 2, normalize,
-                                   later_row(16 * (warp % 2) + 8 * half + lane / 4, h));
+    EntryStore<h, Cfg> const store{smem, warp >= 2, normalize,
+                                   later_row(16 * (warp % 2) + 8 * half + lane / 4, h)};
     // Rows 16-31 meet columns from 16 on, and the others those before.
     auto const own = [&](int i) { return !kHalf && upper ? acc[(i + 8) % kSize] : acc[i]; };
     bool const has_own = !kHalf || first_column == 16 * (warp % 2);
@@ -711,6 +703,18 @@ __device__ void multiply_three_levels(SharedStorage<Cfg>& smem, bool normalize) 
   }
 }
 
+// What scales a thread's rows from first_row on, when it goes through them up or down: read four at a time.
+struct RowScales {
+  float4 four;
+
+  __device__ float of(float const (&scales)[kChunk], int first_row, int i, bool begins_four) {
+    if (begins_four) {
+      four = *reinterpret_cast<float4 const*>(&scales[first_row + i / 4 * 4]);
+    }
+    return i % 4 == 0 ? four.x : i % 4 == 1 ? four.y : i % 4 == 2 ? four.z : four.w;
+  }
+};
+
 // scale*gamma*q, Kt and gamma*E from running products over the chunk, straight to their tiles: a warp writes the 128
 // bytes of a row.
 template <class Cfg>
@@ -721,7 +725,8 @@ __device__ void store_factor_tiles(SharedStorage<Cfg>& smem, PrepareParams const
   ChunkTiles const& tiles = params.tiles;
   auto* const box = static_cast<std::uint8_t*>(tiles.factors) +
                     static_cast<std::int64_t>(work.tile) * 3 * Cfg::kTileBytes + at.box * kBoxBytes;
-  auto const gamma_q = image_pairs_of(box, at.block * kBlock, at.lane);
+  int const first_row = at.block * kBlock;
+  auto const gamma_q = image_pairs_of(box, first_row, at.lane);
   constexpr int kFromKt = Cfg::kTileBytes, kFromE = 2 * Cfg::kTileBytes;  // behind gamma_q
   BlockProducts<Cfg> const blocks(smem, at.channel());
   float2 gamma = blocks.first[0], tail{1.f, 1.f};
@@ -730,32 +735,21 @@ __device__ void store_factor_tiles(SharedStorage<Cfg>& smem, PrepareParams const
     gamma = block < at.block ? gamma * blocks.rest[block] * blocks.first[block + 1] : gamma;
     tail = block + 1 > at.block ? tail * blocks.first[block + 1] * blocks.rest[block + 1] : tail;
   }
-  // Of four rows at a time, of which this is the i-th.
-  auto const take_scale = [&](float4& four, float const(&scales)[kChunk], int i, int first) {
-    if (i % 4 == first) {
-      four = *reinterpret_cast<float4 const*>(&scales[at.block * kBlock + i / 4 * 4]);
-    }
-  };
-  auto const scale_of = [](float4 const& four, int i) {
-    return i % 4 == 0 ? four.x : i % 4 == 1 ? four.y : i % 4 == 2 ? four.z : four.w;
-  };
 #pragma unroll
   for (int first = 0; first < kBlock; first += Cfg::kGroup) {
     if (phase_begins_if_crowded<Cfg>()) {
-      float4 q_scales, k_scales;
+      RowScales q_scales, k_scales;
 #pragma unroll
       for (int i = first; i < first + Cfg::kGroup; ++i) {
         if (i > 0) {
           gamma = gamma * float2{x.alpha[i][0], x.alpha[i][1]};
         }
-        if constexpr (Cfg::kFused) {
-          take_scale(q_scales, smem.q_scale, i, 0);
-          take_scale(k_scales, smem.k_scale, i, 0);
-        }
-        float const q_scale = Cfg::kFused ? scale_of(q_scales, i) : params.scale;
+        float const q_scale =
+            Cfg::kFused ? q_scales.of(smem.q_scale, first_row, i, i % 4 == 0) : params.scale;
         float2 const q = unpack<Element>(x.q[i]), E = unpack<Element>(x.E[i]);
         store_pair(gamma_q[i], pack<Element>(q.x * gamma.x * q_scale, q.y * gamma.y * q_scale));
-        float2 const gamma_k = Cfg::kFused ? scale_of(k_scales, i) * gamma : gamma;
+        float2 const gamma_k =
+            Cfg::kFused ? k_scales.of(smem.k_scale, first_row, i, i % 4 == 0) * gamma : gamma;
         store_pair(gamma_q[i] + kFromE, pack<Element>(E.x * gamma_k.x, E.y * gamma_k.y));
       }
     }
@@ -767,17 +761,14 @@ __device__ void store_factor_tiles(SharedStorage<Cfg>& smem, PrepareParams const
 #pragma unroll
   for (int last = kBlock - 1; last >= 0; last -= Cfg::kGroup) {
     if (phase_begins_if_crowded<Cfg>()) {
-      float4 k_scales;
+      RowScales k_scales;
 #pragma unroll
       for (int i = last; i > last - Cfg::kGroup; --i) {
         if (i < kBlock - 1) {
           tail = tail * float2{x.alpha[i + 1][0], x.alpha[i + 1][1]};
         }
         float2 const k = unpack<Element>(x.k[i]);
-        if constexpr (Cfg::kFused) {
-          take_scale(k_scales, smem.k_scale, i, 3);
-        }
-        float2 const tail_k = Cfg::kFused ? scale_of(k_scales, i) * tail : tail;
+        float2 const tail_k = Cfg::kFused ? k_scales.of(smem.k_scale, first_row, i, i % 4 == 3) * tail : tail;
         store_pair(gamma_q[i] + kFromKt, pack<Element>(k.x * tail_k.x, k.y * tail_k.y));
       }
     }

@@ -272,6 +272,28 @@ __device__ void for_each_element(int first_column, Body body) {
   }
 }
 
+// Calls access(element of S, place) for pairs of this thread's state: the element and the next, and where they lie in float32
+// with channels side by side. `place_of(channel, column)` is 32 more for a channel 32 further. As few instructions as can be:
+// each is run once, at the end of a kernel that the next one waits for, and takes longer to come than to run.
+template <int kDimK, class PlaceOf, class Access>
+__device__ void for_each_pair(int first_column, int num_columns, PlaceOf place_of, Access access) {
+  int const lane = lane_index(), warp = threadIdx.x % kWarpgroupThreads / kWarpThreads;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    int const column = first_column + 16 * warp + lane / 4 + 8 * half;
+    if (column < num_columns) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        int const place = place_of(8 * i + 2 * (lane % 4), column);
+#pragma unroll
+        for (int j = 0; j < kDimK / 32; ++j) {
+          access(4 * (4 * j + i) + 2 * half, place + 32 * j);
+        }
+      }
+    }
+  }
+}
+
 // Calls body(element of S, index among [K, V] or [V, K]) for what of this thread's state lies inside.
 template <int kDimK, class Body>
 __device__ void for_each_state(CallShape const& shape, bool state_v_first, int first_column, Body body) {
@@ -312,20 +334,27 @@ __device__ inline std::int64_t segment_row(Work const& work, int index, int num_
 template <int kDimK>
 __device__ void read_segment_state(float (&S)[kDimK / 2], float const* states, CallShape const& shape,
                                    std::int64_t row, int value_head, int first_column) {
+#pragma unroll
+  for (float& s : S) {
+    s = 0.f;
+  }
   float const* const state = states + (row * shape.num_value_heads + value_head) * shape.dim_v * kDimK;
-  for_each_element<kDimK>(
-      first_column, [&](int acc, int k, int v) { S[acc] = v < shape.dim_v ? state[v * kDimK + k] : 0.f; });
+  for_each_pair<kDimK>(
+      first_column, shape.dim_v, [](int channel, int column) { return column * kDimK + channel; },
+      [&](int acc, int place) {
+        auto const pair = *reinterpret_cast<float2 const*>(state + place);
+        S[acc] = pair.x;
+        S[acc + 1] = pair.y;
+      });
 }
 
 template <int kDimK>
 __device__ void write_segment_state(float const (&S)[kDimK / 2], float* states, CallShape const& shape,
                                     std::int64_t row, int value_head, int first_column) {
   float* const state = states + (row * shape.num_value_heads + value_head) * shape.dim_v * kDimK;
-  for_each_element<kDimK>(first_column, [&](int acc, int k, int v) {
-    if (v < shape.dim_v) {
-      state[v * kDimK + k] = S[acc];
-    }
-  });
+  for_each_pair<kDimK>(
+      first_column, shape.dim_v, [](int channel, int column) { return column * kDimK + channel; },
+      [&](int acc, int place) { *reinterpret_cast<float2*>(state + place) = float2{S[acc], S[acc + 1]}; });
 }
 
 // S^T to the work's sequence of states that may be null; NaN for a malformed sequence.

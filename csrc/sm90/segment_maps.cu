@@ -225,11 +225,12 @@ struct Walk {
                                             : sequence * (params.num_segments - 1) + work.segment;
     std::int64_t const row = in_order * heads + head;
     float* const map = (work.is_M ? params.M : params.N) + row * columns * Cfg::kDimK;
-    for_each_element<Cfg::kDimK>(work.first_column, [&](int acc, int channel, int column) {
-      if (column < columns) {
-        map[work.is_M ? place_in_map(channel, column, Cfg::kDimK) : column * Cfg::kDimK + channel] = S[acc];
-      }
-    });
+    for_each_pair<Cfg::kDimK>(
+        work.first_column, columns,
+        [&](int channel, int column) {
+          return work.is_M ? place_in_map(channel, column, Cfg::kDimK) : column * Cfg::kDimK + channel;
+        },
+        [&](int acc, int place) { *reinterpret_cast<float2*>(map + place) = float2{S[acc], S[acc + 1]}; });
   }
 };
 
