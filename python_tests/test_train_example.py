@@ -539,8 +539,7 @@ def test_configurations_by_file_and_folder_with_changes(train, inputs, tmp_path)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("processes", [0, 1], ids=["alone", "torchrun"])
-@pytest.mark.parametrize("config", ["tiny", "hybrid.json"])
+@pytest.mark.parametrize("config, processes", [("tiny", 0), ("hybrid.json", 1)], ids=["alone", "torchrun"])
 def test_a_run_on_a_gpu_learns_and_goes_on_with_the_same_bits(inputs, tmp_path, config, processes):
     """This package's model on its kernels, under autocast; a kill at update 27 of 40 leaves 20 of them."""
     if not torch.cuda.is_available():
