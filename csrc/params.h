@@ -6,6 +6,8 @@
 
 namespace gdn2 {
 
+constexpr int kChunk = 64;  // tokens of a chunk
+
 // C = A B with B [depth, 128], or C = A B^T with B [128, depth]: the two ways in which the scan's products read their
 // right operand.
 struct TileProductParams {

@@ -9,7 +9,7 @@
 
 namespace gdn2 {
 
-constexpr std::int64_t kChunk = 64, kSlice = 64;
+constexpr std::int64_t kSlice = 64;           // value columns
 constexpr std::int64_t kRoomAlignment = 256;  // bytes, of what is carved out
 constexpr std::int64_t kElementBytes = 2;     // of q, and of all tiles
 

@@ -8,7 +8,7 @@
 namespace gdn2 {
 namespace {
 
-constexpr std::int64_t kChunk = 64, kColumns = 64;  // tokens of a chunk, value columns of a walk
+constexpr std::int64_t kColumns = 64;  // value columns of a walk
 constexpr std::int64_t kMostSegments = 64;
 // In microseconds, fitted to calls with every number of segments and with prepare before and beside scan, on an H200
 // (docs/kernels.md). Walks at the same time share the memory: a chunk takes no less than their number times their share.

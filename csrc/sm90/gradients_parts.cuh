@@ -2,10 +2,9 @@
 #pragma once
 
 #include <cutlass/arch/barrier.h>
-#include <cutlass/fast_math.h>
 
 #include "params.h"
-#include "sm90/chunk_order.h"
+#include "sm90/chunk_work.h"
 #include "sm90/gate_tiles.cuh"
 #include "tile/decay_levels.cuh"
 #include "tile/pipeline.cuh"
@@ -13,7 +12,6 @@
 
 namespace gdn2 {
 
-constexpr int kChunk = 64;
 constexpr int kChannels = 64;  // of a CTA
 constexpr int kColumns = 64;   // value columns of a slice
 constexpr int kHalves = 2;     // of a chunk's tokens: a warpgroup each
@@ -23,26 +21,21 @@ constexpr int kThreads = kHalves * kWarpgroupThreads;
 constexpr int kBoxBytes = kChunk * kBoxRowBytes;
 constexpr int kStages = 2;
 
-// What places in a call are divided by, and how many value heads share a gate head.
-struct GradientsDivisors {
-  cutlass::FastDivmod boxes, gate_heads, gate_heads_of_head, slices;
-  DenseChunks chunks;
+// And boxes and slices, and how many value heads share a gate head.
+struct GradientsDivisors : ChunkDivisors {
+  cutlass::FastDivmod boxes, slices;
   int heads_per_gate;
 
   GradientsDivisors(CallShape const& shape, int num_segments)
-      : boxes(shape.dim_k > kChannels ? 2 : 1),
-        gate_heads(shape.num_gate_heads),
-        gate_heads_of_head(shape.num_gate_heads / shape.num_heads),
+      : ChunkDivisors(shape, num_segments),
+        boxes(shape.dim_k > kChannels ? 2 : 1),
         slices((shape.dim_v + kColumns - 1) / kColumns),
-        chunks(shape, num_segments),
         heads_per_gate(shape.num_value_heads / shape.num_gate_heads) {}
 };
 
 // What one CTA works on.
-struct GradientsWork {
-  int batch, first_token, num_rows;  // rows beyond num_rows belong to nobody here
-  int slot, box, first_channel;
-  int head, gate_head, num_boxes;
+struct GradientsWork : ChunkWork {
+  int box, first_channel, num_boxes;
   std::int64_t tile;                   // index of the slot and gate head
   bool wants_decays, needs_raw_gates;  // dg or sums of it; and through a decay gate
 
@@ -57,19 +50,7 @@ struct GradientsWork {
     wants_decays =
         params.dg != nullptr || params.dA_log_of_slots != nullptr || params.d_dt_bias_of_slots != nullptr;
     needs_raw_gates = wants_decays && params.gates.decay_gate != DecayGate::kNone;
-    by.gate_heads(slot, gate_head, order);
-    head = by.gate_heads_of_head.div(gate_head);
-    if (params.plan.slots != nullptr) {
-      ChunkSlot const at = params.plan.slots[slot];
-      batch = 0;
-      first_token = at.first_token;
-      num_rows = at.num_rows;
-    } else {
-      int chunk;  // the walks before have ended at both ends
-      slot = by.chunks.find<ChunkOrder::kInwards>(slot, batch, chunk);
-      first_token = chunk * kChunk;
-      num_rows = min(kChunk, shape.seqlen - first_token);
-    }
+    find<ChunkOrder::kInwards>(shape, params.plan, by, order);  // the walks before have ended at both ends
     tile = static_cast<std::int64_t>(slot) * shape.num_gate_heads + gate_head;
   }
 

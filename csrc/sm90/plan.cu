@@ -18,7 +18,6 @@ namespace gdn2 {
 namespace {
 
 constexpr int kThreads = 1024;
-constexpr int kChunk = 64;
 
 // Sequences of one length share a place in the count: 0 is for the longest ones.
 __device__ int length_class(int num_tokens) {

@@ -23,14 +23,13 @@
 //     wait | gates | tiles out | build 1, 2, 4 | multiply | build 8, 16, 32 | multiply | A, P out
 //                                                                                 next chunk in ..
 #include <cutlass/arch/barrier.h>
-#include <cutlass/fast_math.h>
 
 #include <algorithm>
 #include <stdexcept>
 
 #include "api/chunk_forward.h"
 #include "api/cuda_error.h"
-#include "sm90/chunk_order.h"
+#include "sm90/chunk_work.h"
 #include "sm90/gate_tiles.cuh"
 #include "sm90/token_map.h"
 #include "tile/activation.cuh"
@@ -46,7 +45,6 @@
 namespace gdn2 {
 namespace {
 
-constexpr int kChunk = 64;
 constexpr int kBlock = 16;  // tokens that a thread owns
 constexpr int kNumBlocks = kChunk / kBlock;
 constexpr int kBoxBytes = kChunk * kBoxRowBytes;
@@ -85,11 +83,9 @@ struct LevelOperands {
 };
 
 // What a CTA works on at a time.
-struct Work {
-  int order;                         // in which it comes
-  int batch, first_token, num_rows;  // rows beyond num_rows belong to nobody here
-  int head, gate_head;
-  int tile;  // index of the slot and gate head among the output tiles
+struct Work : ChunkWork {
+  int order;  // in which it comes
+  int tile;   // index of the slot and gate head among the output tiles
 };
 
 template <class Cfg>
@@ -152,37 +148,12 @@ __device__ bool has_order(PrepareParams const& params, int order) {
   return order < params.shape.num_slots * params.shape.num_gate_heads;
 }
 
-// What find_work divides by.
-struct Divisors {
-  cutlass::FastDivmod gate_heads, gate_heads_of_head;
-  DenseChunks chunks;
-
-  explicit Divisors(PrepareParams const& params)
-      : gate_heads(params.shape.num_gate_heads),
-        gate_heads_of_head(params.shape.num_gate_heads / params.shape.num_heads),
-        chunks(params.shape, params.num_segments) {}
-};
-
 template <class Cfg>
-__device__ Work find_work(PrepareParams const& params, Divisors const& by, int order) {
-  CallShape const& shape = params.shape;
+__device__ Work find_work(PrepareParams const& params, ChunkDivisors const& by, int order) {
   Work work;
+  work.find<Cfg::kOrder>(params.shape, params.plan, by, order);
   work.order = order;
-  int slot;
-  by.gate_heads(slot, work.gate_head, order);
-  work.head = by.gate_heads_of_head.div(work.gate_head);
-  if (params.plan.slots != nullptr) {
-    ChunkSlot const at = params.plan.slots[slot];
-    work.batch = 0;
-    work.first_token = at.first_token;
-    work.num_rows = at.num_rows;
-  } else {
-    int chunk;
-    slot = by.chunks.find<Cfg::kOrder>(slot, work.batch, chunk);
-    work.first_token = chunk * kChunk;
-    work.num_rows = min(kChunk, shape.seqlen - work.first_token);
-  }
-  work.tile = slot * shape.num_gate_heads + work.gate_head;
+  work.tile = work.slot * params.shape.num_gate_heads + work.gate_head;
   return work;
 }
 
@@ -812,7 +783,7 @@ __device__ void store_block_products(SharedStorage<Cfg>& smem, ThreadInputs<Cfg>
 
 // Nothing of the team's is ready; only then may the walk start.
 template <class Cfg>
-__device__ void clear_ready(PrepareParams const& params, Divisors const& by, int first_order) {
+__device__ void clear_ready(PrepareParams const& params, ChunkDivisors const& by, int first_order) {
   int const stride = gridDim.x * Cfg::kTeams;
   for (int order = first_order + thread_of_team<Cfg>() * stride; has_order(params, order);
        order += Cfg::kTeamThreads * stride) {
@@ -843,7 +814,7 @@ template <class Cfg>
 struct NextChunk {
   SharedStorage<Cfg>& smem;
   PrepareParams const& params;
-  Divisors const& by;
+  ChunkDivisors const& by;
   InputLoads<Cfg> const& loads;
   Work const& work;
   Work& next;
@@ -937,7 +908,7 @@ __device__ void run_tile(SharedStorage<Cfg>& smem, PrepareParams const& params, 
 
 template <class Cfg>
 __global__ void __launch_bounds__(Cfg::kThreads, Cfg::kCtasPerSm)
-    prepare_kernel(__grid_constant__ PrepareParams const params, __grid_constant__ Divisors const by,
+    prepare_kernel(__grid_constant__ PrepareParams const params, __grid_constant__ ChunkDivisors const by,
                    __grid_constant__ TensorMaps const maps) {
   extern __shared__ std::uint8_t smem_bytes[];
   auto& smem = reinterpret_cast<SharedStorage<Cfg>*>(smem_bytes)[team_index<Cfg>()];
@@ -1004,7 +975,8 @@ void launch(PrepareParams const& params, cudaStream_t stream) {
                  "prepare: shared memory");
   int const tiles = shape.num_slots * shape.num_gate_heads;
   unsigned const num_ctas = Cfg::kStays ? std::min(tiles, params.num_sms) : tiles;
-  kernel<<<num_ctas, Cfg::kThreads, kSmemBytes, stream>>>(params, Divisors(params), maps);
+  kernel<<<num_ctas, Cfg::kThreads, kSmemBytes, stream>>>(params, ChunkDivisors(shape, params.num_segments),
+                                                          maps);
   throw_on_error(cudaGetLastError(), "prepare: launch");
 }
 

@@ -13,7 +13,6 @@
 
 namespace gdn2 {
 
-constexpr int kChunk = 64;
 constexpr int kColumns = 64;  // value columns of a warpgroup
 constexpr int kBoxBytes = kChunk * kBoxRowBytes;
 
