@@ -8,8 +8,9 @@
 namespace gdn2 {
 namespace {
 
-// How many segments' recomputation runs beside the reverse walks from zero: as many as find SMs. (Where none does, the walks
-// of two slices share a CTA and leave some: none of the calls that are split by themselves.)
+// How many segments' recomputation runs beside the reverse walks from zero: as many as find SMs. None where
+// the reverse walks alone have more CTAs than there are SMs. (Two slices share a CTA there, and SMs may stay
+// idle; no call that is split by itself is like that.)
 int recomputed_at_first(ChunkCall const& call) {
   CallShape const& shape = call.shape;
   std::int64_t const ctas =

@@ -40,12 +40,14 @@ inline std::int64_t num_slots(std::int64_t batch, std::int64_t seqlen, std::int6
   return packed ? seqlen / kChunk + num_sequences : batch * ((seqlen + kChunk - 1) / kChunk);
 }
 
-// Chunk slots and gate heads: what prepare makes tiles of.
+// Chunk slots and gate heads: what prepare makes tiles of. All sizes of tiles and states are multiples of
+// kRoomAlignment bytes: taken one after the other they have no gaps.
 inline std::int64_t num_gate_tiles(CallShape const& shape) {
   return std::int64_t{shape.num_slots} * shape.num_gate_heads;
 }
 
-// In floats: what prepare leaves for the walks of a call, but for A - I and P; and the norms, where there are some.
+// In floats: what prepare leaves for the walks of a call, but for A - I and P; and the norms, where there are
+// some.
 struct TileSizes {
   std::int64_t factors, gamma_last, row_norms;
 
@@ -58,9 +60,9 @@ struct TileSizes {
   std::int64_t total() const { return factors + gamma_last + row_norms; }
 };
 
-// In floats: M of the segments between the first and the last, and the states that all but the first start from. Room of
-// the second size is what each direction needs for N and, in the reverse, for gradients like those states. Nothing where
-// there is one segment.
+// In floats: M of the segments between the first and the last, and the states that all but the first start
+// from. Room of the second size is what each direction needs for N and, in the reverse, for gradients like
+// those states. Nothing where there is one segment.
 struct SplitSizes {
   std::int64_t M = 0, states = 0;
 

@@ -22,6 +22,7 @@ struct ChunkDivisors {
 struct ChunkWork {
   int batch, first_token, num_rows;  // rows beyond num_rows belong to nobody here
   int slot, head, gate_head;
+  std::int64_t tile;  // index of the slot and gate head
 
   // The order-th of all.
   template <ChunkOrder kOrder>
@@ -39,6 +40,7 @@ struct ChunkWork {
       first_token = chunk * kChunk;
       num_rows = min(kChunk, shape.seqlen - first_token);
     }
+    tile = static_cast<std::int64_t>(slot) * shape.num_gate_heads + gate_head;
   }
 };
 

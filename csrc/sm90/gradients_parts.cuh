@@ -36,7 +36,6 @@ struct GradientsDivisors : ChunkDivisors {
 // What one CTA works on.
 struct GradientsWork : ChunkWork {
   int box, first_channel, num_boxes;
-  std::int64_t tile;                   // index of the slot and gate head
   bool wants_decays, needs_raw_gates;  // dg or sums of it; and through a decay gate
 
   GradientsWork() = default;
@@ -51,11 +50,10 @@ struct GradientsWork : ChunkWork {
         params.dg != nullptr || params.dA_log_of_slots != nullptr || params.d_dt_bias_of_slots != nullptr;
     needs_raw_gates = wants_decays && params.gates.decay_gate != DecayGate::kNone;
     find<ChunkOrder::kInwards>(shape, params.plan, by, order);  // the walks before have ended at both ends
-    tile = static_cast<std::int64_t>(slot) * shape.num_gate_heads + gate_head;
   }
 
-  // Which slice comes index-th: the CTA of the other channels takes the second one of two first. Each makes dv and dw of
-  // the first of two that it takes, whose v and w are on their way with it.
+  // Which slice comes index-th: the CTA of the other channels takes the second one of two first. Each makes
+  // dv and dw of the first of two that it takes, whose v and w are on their way with it.
   __device__ int slice(int index, int num_slices) const {
     int const slice = index ^ box;
     return slice < num_slices ? slice : index;
@@ -101,8 +99,8 @@ struct GradientsStorage {
     Tokens tokens;
     Scratch scratch;
   };
-  struct
-      RowDots {  // of the rows of q and k with their gradients: over a warp's channels, and over a CTA's; and 1 / norms
+  // Of the rows of q and k with their gradients: over a warp's channels, and over a CTA's; and 1 / norms.
+  struct RowDots {
     float of_warp[kChannels / kWarpChannels][kChunk][2], of_box[2][kChunk][2];
     float inverse_norms[kChunk][2];
   };
@@ -133,7 +131,8 @@ struct GradientsStorage {
   __device__ GateChannels gate_channels(int channel) const {
     return {gate_A_log, *reinterpret_cast<float4 const*>(&gate_bias[channel])};
   }
-  // Permuted, so that lanes of four tokens and eight channels, and pieces of four channels, have banks of their own.
+  // Permuted, so that lanes of four tokens and eight channels, and pieces of four channels, have banks of
+  // their own.
   __device__ float& dg_at(int token, int channel) { return dg[token][channel ^ (token / 2 % 4 * 8)]; }
 };
 
@@ -166,8 +165,9 @@ __device__ inline bool is_first_thread() {
   return id == 0;
 }
 
-// A thread's place: its warpgroup has half of the tokens, its warp 16 channels of them. Every phase finds it anew: what
-// ptxas knows to be the same it keeps, with all addresses that follow from it, in registers that the phases do not have.
+// A thread's place: its warpgroup has half of the tokens, its warp 16 channels of them. Every phase finds it
+// anew: what ptxas knows to be the same it keeps, with all addresses that follow from it, in registers that
+// the phases do not have.
 struct GradientsPlace {
   int thread, half_of_chunk, warp, lane, row, quad;
 

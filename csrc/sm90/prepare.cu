@@ -4,287 +4,56 @@
 //     P[r,s] = scale sum_i q[r,i] k[s,i] exp(G[r,i]-G[s,i])  (s <= r)
 //     tiles gamma*E, scale*gamma*q, Kt = exp(G[C-1]-G)*k, and gamma[C-1]
 //
-// The triangle is split by halves (level h = 1, 2, .., 32): rows of the later half of a pair of h rows each meet rows of
-// the earlier one, and exp(G[r]-G[s]) = D[r] U[s] with D the decay from the later half's first row to r and U from s to
-// that row. Both are running products of alpha = exp(g), in [0, 1] for any g <= 0, so no level overflows and no factor
-// looks past r. Over all pairs a level has 32 later and 32 earlier rows, and is one product
+// The triangle is split by halves (level h = 1, 2, .., 32): rows of the later half of a pair of h rows each
+// meet rows of the earlier one, and exp(G[r]-G[s]) = D[r] U[s] with D the decay from the later half's first
+// row to r and U from s to that row. Both are running products of alpha = exp(g), in [0, 1] for any g <= 0,
+// so no level overflows and no factor looks past r. Over all pairs a level has 32 later and 32 earlier rows,
+// and is one product
 //     [E*D; q*D] [64, K]  x  (k*U)^T [K, 32]
 // of which the entries of matching pairs are kept.
 //
-// Grid: one CTA for a chunk slot and gate head, heads fastest, dense chunks as chunk_order.h has them; beside a walk one CTA
-// an SM, whose teams each take every so many-th. K 128: 256 threads, two CTAs an SM. K 64: 128 threads, three.
-// Roles: gates and sigmoids are made in the inputs' tiles first, where they are asked for. Then a thread owns two
-// channels of 16 tokens, in registers from the first read to the last store, so that the running products stay inside it;
-// the four warps of a warpgroup take the four blocks of 16 tokens of 64 channels.
-// Of three levels at a time each of two warpgroups multiplies one and a half; the first one inverts.
-// Shared memory (K 128): q, k, b, g 80 KB, which then hold three operand buffers of 24 KB; T 17 KB, P 8 KB, block
-// products 4 KB: 110 KB.
+// Grid: one CTA for a chunk slot and gate head, heads fastest, dense chunks as chunk_order.h has them; beside
+// a walk one CTA an SM, whose teams each take every so many-th. K 128: 256 threads, two CTAs an SM. K 64: 128
+// threads, three.
+// Roles: norms of rows, where they are asked for, and the diagonal of P come first, q's rows by the first
+// warpgroup and k's by the last one; gates and sigmoids are made in the inputs' tiles. Then a thread owns two
+// channels of 16 tokens, in registers from the first read to the last store, so that the running products
+// stay inside it; the four warps of a warpgroup take the four blocks of 16 tokens of 64 channels. Of three
+// levels at a time each of two warpgroups multiplies one and a half, and one alone (K 64) all; the first one
+// inverts.
+// Shared memory (K 128): q, k, b, g 80 KB, which then hold three operand buffers of 24 KB; T 17 KB, P 8 KB,
+// block products 4 KB: 110 KB.
 //
-//     wait | gates | tiles out | build 1, 2, 4 | multiply | build 8, 16, 32 | multiply | A, P out
-//                                                                                 next chunk in ..
+//     wait | norms, gates | tiles out | build 1, 2, 4 | multiply | build 8, 16, 32 | multiply | A, P out
+//                                                                                        next chunk in ..
 #include <cutlass/arch/barrier.h>
 
 #include <algorithm>
+#include <cstddef>
 #include <stdexcept>
 
 #include "api/chunk_forward.h"
 #include "api/cuda_error.h"
-#include "sm90/chunk_work.h"
 #include "sm90/gate_tiles.cuh"
+#include "sm90/prepare_levels.cuh"
 #include "sm90/token_map.h"
 #include "tile/activation.cuh"
 #include "tile/convert.cuh"
 #include "tile/launch_order.cuh"
 #include "tile/mma.cuh"
-#include "tile/pipeline.cuh"
 #include "tile/ready_flag.cuh"
-#include "tile/tma.cuh"
 #include "tile/triangular_inverse.cuh"
-#include "tile/wgmma.cuh"
 
 namespace gdn2 {
 namespace {
 
-constexpr int kBlock = 16;  // tokens that a thread owns
-constexpr int kNumBlocks = kChunk / kBlock;
-constexpr int kBoxBytes = kChunk * kBoxRowBytes;
-
-template <class Element_, int kDimK_, bool kFused_, bool kFactorsOnly_, bool kWholeSm_>
-struct Config {
-  using Element = Element_;
-  static constexpr int kDimK = kDimK_;
-  static constexpr bool kFused = kFused_;              // norms, gates and sigmoids may be asked for
-  static constexpr bool kFactorsOnly = kFactorsOnly_;  // for the backward, to which A - I and P are known
-  static constexpr int kBoxes = kDimK / kBoxColumns;
-  static constexpr int kWarpgroups = kBoxes;
-  // A team works on a chunk. With kWholeSm the teams of an SM are one CTA, which stays: others find SMs without any.
-  static constexpr int kTeamThreads = kWarpgroups * kWarpgroupThreads;
-  static constexpr int kTeamsPerSm = kDimK == 64 ? 3 : 2;
-  static constexpr bool kStays = kWholeSm_;
-  // What the walk after it begins with comes last; beside it, first. That of the backward begins at both ends.
-  static constexpr ChunkOrder kOrder = kStays         ? ChunkOrder::kUp
-                                       : kFactorsOnly ? ChunkOrder::kOutwards
-                                                      : ChunkOrder::kDown;
-  static constexpr int kTeams = kWholeSm_ ? kTeamsPerSm : 1;
-  static constexpr int kThreads = kTeams * kTeamThreads;
-  static constexpr int kCtasPerSm = kTeamsPerSm / kTeams;
-  static constexpr int kTileBytes = kBoxes * kBoxBytes;
-  static constexpr int kGateColumns = kBoxRowBytes / sizeof(float);  // of a box of float32 g
-  // Where ptxas runs out of registers, in a loop over chunks above all. Then it is given smaller phases.
-  static constexpr bool kCrowded = kStays || (kFused && kFactorsOnly);
-  static constexpr int kGroup = kCrowded ? 4 : kBlock;  // tokens of a thread that are looked at together
-};
-
-// Operands of one level: rows 0-31 E*D and 32-63 q*D of the later halves, and k*U of the earlier halves.
-template <class Cfg>
-struct LevelOperands {
-  std::uint8_t later[Cfg::kBoxes][kBoxBytes];
-  std::uint8_t earlier[Cfg::kBoxes][kBoxBytes / 2];
-};
-
-// What a CTA works on at a time.
-struct Work : ChunkWork {
-  int order;  // in which it comes
-  int tile;   // index of the slot and gate head among the output tiles
-};
-
-template <class Cfg>
-struct SharedStorage {
-  union alignas(kSwizzleAtomBytes) {
-    struct {
-      std::uint8_t q[Cfg::kBoxes][kBoxBytes], k[Cfg::kBoxes][kBoxBytes], b[Cfg::kBoxes][kBoxBytes];
-      std::uint8_t g[2 * Cfg::kBoxes][kBoxBytes];
-    } in;
-    LevelOperands<Cfg> operands[3];  // when the inputs are in registers
-  };
-  std::uint8_t P[kBoxBytes];
-  float T[kChunk * TriangularMatrix::kStride];
-  // Of every block of 16 tokens and channel: alpha of its first token, and the product over the others.
-  float block_first[kNumBlocks][Cfg::kDimK], block_rest[kNumBlocks][Cfg::kDimK];
-  alignas(16) float q_scale[kChunk];  // scale / norm for q
-  alignas(16) float k_scale[kChunk];  // 1 / norm for k (norms are 1 where not asked for)
-  float diagonal[kChunk];             // of q k^T
-  // The CTA's chunk and head in this round, the next one and the ones before, which some threads may not have left yet.
-  // Here, since all registers are needed elsewhere.
-  Work work[4];
-  FullBarrier inputs_full;
-};
-
-struct TensorMaps {
-  CUtensorMap q, k, b, g;
-};
-
-// ---- teams --------------------------------------------------------------------------------------------------
-
-template <class Cfg>
-__device__ int team_index() {
-  return Cfg::kTeams == 1 ? 0 : threadIdx.x / Cfg::kTeamThreads;
-}
-template <class Cfg>
-__device__ int thread_of_team() {
-  return Cfg::kTeams == 1 ? threadIdx.x : threadIdx.x % Cfg::kTeamThreads;
-}
-
-enum class TeamBarrier { kAll, kInverse, kTilesOut };
-template <class Cfg>
-__device__ std::uint32_t barrier_id(TeamBarrier barrier) {
-  constexpr int kNumber = Cfg::kWarpgroups == 1 ? 1 : 3;  // a team of one warpgroup meets at one barrier
-  static_assert(Cfg::kTeams * kNumber <= 16 - 8);         // 8 are CUTLASS's own
-  return team_index<Cfg>() * kNumber + (kNumber == 1 ? 0 : static_cast<int>(barrier));
-}
-
-template <class Cfg>
-__device__ void sync_team() {
-  if constexpr (Cfg::kTeams == 1) {
-    __syncthreads();
-  } else {
-    cutlass::arch::NamedBarrier::sync(Cfg::kTeamThreads, barrier_id<Cfg>(TeamBarrier::kAll));
-  }
-}
-
-// ---- where a team works -------------------------------------------------------------------------------------
-
-__device__ bool has_order(PrepareParams const& params, int order) {
-  return order < params.shape.num_slots * params.shape.num_gate_heads;
-}
-
-template <class Cfg>
-__device__ Work find_work(PrepareParams const& params, ChunkDivisors const& by, int order) {
-  Work work;
-  work.find<Cfg::kOrder>(params.shape, params.plan, by, order);
-  work.order = order;
-  work.tile = work.slot * params.shape.num_gate_heads + work.gate_head;
-  return work;
-}
-
-// The loads of a chunk's inputs, by one thread, or a thread each of its parts once one of them has announced them.
-template <class Cfg>
-struct InputLoads {
-  SharedStorage<Cfg>& smem;
-  TensorMaps const& maps;
-  ElementType gate_element;
-
-  static constexpr int kParts = 4;
-
-  __device__ void announce() const {
-    smem.inputs_full.arrive_and_expect_tx((is_wide() ? 5 : 4) * Cfg::kTileBytes);
-  }
-  __device__ void load(Work const& work, int part) const {
-    if (part == 3) {
-      // 16-bit g lies where the first half of its alpha will.
-      for (int box = 0; box < 2 * Cfg::kBoxes; box += is_wide() ? 1 : 2) {
-        load(maps.g, smem.in.g[box], box * Cfg::kGateColumns, work.gate_head, work);
-      }
-      return;
-    }
-    CUtensorMap const& map = part == 0 ? maps.q : part == 1 ? maps.k : maps.b;
-    auto& boxes = part == 0 ? smem.in.q : part == 1 ? smem.in.k : smem.in.b;
-    for (int box = 0; box < Cfg::kBoxes; ++box) {
-      load(map, boxes[box], box * kBoxColumns, part == 2 ? work.gate_head : work.head, work);
-    }
-  }
-  __device__ void load(Work const& work) const {
-    announce();
-    for (int part = 0; part < kParts; ++part) {
-      load(work, part);
-    }
-  }
-
- private:
-  __device__ bool is_wide() const { return gate_element == ElementType::kFloat32; }
-  __device__ void load(CUtensorMap const& map, std::uint8_t* box, int channel, int head,
-                       Work const& work) const {
-    tma_load(map, smem.inputs_full, box, channel, head, work.first_token, work.batch);
-  }
-};
-
-// Two channels of 16 tokens: what a thread works on. E, q and k are pairs of Element.
-template <class Cfg>
-struct ThreadInputs {
-  float alpha[kBlock][2];
-  std::uint32_t E[kBlock], q[kBlock], k[kBlock];
-};
-
-// Where a thread works: channels 2*lane and the next of box `box`, tokens [16*block, 16*block + 16).
-struct ThreadPlace {
-  int box, block, lane;
-
-  __device__ int channel() const { return box * kBoxColumns + 2 * lane; }
-};
-
-// Where ptxas runs out of registers it is asked for anew in every phase, so that no address is kept.
-template <class Cfg>
-__device__ ThreadPlace thread_place() {
-  unsigned thread = threadIdx.x;
-  if constexpr (Cfg::kCrowded) {
-    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
-  }
-  thread = Cfg::kTeams == 1 ? thread : thread % Cfg::kTeamThreads;
-  return {.box = static_cast<int>(thread / kWarpgroupThreads),
-          .block = static_cast<int>(thread / kWarpThreads % kNumBlocks),
-          .lane = static_cast<int>(thread % kWarpThreads)};
-}
-
-// Where a lane has its channels in the rows of a box, from a multiple of eight on. The swizzle is a ^ of bits that are zero
-// in where a box begins: of the whole address then, one instruction, and what is left of `row` is known to the compiler.
-template <class Address>
-struct LaneRows {
-  Address first;
-
-  __device__ Address operator[](int row) const {
-    return (first ^ static_cast<Address>(row % 8 * 16)) + row * kBoxRowBytes;
-  }
-};
-
-// Pairs of channels: 128 bytes a warp, without bank conflicts.
-__device__ LaneRows<std::uint32_t> pairs_of(void const* box, int first_row, int lane) {
-  return {cute::cast_smem_ptr_to_uint(box) + swizzled_offset(first_row, lane / 4) + lane % 4 * 4};
-}
-// In global memory, in an image of a box at a multiple of 128 bytes.
-__device__ LaneRows<std::uintptr_t> image_pairs_of(std::uint8_t* box, int first_row, int lane) {
-  return {reinterpret_cast<std::uintptr_t>(box) + swizzled_offset(first_row, lane / 4) + lane % 4 * 4};
-}
-
-__device__ std::uint32_t load_pair(std::uint32_t address) {
-  std::uint32_t pair;
-  asm volatile("ld.shared.b32 %0, [%1];\n" : "=r"(pair) : "r"(address) : "memory");
-  return pair;
-}
-__device__ float2 load_float2(std::uint32_t address) {
-  float2 x;
-  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];\n" : "=f"(x.x), "=f"(x.y) : "r"(address) : "memory");
-  return x;
-}
-__device__ void store_pair(std::uint32_t address, std::uint32_t pair) {
-  asm volatile("st.shared.b32 [%0], %1;\n" ::"r"(address), "r"(pair) : "memory");
-}
-__device__ void store_pair(std::uintptr_t address, std::uint32_t pair) {
-  __stwb(reinterpret_cast<std::uint32_t*>(address), pair);
-}
-
-// True, as nobody but the machine knows: a branch that ptxas moves nothing across.
-__device__ bool phase_begins() {
-  unsigned ctas;
-  asm volatile("mov.u32 %0, %%nctaid.x;" : "=r"(ctas));
-  return ctas > 0;
-}
-template <class Cfg>
-__device__ bool phase_begins_if_crowded() {
-  return !Cfg::kCrowded || phase_begins();
-}
-
-__device__ float2 operator*(float2 a, float2 b) {
-  return {a.x * b.x, a.y * b.y};
-}
-__device__ float2 operator*(float b, float2 a) {
-  return {a.x * b, a.y * b};
-}
+using namespace prepare;
 
 template <class Cfg>
 using PreparedGates = GatePieces<typename Cfg::Element, Cfg::kDimK, Cfg::kTeamThreads>;
 
-// What is asked for of decay gate and sigmoid of the erase gate, in place: g becomes alpha, b becomes E = b*k. In pieces
-// of 16 bytes and short loops (see gate_tiles.cuh).
+// What is asked for of decay gate and sigmoid of the erase gate, in place: g becomes alpha, b becomes E =
+// b*k. In pieces of 16 bytes and short loops (see gate_tiles.cuh).
 template <class Cfg>
 __device__ void activate_inputs(SharedStorage<Cfg>& smem, PrepareParams const& params,
                                 GateChannels const& channels) {
@@ -304,8 +73,8 @@ __device__ void activate_inputs(SharedStorage<Cfg>& smem, PrepareParams const& p
   }
 }
 
-// Tokens [first, first + kGroup) of a thread's 16, of inputs as they came or activated ones. Where kTail, rows that are not
-// the sequence's become g = 0 and q = k = E = 0, whatever lies there.
+// Tokens [first, first + kGroup) of a thread's 16, of inputs as they came or activated ones. Where kTail,
+// rows that are not the sequence's become g = 0 and q = k = E = 0, whatever lies there.
 template <bool kTail, bool kActivated, class Cfg>
 __device__ void read_group(ThreadInputs<Cfg>& x, SharedStorage<Cfg>& smem, ThreadPlace at, int first,
                            int num_rows) {
@@ -345,8 +114,9 @@ __device__ void read_inputs(ThreadInputs<Cfg>& x, SharedStorage<Cfg>& smem, Work
   }
 }
 
-// put(row, x.y) for the 16 rows of a warp, by the lane that has it: products of rows with all others, on the tensor cores.
-template <class Cfg, class Put>
+// put(row, x.y) for the 16 rows of a warp, by the lane that has it: products of rows with all others, on the
+// tensor cores. kSelf: y is x.
+template <class Cfg, bool kSelf = false, class Put>
 __device__ void row_dots(std::uint8_t const (&x)[Cfg::kBoxes][kBoxBytes],
                          std::uint8_t const (&y)[Cfg::kBoxes][kBoxBytes], Put put) {
   using Element = typename Cfg::Element;
@@ -356,10 +126,13 @@ __device__ void row_dots(std::uint8_t const (&x)[Cfg::kBoxes][kBoxBytes],
   for (int step = 0; step < Cfg::kDimK / 16; ++step) {
     std::uint32_t a[4], b[4];
     load_matrices(a, x[step / 4], 16 * warp, step % 4 * 2);
-    load_matrices(b, y[step / 4], 16 * warp, step % 4 * 2);
+    if constexpr (!kSelf) {
+      load_matrices(b, y[step / 4], 16 * warp, step % 4 * 2);
+    }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      mma_16x8x16<Element>(dots[half], a, b[half], b[half + 2]);
+      kSelf ? mma_16x8x16<Element>(dots[half], a, a[half], a[half + 2])
+            : mma_16x8x16<Element>(dots[half], a, b[half], b[half + 2]);
     }
   }
   // Row l/4 + 8*half meets itself in column l/4 of the half's eight: there 2*(l%4) + c = l/4.
@@ -392,20 +165,21 @@ __device__ void scale_rows(SharedStorage<Cfg>& smem, PrepareParams const& params
     return;
   }
   // Of a row, kept `place` rows behind the first of q.
-  auto const norm_of = [&](int row, float dot, int place) {
-    float const norm = if_inside(row, rsqrtf(dot + 1e-6f));
+  auto const inverse_norm_of = [&](int row, float dot, int place) {
+    float const inverse_norm = if_inside(row, rsqrtf(dot + 1e-6f));
     if (params.row_norms != nullptr) {
-      params.row_norms[static_cast<std::int64_t>(work.tile) * 2 * kChunk + place + row] = norm;
+      params.row_norms[work.tile * 2 * kChunk + place + row] = inverse_norm;
     }
-    return norm;
+    return inverse_norm;
   };
   if (of_q) {
-    row_dots<Cfg>(smem.in.q, smem.in.q,
-                  [&](int row, float dot) { smem.q_scale[row] = params.scale * norm_of(row, dot, 0); });
+    row_dots<Cfg, true>(smem.in.q, smem.in.q, [&](int row, float dot) {
+      smem.q_scale[row] = params.scale * inverse_norm_of(row, dot, 0);
+    });
   }
   if (of_k) {
-    row_dots<Cfg>(smem.in.k, smem.in.k,
-                  [&](int row, float dot) { smem.k_scale[row] = norm_of(row, dot, kChunk); });
+    row_dots<Cfg, true>(smem.in.k, smem.in.k,
+                        [&](int row, float dot) { smem.k_scale[row] = inverse_norm_of(row, dot, kChunk); });
   }
 }
 
@@ -416,262 +190,6 @@ __device__ void place_diagonal(SharedStorage<Cfg>& smem, int row) {
   auto* const place = smem.P + swizzled_offset(row, row / 8) + row % 8 * sizeof(Element);
   *reinterpret_cast<Element*>(place) =
       round_to<Element>(smem.diagonal[row] * smem.q_scale[row] * smem.k_scale[row]);
-}
-
-// The index of a row among the 32 later (or earlier) rows of level h: the bit h taken out.
-__host__ __device__ constexpr int compressed_row(int row, int h) {
-  return row / (2 * h) * h + row % h;
-}
-__host__ __device__ constexpr int later_row(int index, int h) {
-  return index / h * 2 * h + h + index % h;
-}
-__host__ __device__ constexpr int earlier_row(int index, int h) {
-  return index / h * 2 * h + index % h;
-}
-
-// Where a lane has its channels of a level, from a row on.
-struct LevelRows {
-  LaneRows<std::uint32_t> later, earlier;
-
-  template <class Cfg>
-  __device__ LevelRows(LevelOperands<Cfg> const& operands, ThreadPlace at, int first_row)
-      : later(pairs_of(operands.later[at.box], first_row, at.lane)),
-        earlier(pairs_of(operands.earlier[at.box], first_row, at.lane)) {}
-};
-
-// E*D and q*D of token i, to row `index` of the later halves. The factor is rounded once for both: that costs less
-// accuracy than the rounding of P does, and saves a third of the level's instructions.
-template <class Cfg>
-__device__ void store_later(LevelRows const& out, ThreadInputs<Cfg> const& x, int i, int index,
-                            float const (&D)[2]) {
-  using Element = typename Cfg::Element;
-  std::uint32_t const factor = pack<Element>(D[0], D[1]);
-  store_pair(out.later[index], multiply_pairs<Element>(x.E[i], factor));
-  store_pair(out.later[32 + index], multiply_pairs<Element>(x.q[i], factor));
-}
-
-template <class Cfg>
-__device__ void store_earlier(LevelRows const& out, ThreadInputs<Cfg> const& x, int i, int index,
-                              float const (&U)[2]) {
-  using Element = typename Cfg::Element;
-  store_pair(out.earlier[index], multiply_pairs<Element>(x.k[i], pack<Element>(U[0], U[1])));
-}
-
-// Levels whose pairs lie inside a thread's 16 tokens.
-template <int h, class Cfg>
-__device__ void build_inner_level(LevelRows const& out, ThreadInputs<Cfg> const& x) {
-  static_assert(2 * h <= kBlock);
-#pragma unroll
-  for (int first = 0; first < kBlock; first += 2 * h) {
-    int const index = first / 2;
-    store_pair(out.later[index], x.E[first + h]);  // D = 1
-    store_pair(out.later[32 + index], x.q[first + h]);
-    float D[2] = {1.f, 1.f};
-#pragma unroll
-    for (int i = 1; i < h; ++i) {
-      D[0] *= x.alpha[first + h + i][0];
-      D[1] *= x.alpha[first + h + i][1];
-      store_later(out, x, first + h + i, index + i, D);
-    }
-    float U[2] = {1.f, 1.f};
-#pragma unroll
-    for (int i = h - 1; i >= 0; --i) {
-      U[0] *= x.alpha[first + i + 1][0];
-      U[1] *= x.alpha[first + i + 1][1];
-      store_earlier(out, x, first + i, index + i, U);
-    }
-  }
-}
-
-// Decay over whole blocks, per channel: alpha of a block's first token, and the product over its other 15.
-template <class Cfg>
-struct BlockProducts {
-  float2 first[kNumBlocks], rest[kNumBlocks];
-
-  __device__ BlockProducts(SharedStorage<Cfg> const& smem, int channel) {
-#pragma unroll
-    for (int block = 0; block < kNumBlocks; ++block) {
-      first[block] = *reinterpret_cast<float2 const*>(&smem.block_first[block][channel]);
-      rest[block] = *reinterpret_cast<float2 const*>(&smem.block_rest[block][channel]);
-    }
-  }
-};
-
-// Levels 16 and 32: a block is later or earlier as a whole. `carry` is the decay between this block and the pair's
-// middle: from the later half's first row to this block's first, or from this block's last row to it.
-template <class Cfg>
-__device__ void build_outer_level(LevelRows const& out, ThreadInputs<Cfg> const& x, bool later,
-                                  float2 carry) {
-  float F[2] = {carry.x, carry.y};
-  if (later) {
-#pragma unroll
-    for (int i = 0; i < kBlock; ++i) {
-      if (i > 0) {
-        F[0] *= x.alpha[i][0];
-        F[1] *= x.alpha[i][1];
-      }
-      store_later(out, x, i, i, F);
-    }
-  } else {
-#pragma unroll
-    for (int i = kBlock - 1; i >= 0; --i) {
-      if (i < kBlock - 1) {
-        F[0] *= x.alpha[i + 1][0];
-        F[1] *= x.alpha[i + 1][1];
-      }
-      store_earlier(out, x, i, i, F);
-    }
-  }
-}
-
-template <int h, class Cfg>
-__device__ void build_level(LevelOperands<Cfg>& out, SharedStorage<Cfg>& smem, ThreadInputs<Cfg> const& x,
-                            ThreadPlace at) {
-  if constexpr (2 * h <= kBlock) {
-    build_inner_level<h>(LevelRows(out, at, at.block * (kBlock / 2)), x);
-  } else {
-    BlockProducts<Cfg> const blocks(smem, at.channel());
-    float2 const one{1.f, 1.f};
-    float2 carry;
-    bool later;
-    if constexpr (h == 16) {
-      later = at.block % 2 == 1;
-      carry = later ? one : (at.block == 0 ? blocks.first[1] : blocks.first[3]);
-    } else {
-      later = at.block >= 2;
-      carry = at.block == 2   ? one
-              : at.block == 3 ? blocks.rest[2] * blocks.first[3]
-              : at.block == 1 ? blocks.first[2]
-                              : blocks.first[1] * blocks.rest[1] * blocks.first[2];
-    }
-    build_outer_level(LevelRows(out, at, compressed_row(at.block * kBlock, h)), x, later, carry);
-  }
-}
-
-// Two entries of row r of T or P side by side (one, where the level's pairs are single rows), scaled, to shared memory.
-template <int h, class Cfg>
-struct EntryStore {
-  SharedStorage<Cfg>& smem;
-  bool is_P, normalize;
-  int r;
-  float row_scale = is_P ? smem.q_scale[r] : normalize ? smem.k_scale[r] : 1.f;
-
-  __device__ void operator()(int earlier, float x, float y) const {
-    using Element = typename Cfg::Element;
-    int const s0 = earlier_row(earlier, h), s1 = earlier_row(earlier + 1, h);
-    x *= row_scale, y *= row_scale;
-    if (normalize) {
-      float2 const scale = h > 1 ? *reinterpret_cast<float2 const*>(&smem.k_scale[s0])
-                                 : float2{smem.k_scale[s0], smem.k_scale[s1]};
-      x *= scale.x, y *= scale.y;
-    }
-    bool const has_x = h > 1 || r == s0 + 1, has_y = h > 1 || r == s1 + 1;
-    if (is_P) {
-      auto* const row = smem.P + swizzled_offset(r, s0 / 8);
-      if constexpr (h > 1) {
-        *reinterpret_cast<std::uint32_t*>(row + s0 % 8 * sizeof(Element)) = pack<Element>(x, y);
-      } else {
-        if (has_x)
-          *reinterpret_cast<Element*>(row + s0 % 8 * sizeof(Element)) = round_to<Element>(x);
-        if (has_y)
-          *reinterpret_cast<Element*>(row + s1 % 8 * sizeof(Element)) = round_to<Element>(y);
-      }
-    } else {
-      float* const row = smem.T + r * TriangularMatrix::kStride;
-      if constexpr (h > 1) {
-        *reinterpret_cast<float2*>(row + s0) = float2{x, y};
-      } else {
-        if (has_x)
-          row[s0] = x;
-        if (has_y)
-          row[s1] = y;
-      }
-    }
-  }
-};
-
-// The entries of matching pairs, from the accumulators of a warpgroup, columns [first_column, first_column + 2*kSize): its
-// warps 0 and 1 hold rows of T, 2 and 3 of P.
-template <int h, class Cfg, int kSize>
-__device__ void store_level(SharedStorage<Cfg>& smem, float const (&acc)[kSize], int first_column,
-                            bool normalize) {
-  constexpr bool kHalf = kSize == 8;  // of the 32 columns
-  int const warp = threadIdx.x % kWarpgroupThreads / kWarpThreads, lane = lane_index();
-  bool const upper = warp % 2 == 1;  // later rows 16-31
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    EntryStore<h, Cfg> const store{smem, warp >= 2, normalize,
-                                   later_row(16 * (warp % 2) + 8 * half + lane / 4, h)};
-    // Rows 16-31 meet columns from 16 on, and the others those before.
-    auto const own = [&](int i) { return !kHalf && upper ? acc[(i + 8) % kSize] : acc[i]; };
-    bool const has_own = !kHalf || first_column == 16 * (warp % 2);
-    if constexpr (h == 32) {
-#pragma unroll
-      for (int j = 0; j < kSize / 4; ++j) {
-        store(first_column + 8 * j + 2 * (lane % 4), acc[4 * j + 2 * half], acc[4 * j + 2 * half + 1]);
-      }
-    } else if constexpr (h == 16) {
-#pragma unroll
-      for (int j = 0; j < 2 && has_own; ++j) {
-        store(16 * (warp % 2) + 8 * j + 2 * (lane % 4), own(4 * j + 2 * half), own(4 * j + 2 * half + 1));
-      }
-    } else if (has_own && (h == 1 || lane / 4 / h == 2 * (lane % 4) / h)) {
-      // Eight later rows meet their own eight earlier ones, and among them row groups of h.
-      store(16 * (warp % 2) + 8 * half + 2 * (lane % 4), own(6 * half), own(6 * half + 1));
-    }
-  }
-}
-
-// [E*D; q*D] (k*U)^T of one level, 2*kSize columns from first_column on, by one warpgroup.
-template <int kLevel, int kSize, class Cfg>
-__device__ void multiply_level(SharedStorage<Cfg>& smem, int first_column, bool normalize) {
-  LevelOperands<Cfg> const& operands = smem.operands[kLevel % 3];
-  float acc[kSize];
-  auto const later = shared_descriptor<Major::K>(operands.later);
-  auto const earlier = shared_descriptor<Major::K>(operands.earlier[0] + first_column * kBoxRowBytes);
-  wgmma_fence();
-#pragma unroll
-  for (int step = 0; step < Cfg::kDimK / 16; ++step) {
-    int const piece = step % 4 * 32;
-    wgmma_shared<typename Cfg::Element>(acc, later + ((step / 4 * kBoxBytes + piece) >> 4),
-                                        earlier + ((step / 4 * kBoxBytes / 2 + piece) >> 4), step > 0);
-  }
-  wgmma_commit();
-  wgmma_wait<0>();
-  store_level<1 << kLevel>(smem, acc, first_column, normalize);
-}
-
-// Every thread's operands of one level.
-template <int kLevel, class Cfg>
-__device__ void build(SharedStorage<Cfg>& smem, ThreadInputs<Cfg> const& x) {
-  if (phase_begins_if_crowded<Cfg>()) {
-    build_level<1 << kLevel>(smem.operands[kLevel % 3], smem, x, thread_place<Cfg>());
-  }
-}
-
-// What has been built may be multiplied, and what has been multiplied may be overwritten.
-template <class Cfg>
-__device__ void meet_at_operands() {
-  cutlass::arch::fence_view_async_shared();  // ordinary stores, which wgmma reads
-  sync_team<Cfg>();
-}
-
-// The products of three levels: two warpgroups have one each and a half of the third one's columns.
-template <int kLevel, class Cfg>
-__device__ void multiply_three_levels(SharedStorage<Cfg>& smem, bool normalize) {
-  if constexpr (Cfg::kWarpgroups == 1) {
-    multiply_level<kLevel, 16>(smem, 0, normalize);
-    multiply_level<kLevel + 1, 16>(smem, 0, normalize);
-    multiply_level<kLevel + 2, 16>(smem, 0, normalize);
-  } else {
-    int const warpgroup = thread_of_team<Cfg>() / kWarpgroupThreads;
-    if (warpgroup == 0) {
-      multiply_level<kLevel, 16>(smem, 0, normalize);
-    } else {
-      multiply_level<kLevel + 1, 16>(smem, 0, normalize);
-    }
-    multiply_level<kLevel + 2, 8>(smem, 16 * warpgroup, normalize);
-  }
 }
 
 // What scales a thread's rows from first_row on, when it goes through them up or down: read four at a time.
@@ -686,16 +204,16 @@ struct RowScales {
   }
 };
 
-// scale*gamma*q, Kt and gamma*E from running products over the chunk, straight to their tiles: a warp writes the 128
-// bytes of a row.
+// scale*gamma*q, Kt and gamma*E from running products over the chunk, straight to their tiles: a warp writes
+// the 128 bytes of a row.
 template <class Cfg>
 __device__ void store_factor_tiles(SharedStorage<Cfg>& smem, PrepareParams const& params, Work const& work,
                                    ThreadInputs<Cfg> const& x) {
   using Element = typename Cfg::Element;
   ThreadPlace const at = thread_place<Cfg>();
   ChunkTiles const& tiles = params.tiles;
-  auto* const box = static_cast<std::uint8_t*>(tiles.factors) +
-                    static_cast<std::int64_t>(work.tile) * 3 * Cfg::kTileBytes + at.box * kBoxBytes;
+  auto* const box =
+      static_cast<std::uint8_t*>(tiles.factors) + work.tile * 3 * Cfg::kTileBytes + at.box * kBoxBytes;
   int const first_row = at.block * kBlock;
   auto const gamma_q = image_pairs_of(box, first_row, at.lane);
   constexpr int kFromKt = Cfg::kTileBytes, kFromE = 2 * Cfg::kTileBytes;  // behind gamma_q
@@ -726,8 +244,7 @@ __device__ void store_factor_tiles(SharedStorage<Cfg>& smem, PrepareParams const
     }
   }
   if (at.block == kNumBlocks - 1) {
-    *reinterpret_cast<float2*>(tiles.gamma_last + static_cast<std::int64_t>(work.tile) * Cfg::kDimK +
-                               at.channel()) = gamma;
+    *reinterpret_cast<float2*>(tiles.gamma_last + work.tile * Cfg::kDimK + at.channel()) = gamma;
   }
 #pragma unroll
   for (int last = kBlock - 1; last >= 0; last -= Cfg::kGroup) {
@@ -779,7 +296,7 @@ __device__ void store_block_products(SharedStorage<Cfg>& smem, ThreadInputs<Cfg>
   *reinterpret_cast<float2*>(&smem.block_rest[at.block][at.channel()]) = rest;
 }
 
-// ---- a walk beside it ---------------------------------------------------------------------------------------
+// ---- a walk beside it -------------------------------------------------------------------------------------
 
 // Nothing of the team's is ready; only then may the walk start.
 template <class Cfg>
@@ -794,8 +311,8 @@ __device__ void clear_ready(PrepareParams const& params, ChunkDivisors const& by
   let_next_kernel_start();
 }
 
-// Says that the chunk's tiles are written, once all warpgroups of the team have written theirs; the last one, which
-// inverts, waits for the others.
+// Says that the chunk's tiles are written, once all warpgroups of the team have written theirs; the last one,
+// which inverts, waits for the others.
 template <class Cfg>
 __device__ void publish_tile(PrepareParams const& params, Work const& work, bool is_last) {
   using cutlass::arch::NamedBarrier;
@@ -865,7 +382,8 @@ __device__ void run_tile(SharedStorage<Cfg>& smem, PrepareParams const& params, 
     read_inputs<false>(x, smem, work, at);
   }
   store_block_products(smem, x, at);
-  // The inputs are in registers: their shared memory becomes operands. Nobody reads the tiles of the chunk before.
+  // The inputs are in registers: their shared memory becomes operands. Nobody reads the tiles of the chunk
+  // before.
   sync_team<Cfg>();
   inputs_read();
   store_factor_tiles(smem, params, work, x);
@@ -889,8 +407,7 @@ __device__ void run_tile(SharedStorage<Cfg>& smem, PrepareParams const& params, 
   meet_at_operands<Cfg>();  // T and P are complete; the copy engine may write where operands have been
   operands_read();
 
-  auto* const P =
-      static_cast<std::uint8_t*>(params.tiles.P) + static_cast<std::int64_t>(work.tile) * kBoxBytes;
+  auto* const P = static_cast<std::uint8_t*>(params.tiles.P) + work.tile * kBoxBytes;
 #pragma unroll
   for (int i = 0; i < kBoxBytes / 16; i += Cfg::kTeamThreads) {
     int const piece = i + thread_of_team<Cfg>();
@@ -899,7 +416,7 @@ __device__ void run_tile(SharedStorage<Cfg>& smem, PrepareParams const& params, 
   if (at.box == 0) {
     invert_unit_lower(TriangularMatrix{smem.T}, barrier_id<Cfg>(TeamBarrier::kInverse));
     auto* const A = static_cast<std::uint8_t*>(params.tiles.A_minus_I);
-    store_A_minus_I(smem, A + static_cast<std::int64_t>(work.tile) * kBoxBytes);
+    store_A_minus_I(smem, A + work.tile * kBoxBytes);
   }
   if constexpr (Cfg::kStays) {
     publish_tile<Cfg>(params, work, at.box == 0);
@@ -983,7 +500,7 @@ void launch(PrepareParams const& params, cudaStream_t stream) {
 template <class Element, bool kFactorsOnly, bool kWholeSm>
 void dispatch(PrepareParams const& params, cudaStream_t stream) {
   GateParams const& gates = params.gates;
-  bool const fused = gates.use_qk_l2norm || needs_activation(gates, params.gate_element);
+  bool const fused = is_fused(gates, params.gate_element);
   if (params.shape.dim_k > 64) {
     fused ? launch<Config<Element, 128, true, kFactorsOnly, kWholeSm>>(params, stream)
           : launch<Config<Element, 128, false, kFactorsOnly, kWholeSm>>(params, stream);

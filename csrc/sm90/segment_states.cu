@@ -3,12 +3,13 @@
 //     forwards   S of segment 1 = N of 0, then S' = M S + N: where segments 1, 2, .. start
 //     reverse    dS of the end of the last but one = N of the last, then dS' = M^T dS + N: what segments end in
 //
-// M and S are sums of two bfloat16 in the products, and the product of the two smaller parts is left out: with what
-// rounding them loses, 2^-15 of M S. What is added up is float32. Infinity becomes NaN.
+// M and S are sums of two bfloat16 in the products, and the product of the two smaller parts is left out:
+// with what rounding them loses, 2^-15 of M S. What is added up is float32. Infinity becomes NaN.
 //
 // Grid: one CTA for kColumns value columns of a sequence and value head.
-// Roles: one thread asks for M, two segments ahead. In the products a warp has 16 channels after, one of two halves of the
-// channels before, and all columns; of the sums each of the two warps of the same channels has a half of the columns.
+// Roles: one thread asks for M, two segments ahead. In the products a warp has 16 channels after, one of two
+// halves of the channels before, and all columns; of the sums each of the two warps of the same channels has
+// a half of the columns.
 // Shared memory (K 128): two stages of M 128 KB, S 9 KB, sums of the other half 8 KB.
 #include <cutlass/arch/barrier.h>
 
@@ -39,7 +40,8 @@ struct Config {
 template <class Cfg>
 struct SharedStorage {
   alignas(16) float M[kStages][Cfg::kDimK * Cfg::kDimK];  // as place_in_map has it
-  // Larger and smaller parts [column, channel]. A row is longer, so that the threads of a load have banks of their own.
+  // Larger and smaller parts [column, channel]. A row is longer, so that the threads of a load have banks of
+  // their own.
   alignas(16) __nv_bfloat16 S[2][kColumns][Cfg::kDimK + 16];
   float4 sums[Cfg::kWarps][kWarpThreads];
   FullBarrier full[kStages];
@@ -55,9 +57,10 @@ struct Parts {
   }
 };
 
-// A thread's part of the left operand, M or M^T: [step], as mma_16x8x16 wants it. The thread has two channels after,
-// 2*(lane/4) of the warp's and the next, which are the rows lane/4 and lane/4 + 8 of the product; and of the 16 channels
-// before of every step the four from 4*(lane%4), which are the product's steps in the order in which S is read.
+// A thread's part of the left operand, M or M^T: [step], as mma_16x8x16 wants it. The thread has two channels
+// after, 2*(lane/4) of the warp's and the next, which are the rows lane/4 and lane/4 + 8 of the product; and
+// of the 16 channels before of every step the four from 4*(lane%4), which are the product's steps in the
+// order in which S is read.
 template <class Cfg>
 struct LeftOperand {
   std::uint32_t larger[Cfg::kSteps][4], smaller[Cfg::kSteps][4];
@@ -133,7 +136,8 @@ __global__ void __launch_bounds__(Cfg::kWarps* kWarpThreads)
   int const column = half * kColumnTile + lane % 4 * 2;  // and the next, of the sums that the thread keeps
   int const value = blockIdx.y * kColumns + column;
   std::int64_t const first_row = static_cast<std::int64_t>(sequence) * num_rows;
-  // Of a step: the row of N and of the states, and the map of the segment that leads there, by the first thread.
+  // Of a step: the row of N and of the states, and the map of the segment that leads there, by the first
+  // thread.
   auto const row_of = [&](int step) { return Cfg::kReverse ? num_rows - 1 - step : step; };
   auto const load_map = [&](int step) {
     if (threadIdx.x != 0 || step >= num_rows) {
@@ -166,7 +170,7 @@ __global__ void __launch_bounds__(Cfg::kWarps* kWarpThreads)
     }
     cutlass::arch::fence_barrier_init();
   }
-  __syncthreads();
+  __syncthreads();             // the barriers are there
   let_next_kernel_start();     // what the walks touch before their wait is older than prepare
   wait_for_earlier_kernels();  // the maps
   for (int step = 1; step <= kStages; ++step) {
@@ -188,7 +192,7 @@ __global__ void __launch_bounds__(Cfg::kWarps* kWarpThreads)
       float4 const of_tile[2] = {{sums[0][0], sums[0][1], sums[0][2], sums[0][3]},
                                  {sums[1][0], sums[1][1], sums[1][2], sums[1][3]}};
       smem.sums[warp][lane] = half == 0 ? of_tile[1] : of_tile[0];
-      __syncthreads();
+      __syncthreads();  // the sums are there, and S has been read by all
       float4 const own = half == 0 ? of_tile[0] : of_tile[1],
                    other = smem.sums[(warp + Cfg::kRowWarps) % Cfg::kWarps][lane];
       S[0].x += own.x + other.x, S[1].x += own.y + other.y;

@@ -1,5 +1,5 @@
-// The functions that make gates and decays of raw projections, by the special function unit: few of its instructions, for
-// it takes one of a warp every eight cycles.
+// The functions that make gates and decays of raw projections, by the special function unit: few of its
+// instructions, for it takes one of a warp every eight cycles.
 #pragma once
 
 #include "tile/arch.cuh"
@@ -36,8 +36,8 @@ __device__ inline float2 sigmoid(float2 x) {
   return {sigmoid(x.x), sigmoid(x.y)};
 }
 
-// log2(1 + t) for t in [0, 1], within 6e-5 of its own size however small t is. Of a decay G that is less than a tenth of what
-// rounding to 16 bits takes from factors exp(G): |G| exp(G) < 0.37.
+// log2(1 + t) for t in [0, 1], within 6e-5 of its own size however small t is. A factor exp(G) is off by up
+// to 2e-5 then (|G| exp(G) < 0.37): a tenth of what rounding to float16 takes from factors near 1.
 __device__ inline float log2_1p(float t) {
   float p = 0.05965154990553856f;
   p = fmaf(p, t, -0.22711944580078125f);
