@@ -1,7 +1,7 @@
 """Recall in a fixed state: Gated DeltaNet-2 beside its relatives on tasks that anyone can generate.
 
-    pip install gdn2_ext[train]
-    python examples/recall.py --out recall            # about 10 minutes on an H100
+    pip install .[train]
+    python examples/recall.py --out recall            # a quarter of an hour on an H200
     python examples/recall.py --tasks mqar --seeds 1  # one task, one seed
 
 Three tasks, whose answers alone are trained and scored:
