@@ -390,7 +390,7 @@ def chunk_gdn2(
         results = cuda_backend.chunk_at_once(
             q, k, v, g, b, w, A_log, dt_bias, initial_state, cu_seqlens, scale, use_qk_l2norm_in_kernel,
             use_gate_in_kernel, lower_bound, use_gate_sigmoid_in_kernel, erase_scale, state_v_first,
-            sequence_split or 0, output_final_state, bool(disable_recompute),
+            sequence_split or 0, output_final_state, disable_recompute,
         )  # fmt: skip
         if results is not None:
             return results
@@ -426,7 +426,7 @@ def chunk_gdn2(
     # A compiled graph may serve many shapes: it chooses nothing by them.
     default = 1 if torch.compiler.is_compiling() else 0
     o, final_state, h, *_ = torch.ops.gdn2_ext.chunk_forward(
-        *call, *options, output_final_state, num_state_chunks, needs_grad, bool(disable_recompute),
+        *call, *options, output_final_state, num_state_chunks, needs_grad, disable_recompute,
         sequence_split or default, backend,
     )  # fmt: skip
     final_state = final_state if output_final_state else None

@@ -262,6 +262,7 @@ class Subclass(torch.Tensor):
 # Of what comes as Python has it.
 BAD_OBJECTS = {
     "a scale that is none": ("scale", lambda _: "large"),
+    "a flag that is none": ("use_qk_l2norm", lambda _: "no"),
     "no tensor": ("q", lambda _: 3),
     "a list": ("g", lambda x: x.tolist()[:1]),
     "a subclass": ("v", lambda x: x.as_subclass(Subclass)),

@@ -63,7 +63,13 @@ class Arguments {
   explicit Arguments(PyObject* const* first) : next_(first) {}
 
   PyObject* object() { return *next_++; }
-  bool flag() { return PyObject_IsTrue(object()) == 1; }
+  bool flag() {
+    PyObject* const x = object();
+    if (!PyBool_Check(x)) {
+      PyErr_SetString(PyExc_TypeError, "expected True or False");
+    }
+    return x == Py_True;
+  }
   double number() { return PyFloat_AsDouble(object()); }
   // Whether there is a number, and not None.
   bool number(double& out) {
