@@ -214,16 +214,9 @@ class GatedDeltaNet2(nn.Module):
         if mode not in ("chunk", "fused_recurrent"):
             raise ValueError(f"mode: expected 'chunk' or 'fused_recurrent', got {mode!r}")
         check_layer_options(
-            hidden_size,
-            expand_v,
-            head_dim,
-            num_heads,
-            num_v_heads,
-            conv_size,
-            gate_activation,
-            variant,
+            hidden_size, expand_v, head_dim, num_heads, num_v_heads, conv_size, gate_activation, variant,
             backend,
-        )
+        )  # fmt: skip
         num_v_heads = num_heads if num_v_heads is None else num_v_heads
         head_v_dim = round(head_dim * expand_v)
         self.hidden_size, self.expand_v, self.mode, self.backend = hidden_size, expand_v, mode, backend

@@ -544,16 +544,12 @@ def test_a_run_on_a_gpu_learns_and_goes_on_with_the_same_bits(inputs, tmp_path, 
     """This package's model on its kernels, under autocast; a kill at update 27 of 40 leaves 20 of them."""
     if not torch.cuda.is_available():
         pytest.skip("no GPU: torch.cuda.is_available() is False")
-    learns_and_goes_on(inputs, tmp_path, config, processes, device="cuda")
-
-
-def learns_and_goes_on(inputs: Path, folder: Path, config: str, processes: int, device: str) -> None:
     fields = {"model_type": "gated_deltanet2", "hidden_size": 128, "num_heads": 2, "head_dim": 64}
     fields |= {"num_hidden_layers": 2, "intermediate_size": 256, "attention_every": 2, "sliding_window": 64}
     (inputs / "hybrid.json").write_text(json.dumps(fields))
     sizes = {"seq_len": 128, "tokens": 40 * 4 * 128, "warmup_tokens": 4 * 4 * 128, "lr": 3e-3}
-    arguments = {"config": config, "device": device, **sizes}
-    whole, killed = folder / "whole", folder / "killed"
+    arguments = {"config": config, "device": "cuda", **sizes}
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
     run(options(inputs, whole, **arguments), processes)
     losses = losses_of(whole)
     assert len(losses) == 40 and np.mean(losses[-5:]) < 0.8 * losses[0]

@@ -416,7 +416,7 @@ BAD_POOL_OPTIONS = [
         ValueError,
         "num_accepted_tokens: expected numbers from 1 to 3, got 0 at index 1",
         call=pool_call,
-    ),  # fmt: skip
+    ),
     case(
         give(inplace_final_state=True),
         ValueError,

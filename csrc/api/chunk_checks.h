@@ -6,9 +6,8 @@
 
 namespace gdn2::python {
 
-constexpr std::int64_t kAlignment = 16;  // bytes: what a bulk tensor copy asks of addresses and strides
-constexpr std::int64_t kTileAlignment =
-    128;  // what images of shared memory ask, to which addresses are permuted
+constexpr std::int64_t kAlignment = 16;       // bytes: what a bulk tensor copy asks of addresses and strides
+constexpr std::int64_t kTileAlignment = 128;  // what images of shared memory ask, for their permutation
 constexpr std::int64_t kMaxSegments = 65535;  // a grid's height
 
 struct CallViews : TokenViews {

@@ -75,16 +75,9 @@ class GatedDeltaNet2Config(PretrainedConfig):
         **kwargs,
     ):
         check_layer_options(
-            hidden_size,
-            expand_v,
-            head_dim,
-            num_heads,
-            num_v_heads,
-            conv_size,
-            gate_activation,
-            variant,
+            hidden_size, expand_v, head_dim, num_heads, num_v_heads, conv_size, gate_activation, variant,
             backend,
-        )
+        )  # fmt: skip
         for name, size in (("vocab_size", vocab_size), ("num_hidden_layers", num_hidden_layers)):
             if size < 1:
                 raise ValueError(f"{name}: expected at least 1, got {size}")

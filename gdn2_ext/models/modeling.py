@@ -9,7 +9,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from ..autocast import in_autocast_dtype
-from ..layers import GatedDeltaNet2, check_attention_mask
+from ..layers import GatedDeltaNet2
 from ..modules import GatedRMSNorm, ShortConvolution, fused_on_gpu
 from .attention import SlidingWindowAttention
 from .cache import GatedDeltaNet2Cache
@@ -162,8 +162,6 @@ class GatedDeltaNet2Model(GatedDeltaNet2PreTrainedModel):
             kind = type(past_key_values).__name__
             raise TypeError(f"past_key_values: expected a GatedDeltaNet2Cache or None, got {kind}")
         x = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
-        if attention_mask is not None:
-            check_attention_mask(attention_mask, *x.shape[:2])
         if use_cache and past_key_values is None:
             past_key_values = GatedDeltaNet2Cache(self.config)
         options = {
