@@ -225,6 +225,7 @@ def test_states_of_all_chunks_come_out_of_segments_too(hopper, seed):
     compare.assert_close(h, exact.reshape(tuple(h.shape)), hopper.bar("S", "slow"), "h")
 
 
+@pytest.mark.caching_allocator
 @pytest.mark.gpu
 def test_a_captured_split_call_follows_its_inputs(hopper, seed):
     inputs, others = (hopper.inputs("layer_init", seqlen=1024, heads=2, seed=seed + n) for n in range(2))
