@@ -3,6 +3,7 @@
 #   make test    the same set-up, every test that can run there
 #
 #   make gpu-test   the tests that need a GPU; fails where there is none
+#   make memcheck   the same tests of the kernels under compute-sanitizer: no access outside a tensor
 #   make coverage   tests with line coverage of gdn2_ext, at least 95%
 #   make develop    editable install; run it again after a change in csrc: only what changed is compiled
 #   make lint       ruff and clang-format, checking only; `make format` rewrites
@@ -64,7 +65,7 @@ SOURCES := pyproject.toml CMakeLists.txt README.md LICENSE \
            $(shell find csrc gdn2_ext -name __pycache__ -prune -o -print)
 CXX_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test gpu-test coverage develop lint format wheel install test-tools lint-tools clean
+.PHONY: demo test gpu-test memcheck coverage develop lint format wheel install test-tools lint-tools clean
 .DELETE_ON_ERROR:
 
 # No build isolation in this environment: it keeps BUILD_DIR valid from one install to the next (isolation
@@ -125,6 +126,14 @@ gpu-test: $(INSTALLED) $(TEST_TOOLS)
 	hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0); \
 	sys.exit(not hopper and "gpu-test needs a GPU of compute capability 9.0, and torch sees none")'
 	$(BIN)/pytest python_tests -m gpu --timeout $(TEST_TIMEOUT) --record bench/results/gpu_tests.json $(PYTEST_ARGS)
+
+# An access outside a tensor is seen where every tensor is an allocation by itself, which graphs cannot do with.
+# Instrumented are the kernels of gdn2_ext.
+MEMCHECK := compute-sanitizer --tool memcheck --kernel-name kns=gdn2 --target-processes all --error-exitcode 1 \
+            $(BIN)/pytest python_tests --numpy-reference --timeout $(TEST_TIMEOUT) $(PYTEST_ARGS)
+memcheck: $(INSTALLED) $(TEST_TOOLS)
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(MEMCHECK) -n $(TEST_JOBS) -m "gpu and not slow"
+	$(MEMCHECK) -m caching_allocator
 
 coverage: $(INSTALLED) $(TEST_TOOLS)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(TEST_JOBS) --timeout $(TEST_TIMEOUT) --cov --cov-report=term-missing \

@@ -1,5 +1,5 @@
-// gdn2_ext._C. Nothing here knows torch, so that the module works with every version of it: tensors come through DLPack's C
-// interface, or as addresses, shapes and strides (api/python_tensors.h).
+// gdn2_ext._C. Nothing here knows torch, so that the module works with every version of it: tensors come
+// through DLPack's C interface, or as addresses, shapes and strides (api/python_tensors.h).
 #include <cuda_runtime_api.h>
 #include <cutlass/version.h>
 #include <pybind11/pybind11.h>

@@ -1,13 +1,15 @@
-// Arguments of the launchers in csrc/sm90: plain structs, a shape beside every pointer. No torch and no Python types,
-// so that one wheel serves every torch version.
+// Arguments of the launchers in csrc/sm90: plain structs, a shape beside every pointer. No torch and no
+// Python types, so that one wheel serves every torch version.
 #pragma once
 
 #include <cstdint>
 
 namespace gdn2 {
 
-// C = A B with B [depth, 128], or C = A B^T with B [128, depth]: the two ways in which the scan's products read their
-// right operand.
+constexpr int kChunk = 64;  // tokens of a chunk
+
+// C = A B with B [depth, 128], or C = A B^T with B [128, depth]: the two ways in which the scan's products
+// read their right operand.
 struct TileProductParams {
   void const* a;       // A [rows, depth] bf16, row-major
   void const* b;       // B [128, depth] bf16 (K-major), or [depth, 128] bf16 where b_is_mn_major; row-major
@@ -19,8 +21,8 @@ struct TileProductParams {
 
 enum class ElementType { kBFloat16, kFloat16, kFloat32 };
 
-// [batch, seqlen, heads, channels] with contiguous channels; strides in elements. Address and strides are multiples of
-// 16 bytes.
+// [batch, seqlen, heads, channels] with contiguous channels; strides in elements. Address and strides are
+// multiples of 16 bytes.
 struct TokenTensor {
   void const* data;
   std::int64_t stride_batch, stride_token, stride_head;
@@ -32,7 +34,8 @@ struct ChunkSlot {
   std::int32_t num_rows;
 };
 
-// Where a packed sequence lies. num_tokens is -1 for malformed offsets, and first_token is then where they begin.
+// Where a packed sequence lies. num_tokens is -1 for malformed offsets, and first_token is then where they
+// begin.
 struct SequenceSpan {
   std::int32_t first_token;
   std::int32_t num_tokens;
@@ -75,8 +78,9 @@ struct CallShape {
   std::int32_t num_slots;
 };
 
-// Chunk tiles are images of shared memory: boxes [64, 64] of 16-bit elements, 128 bytes a row, the 16-byte pieces of
-// row r permuted by piece ^ (r % 8). kDimK is dim_k rounded up to 64 or 128, missing channels are zero.
+// Chunk tiles are images of shared memory: boxes [64, 64] of 16-bit elements, 128 bytes a row, the 16-byte
+// pieces of row r permuted by piece ^ (r % 8). kDimK is dim_k rounded up to 64 or 128, missing channels are
+// zero.
 struct ChunkTiles {
   void* factors;      // [num_slots, num_gate_heads, 3, kDimK / 64, 64, 64]: scale*gamma*q, Kt, gamma*E
   float* gamma_last;  // [num_slots, num_gate_heads, kDimK]: gamma[C-1]
@@ -96,8 +100,8 @@ struct PrepareParams {
   ChunkTiles tiles;   // for the backward A_minus_I and P are inputs of the later stages, and not written
   float* row_norms;   // [num_slots, num_gate_heads, 2, 64]: 1 / norm of the rows of q and of k; or null
   bool factors_only;  // for the backward: neither T, A nor P
-  // For a walk beside it: [num_slots, num_gate_heads], not zero where a chunk's tiles are written; and how many SMs
-  // prepare takes. Null where the walk comes after.
+  // For a walk beside it: [num_slots, num_gate_heads], not zero where a chunk's tiles are written; and how
+  // many SMs prepare takes. Null where the walk comes after.
   std::uint32_t* ready;
   int num_sms;
 };
@@ -109,25 +113,26 @@ struct ScanParams {
   GateParams gates;
   PackedPlan plan;
   ChunkTiles tiles;
-  // States float32: [num_sequences, num_value_heads, dim_k, dim_v], or [.., dim_v, dim_k] where state_v_first.
+  // States float32: [num_sequences, num_value_heads, dim_k, dim_v], or [.., dim_v, dim_k] where
+  // state_v_first.
   float const* initial_state;  // or null: zero
   float* final_state;          // or null
   float* chunk_states;         // [num_slots, num_value_heads, dim_k, dim_v] (or V, K), or null
   std::uint32_t const* ready;  // as in PrepareParams
   int num_segments;            // of a sequence, walked side by side
-  float const*
-      segment_states;  // where segments 1, 2, .. start: see SegmentStatesParams; null where there is one segment
+  // Where segments 1, 2, .. start: see SegmentStatesParams; null where there is one segment.
+  float const* segment_states;
   bool state_v_first;
+  int num_sms;  // of the GPU
 };
 
-// Between the kernels of the backward: images of shared memory as in ChunkTiles, for 64 value columns each. The last
-// slice's columns beyond dim_v are zero. Slots without rows are not written.
+// Between the kernels of the backward: images of shared memory as in ChunkTiles, for 64 value columns each.
+// The last slice's columns beyond dim_v are zero. Slots without rows are not written.
 struct BackwardTiles {
-  void*
-      S;  // [num_slots, num_value_heads, slices, kDimK / 64, 64, 64]: S^T at the chunk's start, value columns on rows
-  void* dS;  // the same of the gradient of the state after the chunk
-  void* R;   // [num_slots, num_value_heads, slices, 64, 64]: tokens on rows
-  void* dX;  // the same
+  // [num_slots, num_value_heads, slices, kDimK / 64, 64, 64], value columns on rows: S^T at the chunk's
+  // start, and the gradient of the state after the chunk.
+  void *S, *dS;
+  void *R, *dX;  // [num_slots, num_value_heads, slices, 64, 64]: tokens on rows
 };
 
 struct ScanBackwardParams {
@@ -144,12 +149,17 @@ struct ScanBackwardParams {
   bool state_v_first;
   int num_segments;      // of a sequence, walked side by side
   bool follows_prepare;  // or segment_states, on the stream: what else is read was there before those
-  // Where segments 1, 2, .. start, and the gradients of the states that segments 0, 1, .. but the last end in: see
-  // SegmentStatesParams; null where there is one segment.
+  // Where segments 1, 2, .. start, and the gradients of the states that segments 0, 1, .. but the last end
+  // in: see SegmentStatesParams; null where there is one segment. The gradients are not read where segment_N
+  // is not null.
   float const *segment_states, *segment_gradients;
-  // Not null: the reverse walk alone, of all segments but the first, from a gradient of zero (the last one's is
-  // d_final_state). Nothing comes out but the gradients of their first states, here, as in SegmentStatesParams.
+  // Not null: the reverse walk of all segments but the first, from a gradient of zero (the last one's is
+  // d_final_state). Nothing comes out of it but the gradients of their first states, here, as in
+  // SegmentStatesParams.
   float* segment_N;
+  // The segments that are walked forwards too, beside either kind of reverse walk.
+  int first_recomputed, num_recomputed;
+  int num_sms;  // of the GPU
 };
 
 struct GradientsParams {
@@ -167,8 +177,8 @@ struct GradientsParams {
   // Gradients, contiguous in the shapes of their inputs; null where nobody asked. dq and dk are float32 and
   // [batch, seqlen, num_gate_heads, dim_k], for somebody to sum, where num_gate_heads is not num_heads.
   void *dq, *dk, *dg, *db, *dv, *dw;
-  // Sums over the tokens of a slot, for gate_sums to sum on: [num_slots, num_gate_heads, boxes of 64 channels], and
-  // [num_slots, num_gate_heads, dim_k]; or null.
+  // Sums over the tokens of a slot, for gate_sums to sum on: [num_slots, num_gate_heads, boxes of 64
+  // channels], and [num_slots, num_gate_heads, dim_k]; or null.
   float *dA_log_of_slots, *d_dt_bias_of_slots;
 };
 

@@ -215,7 +215,11 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dim", type=int, default=None, help="K and V; default: 128 on a GPU, 32 on the CPU")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    for name, least in (("requests", 1), ("batch", 1), ("prompt", 1), ("new_tokens", 2), ("layers", 1)):
+        if getattr(options, name) < least:
+            parser.error(f"--{name.replace('_', '-')}: expected at least {least}")
+    return options
 
 
 @torch.no_grad()

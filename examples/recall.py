@@ -1,7 +1,7 @@
 """Recall in a fixed state: Gated DeltaNet-2 beside its relatives on tasks that anyone can generate.
 
-    pip install gdn2_ext[train]
-    python examples/recall.py --out recall            # about 10 minutes on an H100
+    pip install .[train]
+    python examples/recall.py --out recall            # a quarter of an hour on an H200
     python examples/recall.py --tasks mqar --seeds 1  # one task, one seed
 
 Three tasks, whose answers alone are trained and scored:
@@ -31,6 +31,7 @@ import time
 import warnings
 from collections.abc import Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import NamedTuple
 
@@ -307,6 +308,7 @@ def train_and_score(run: Run, options: argparse.Namespace) -> dict:
         "state": config.num_hidden_layers * config.num_heads * config.head_dim**2,
         "final_loss": losses[-1].item(),
         "seconds": time.perf_counter() - begin,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "accuracy": accuracy,
     }
 
@@ -374,6 +376,7 @@ def recorded(options: argparse.Namespace) -> list[dict]:
         return []
     record = json.loads(path.read_text())
     runs = record.pop("runs")
+    record.pop("date", None)
     if record != provenance(options):
         raise SystemExit(
             f"{path} has runs of {record}, and these are of {provenance(options)}: another --out?"
@@ -387,7 +390,8 @@ def save(results: list[dict], options: argparse.Namespace) -> str:
     """Writes what there is so far, and gives the table."""
     results = sorted(results, key=lambda x: (x["task"], x["variant"], x["seed"]))
     rows, folder = means(results), options.out
-    record = {**provenance(options), "runs": results}
+    newest = max(x.get("date", "") for x in results)
+    record = {**provenance(options), "date": newest, "runs": results}
     (folder / "recall.json").write_text(json.dumps(record, indent=2) + "\n")
     with open(folder / "recall.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))

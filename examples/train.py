@@ -1,4 +1,4 @@
-"""Trains a causal language model on text: `python examples/train.py --help`, `pip install gdn2_ext[train]`.
+"""Trains a causal language model on text: `python examples/train.py --help`, `pip install .[train]`.
 
     python examples/train.py --files 'books/*.txt' --config tiny --seq-len 256 --output runs/books
     torchrun --nproc-per-node 8 examples/train.py --parallel fsdp --config 1.3b --seq-len 4096 --batch 128 \\

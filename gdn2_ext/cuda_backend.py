@@ -137,8 +137,9 @@ class _Sizes(NamedTuple):
     def kept_size(self, num_segments: int, keep_tiles: bool, use_qk_l2norm: bool) -> int:
         """Of what `kept` makes: SplitSizes and TileSizes of csrc/api/chunk_room.h."""
         padded_k = 64 if self.dim_k <= 64 else 128
-        rows = self.num_sequences * (num_segments - 1)
-        size = rows * padded_k * (self.num_gate_heads * padded_k + self.num_value_heads * self.dim_v)
+        maps = self.num_sequences * max(num_segments - 2, 0) * self.num_gate_heads
+        states = self.num_sequences * (num_segments - 1) * self.num_value_heads
+        size = padded_k * (maps * padded_k + states * self.dim_v)
         if keep_tiles:
             norms = 2 * CHUNK if use_qk_l2norm else 0
             size += self.num_slots * self.num_gate_heads * (3 * CHUNK * padded_k // 2 + padded_k + norms)

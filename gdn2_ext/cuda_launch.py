@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch._C import _get_tracing_state, _len_torch_dispatch_stack, _len_torch_function_stack
 from torch._C._functorch import peek_interpreter_stack
+from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 _C, WHY_NO_EXTENSION = None, None
@@ -47,6 +48,7 @@ def nobody_traces() -> bool:
         or peek_interpreter_stack()
         or _len_torch_dispatch_stack()
         or _len_torch_function_stack()
+        or forward_ad._current_level >= 0
     )
 
 

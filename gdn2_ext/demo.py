@@ -247,7 +247,15 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
                         help="default: bfloat16 on a GPU, float32 on the CPU")  # fmt: skip
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    for name in ("batch", "seqlen", "heads", "dim"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name}: expected at least 1")
+    try:
+        torch.empty(0, device=options.device)
+    except (RuntimeError, AssertionError) as error:
+        parser.error(f"--device: {str(error).splitlines()[0]}")
+    return options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .autocast import in_autocast_dtype
-from .modules import GatedRMSNorm, ShortConvolution
-from .ops import chunk_gdn2, fused_recurrent_gdn2
+from .modules import ACTIVATIONS, GatedRMSNorm, ShortConvolution
+from .ops import BACKENDS, chunk_gdn2, fused_recurrent_gdn2
 
 # A raw decay gate that softplus turns into no decay at all.
 _NO_DECAY = -1e4
@@ -83,14 +83,47 @@ class LayerState:
         self.inputs = {name: x.index_select(0, rows.to(x.device)) for name, x in self.inputs.items()}
 
     def keep(self, S: Tensor, inputs: dict[str, Tensor], num_tokens: int) -> None:
-        """After `num_tokens` more. Tensors keep their addresses where their shapes stay, for CUDA graphs."""
+        """After `num_tokens` more. Tensors keep their addresses where their shapes stay, for CUDA graphs; but
+        not where a backward may still need what they were.
+        """
         self.S = _overwritten(self.S, S.detach())
         self.inputs = {name: _overwritten(self.inputs.get(name), x.detach()) for name, x in inputs.items()}
         self.num_tokens += num_tokens
 
 
+def check_attention_mask(mask: Tensor, batch: int, seqlen: int) -> None:
+    if mask.dim() != 2 or mask.shape[0] != batch or mask.shape[1] < seqlen:
+        raise ValueError(
+            f"attention_mask: expected [{batch}, {seqlen}] or longer, 0 at padding, got {tuple(mask.shape)}"
+        )
+
+
+def check_layer_options(
+    hidden_size: int, expand_v: float, head_dim: int, num_heads: int, num_v_heads: int | None, conv_size: int,
+    gate_activation: str, variant: str, backend: str,
+) -> None:  # fmt: skip
+    """Raises ValueError for what no layer can be made of."""
+    sizes = {"hidden_size": hidden_size, "head_dim": head_dim, "num_heads": num_heads, "conv_size": conv_size}
+    for name, size in sizes.items():
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(f"{name}: expected at least 1, got {size!r}")
+    choices = {
+        "gate_activation": (gate_activation, ACTIVATIONS),
+        "variant": (variant, VARIANTS),
+        "backend": (backend, BACKENDS),
+    }
+    for name, (choice, possible) in choices.items():
+        if choice not in possible:
+            raise ValueError(f"{name}: expected one of {', '.join(possible)}, got {choice!r}")
+    head_v_dim = round(head_dim * expand_v)
+    if head_v_dim < 1 or not math.isclose(head_v_dim, head_dim * expand_v):
+        raise ValueError(f"expand_v: expected a whole number of value channels a head, got {expand_v}")
+    if num_v_heads is not None and (num_v_heads < 1 or num_v_heads % num_heads):
+        raise ValueError(f"num_v_heads: expected a multiple of num_heads {num_heads}, got {num_v_heads}")
+
+
 def _overwritten(kept: Tensor | None, new: Tensor) -> Tensor:
-    if kept is None or kept.shape != new.shape:
+    if kept is None or kept.shape != new.shape or torch.is_grad_enabled():
         return new
     return kept if kept.data_ptr() == new.data_ptr() else kept.copy_(new)
 
@@ -136,7 +169,7 @@ class GatedDeltaNet2(nn.Module):
         head_dim: K.
         num_heads: H, heads of q and k and of the gates g and b.
         num_v_heads: HV, value heads, a multiple of H; each group of HV / H shares q, k, g and b. None: H.
-        mode: "chunk", or "fused_recurrent" for token by token without gradients.
+        mode: "chunk", or "fused_recurrent" for token by token under torch.no_grad.
         use_short_conv: without it q, k and v go through SiLU alone.
         allow_neg_eigval: b up to 2, so that transitions may have negative eigenvalues.
         conv_size, conv_bias: of the convolutions.
@@ -178,16 +211,14 @@ class GatedDeltaNet2(nn.Module):
         backend: str = "auto",
     ):
         super().__init__()
-        num_v_heads = num_heads if num_v_heads is None else num_v_heads
-        head_v_dim = round(head_dim * expand_v)
         if mode not in ("chunk", "fused_recurrent"):
             raise ValueError(f"mode: expected 'chunk' or 'fused_recurrent', got {mode!r}")
-        if variant not in VARIANTS:
-            raise ValueError(f"variant: expected one of {', '.join(VARIANTS)}, got {variant!r}")
-        if head_v_dim < 1 or not math.isclose(head_v_dim, head_dim * expand_v):
-            raise ValueError(f"expand_v: expected a whole number of value channels a head, got {expand_v}")
-        if num_v_heads < 1 or num_v_heads % num_heads:
-            raise ValueError(f"num_v_heads: expected a multiple of num_heads {num_heads}, got {num_v_heads}")
+        check_layer_options(
+            hidden_size, expand_v, head_dim, num_heads, num_v_heads, conv_size, gate_activation, variant,
+            backend,
+        )  # fmt: skip
+        num_v_heads = num_heads if num_v_heads is None else num_v_heads
+        head_v_dim = round(head_dim * expand_v)
         self.hidden_size, self.expand_v, self.mode, self.backend = hidden_size, expand_v, mode, backend
         self.head_dim, self.head_k_dim, self.head_v_dim = head_dim, head_dim, head_v_dim
         self.num_heads, self.num_v_heads = num_heads, num_v_heads
@@ -250,9 +281,10 @@ class GatedDeltaNet2(nn.Module):
         Args:
             hidden_states: [B, T, hidden_size].
             attention_mask: [B, T'] with T' >= T, whose last T columns are 0 at padding, on whichever side: it
-                changes no state, and no output but its own, which are to be ignored.
+                changes no state, and no output but its own, which are to be ignored. A single token that goes
+                on from a cache counts as one, whatever the mask says of it.
             past_key_values: a cache; the layer goes on from `past_key_values.layers[layer_idx]`.
-            use_cache: keep the state there. Without gradients.
+            use_cache: keep the state there, without gradients of it. Nothing is kept without a cache.
             output_attentions: accepted for the sake of common call sites; there are none.
             cu_seqlens: [N+1] int32 or int64, offsets of sequences packed in one row (B = 1).
             cu_seqlens_cpu: the same on the CPU, where the op checks them.
@@ -260,18 +292,16 @@ class GatedDeltaNet2(nn.Module):
         Returns:
             (o, None, past_key_values): o [B, T, hidden_size].
         """
-        if attention_mask is not None and attention_mask.dim() != 2:
+        if hidden_states.dim() != 3 or hidden_states.shape[-1] != self.hidden_size:
             raise ValueError(
-                f"attention_mask: expected [B, T], 0 at padding, got {tuple(attention_mask.shape)}"
+                f"hidden_states: expected [B, T, {self.hidden_size}], got {tuple(hidden_states.shape)}"
             )
+        batch, seqlen, _ = hidden_states.shape
+        if attention_mask is not None:
+            check_attention_mask(attention_mask, batch, seqlen)
         if cu_seqlens is not None and (attention_mask is not None or past_key_values is not None):
             raise ValueError("cu_seqlens: expected neither attention_mask nor past_key_values with it")
-        state = None
-        if past_key_values is not None:
-            if self.layer_idx is None:
-                raise ValueError("layer_idx: expected this layer's index in the cache, got None")
-            state = past_key_values.layers[self.layer_idx]
-        batch, seqlen, _ = hidden_states.shape
+        state = None if past_key_values is None else self._state_in(past_key_values, batch)
         is_token = None
         if attention_mask is not None and not (state is not None and state.num_tokens and seqlen == 1):
             is_token = attention_mask[:, -seqlen:].bool().unsqueeze(-1)  # [B, T, 1]
@@ -295,6 +325,22 @@ class GatedDeltaNet2(nn.Module):
             state.keep(S, self._last_inputs(raw, state, is_token), seqlen)
         o = self.o_norm(o, self.g_proj(hidden_states).unflatten(-1, (self.num_v_heads, -1)))
         return self.o_proj(o.flatten(-2)), None, past_key_values
+
+    def _state_in(self, cache: RecurrentCache, batch: int) -> LayerState:
+        if self.layer_idx is None:
+            raise ValueError("layer_idx: expected this layer's index in the cache, got None")
+        states = getattr(cache, "layers", ())
+        state = states[self.layer_idx] if self.layer_idx < len(states) else None
+        if not isinstance(state, LayerState):
+            raise ValueError(
+                f"past_key_values: expected a cache with a LayerState for layer {self.layer_idx}, such as "
+                f"RecurrentCache, got {type(cache).__name__} with {len(states)} layers"
+            )
+        if state.S is not None and state.S.shape[0] != batch:
+            raise ValueError(
+                f"hidden_states: expected a batch of {state.S.shape[0]} as in the cache, got {batch}"
+            )
+        return state
 
     def _convolved(self, name: str, x: Tensor, state: LayerState | None, cu_seqlens: Tensor | None) -> Tensor:
         if not self.use_short_conv:

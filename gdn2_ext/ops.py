@@ -5,10 +5,12 @@ from __future__ import annotations
 import inspect
 import numbers
 import warnings
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import autograd, cuda_backend, cuda_launch, cuda_recurrent  # noqa: F401  (autograd registers the gradients)
 from .autocast import in_autocast_dtype
@@ -16,7 +18,7 @@ from .sequence_split import MAX_SEGMENTS
 from .torch_backend import CHUNK, GateOptions, compute_dtype
 
 _FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-_BACKENDS = ("auto", "cuda", "torch")
+BACKENDS = ("auto", "cuda", "torch")
 _warned_reasons: set[str] = set()
 
 
@@ -215,6 +217,8 @@ def _check_offsets(
             )
         if not torch.compiler.is_compiling():  # values are not known while tracing
             _check_host_offsets(host_name, host, q.shape[1])
+            if cu_seqlens.device.type == "cpu" and cu_seqlens.tolist() != host.tolist():
+                raise ValueError("cu_seqlens_cpu: expected the values of cu_seqlens, got others")
     return cu_seqlens.to(q.device, non_blocking=True), host
 
 
@@ -237,6 +241,20 @@ def _check_scalars(
     return q.shape[-1] ** -0.5 if scale is None else float(scale)
 
 
+def _check_flags(**flags: object) -> None:
+    for name, flag in flags.items():
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name}: expected True or False, got {flag!r}")
+
+
+def _check_no_tangents(function: str, tensors: Sequence[Tensor | None]) -> None:
+    """They would be lost without a word."""
+    if torch.compiler.is_compiling():
+        return
+    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        raise NotImplementedError(f"{function} has no forward-mode derivative: use backward()")
+
+
 def _is_split(sequence_split: object) -> bool:
     """Whether it is None, or a number of segments."""
     return sequence_split is None or (type(sequence_split) is int and 1 <= sequence_split <= MAX_SEGMENTS)
@@ -250,8 +268,8 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def _choose_backend(backend: str, device: torch.device, reason: str | None) -> str:
-    if backend not in _BACKENDS:
-        raise ValueError(f"backend: expected one of {', '.join(_BACKENDS)}, got {backend!r}")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
     if backend == "torch":
         return backend
     if reason is None:
@@ -345,7 +363,8 @@ def chunk_gdn2(
         sequences the chunks of one sequence follow those of the one before; where the offsets are known on
         the device only, h has room for T // 64 + N chunks and the rest is zero.
 
-    Differentiable in q, k, v, g, b, w, A_log, dt_bias and initial_state, once. Two runs agree bit for bit.
+    Differentiable in q, k, v, g, b, w, A_log, dt_bias and initial_state, once, by backward() and
+    torch.autograd.grad; not by torch.func. Two runs agree bit for bit.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came; before anything runs.
@@ -371,10 +390,16 @@ def chunk_gdn2(
         results = cuda_backend.chunk_at_once(
             q, k, v, g, b, w, A_log, dt_bias, initial_state, cu_seqlens, scale, use_qk_l2norm_in_kernel,
             use_gate_in_kernel, lower_bound, use_gate_sigmoid_in_kernel, erase_scale, state_v_first,
-            sequence_split or 0, output_final_state, bool(disable_recompute),
+            sequence_split or 0, output_final_state, disable_recompute,
         )  # fmt: skip
         if results is not None:
             return results
+    _check_flags(
+        use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel, use_gate_in_kernel=use_gate_in_kernel,
+        use_gate_sigmoid_in_kernel=use_gate_sigmoid_in_kernel, output_final_state=output_final_state,
+        state_v_first=state_v_first, disable_recompute=disable_recompute,
+        return_intermediate_states=return_intermediate_states,
+    )  # fmt: skip
     q, k, v, b, w = _autocast(q, k, v, b, w)
     _check_tokens(q, k, v, g, b, w)
     _check_decay_gate(q, use_gate_in_kernel, A_log, dt_bias, lower_bound)
@@ -389,6 +414,7 @@ def chunk_gdn2(
         scale, use_qk_l2norm_in_kernel, use_gate_in_kernel, lower_bound if use_gate_in_kernel else None,
         use_gate_sigmoid_in_kernel, float(erase_scale), state_v_first,
     )  # fmt: skip
+    _check_no_tangents("chunk_gdn2", call.differentiable)
     needs_grad = torch.is_grad_enabled() and any(
         x is not None and x.requires_grad for x in call.differentiable
     )
@@ -400,7 +426,7 @@ def chunk_gdn2(
     # A compiled graph may serve many shapes: it chooses nothing by them.
     default = 1 if torch.compiler.is_compiling() else 0
     o, final_state, h, *_ = torch.ops.gdn2_ext.chunk_forward(
-        *call, *options, output_final_state, num_state_chunks, needs_grad, bool(disable_recompute),
+        *call, *options, output_final_state, num_state_chunks, needs_grad, disable_recompute,
         sequence_split or default, backend,
     )  # fmt: skip
     final_state = final_state if output_final_state else None
@@ -460,12 +486,13 @@ def fused_recurrent_gdn2(
             zero, and so is its final state where one is returned. The state after a position with such an
             index goes nowhere, and its output row is zero.
         num_accepted_tokens: [N] int32 or int64, with indices [N, T]: sequence n starts from the state in slot
-            [n, num_accepted_tokens[n] - 1]; by default from slot [n, 0].
-        inplace_final_state: write final states back into `initial_state`, which is then what is returned as
-            the final state. Needs `state_indices`. Slots that several sequences share are written in no
-            stated order.
+            [n, num_accepted_tokens[n] - 1]; by default from slot [n, 0]. Below 1 counts as 1, above T as T.
+        inplace_final_state: write final states back into `initial_state`, which is what is returned as the
+            final state where `output_final_state` asks for one. Needs `state_indices`. Slots that several
+            sequences share are written in no stated order.
         out: [B, T, HV, V] to write the output to, dtype as q, any strides.
-        check_indices: read the indices back and raise on one that is negative or too large.
+        check_indices: read indices and accepted tokens back and raise on one that is out of range. Only -1,
+            for rows that are free, passes as an index.
 
     Returns:
         (o, final_state): o [B, T, HV, V] in the dtype of q; final_state [N, HV, K, V] with
@@ -500,6 +527,11 @@ def fused_recurrent_gdn2(
         )  # fmt: skip
         if results is not None:
             return results
+    _check_flags(
+        use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel, use_gate_in_kernel=use_gate_in_kernel,
+        use_gate_sigmoid_in_kernel=use_gate_sigmoid_in_kernel, output_final_state=output_final_state,
+        state_v_first=state_v_first, inplace_final_state=inplace_final_state, check_indices=check_indices,
+    )  # fmt: skip
     q, k, v, b, w = _autocast(q, k, v, b, w)
     _check_tokens(q, k, v, g, b, w)
     _check_decay_gate(q, use_gate_in_kernel, A_log, dt_bias, lower_bound)
@@ -512,7 +544,7 @@ def fused_recurrent_gdn2(
         "initial_state", initial_state, q, v, None if pooled else num_sequences, state_v_first, state_dtypes
     )
     if check_indices and pooled:
-        _check_index_values(state_indices, initial_state.shape[0])
+        _check_index_values(state_indices, num_accepted_tokens, initial_state.shape[0])
     _check_out(out, v)
     scale = _check_scalars(scale, q, use_gate_sigmoid_in_kernel, erase_scale)
     options = _Options(
@@ -521,6 +553,7 @@ def fused_recurrent_gdn2(
     )  # fmt: skip
     backend = _choose_backend(backend, q.device, cuda_backend.why_not_recurrent(q, v))
     call = _Call(q, k, v, g, b, w, A_log, dt_bias, initial_state, cu_seqlens)
+    _check_no_tangents("fused_recurrent_gdn2", call.differentiable)
     if inplace_final_state:
         call = _Call(*(x if x is None else x.detach() for x in call))
     pool_arguments = (state_indices, num_accepted_tokens)
@@ -584,12 +617,20 @@ def _check_pool(
         _check_shape("num_accepted_tokens", num_accepted_tokens, (num_sequences,), "[N]")
 
 
-def _check_index_values(state_indices: Tensor, num_slots: int) -> None:
+def _check_index_values(state_indices: Tensor, num_accepted_tokens: Tensor | None, num_slots: int) -> None:
     for place, slot in enumerate(state_indices.flatten().tolist()):
-        if not 0 <= slot < num_slots:
+        if not -1 <= slot < num_slots:
             raise ValueError(
-                f"state_indices: expected slots from 0 to {num_slots - 1}, got {slot} at flat index {place}"
+                f"state_indices: expected slots from 0 to {num_slots - 1}, or -1 for none, "
+                f"got {slot} at flat index {place}"
             )
+    if num_accepted_tokens is not None:
+        columns = state_indices.shape[1]
+        for n, count in enumerate(num_accepted_tokens.tolist()):
+            if not 1 <= count <= columns:
+                raise ValueError(
+                    f"num_accepted_tokens: expected numbers from 1 to {columns}, got {count} at index {n}"
+                )
 
 
 def _check_out(out: Tensor | None, v: Tensor) -> None:
@@ -608,8 +649,8 @@ def supports(
     """Whether the CUDA backend would take `chunk_gdn2(q, k, v, g, b, w, **options)`, and if not, why.
 
     Returns:
-        (True, "") or (False, reason). Nothing is launched; tensors that `chunk_gdn2` itself would refuse
-        raise the same errors as there.
+        (True, "") or (False, reason). Nothing is launched. Of options the names alone are looked at; q to w
+        raise the errors of `chunk_gdn2` where it would refuse them.
     """
     _CHUNK_SIGNATURE.bind(q, k, v, g, b, w, **options)
     _check_tokens(q, k, v, g, b, w)

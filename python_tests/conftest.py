@@ -4,6 +4,7 @@
     pytest --torch-device=cuda      the torch backend on the GPU instead
     pytest --seed=7                 other random numbers
     pytest --record=PATH            also write what passed, failed and skipped, and on what, as JSON
+    pytest --numpy-reference        the reference in NumPy although CuPy is there
 
 A test that takes the fixture `backend` runs once per backend, with q of that backend's usual dtype; with the
 marker `every_dtype` in every dtype that has an accuracy bar, with `most_exact_dtype` in the one whose bar is
@@ -240,13 +241,16 @@ def _norm_over_chunks(x: np.ndarray) -> float:
     return float(np.sqrt(sum((chunk**2).sum() for chunk in chunks)))
 
 
+_numpy_reference = False  # whether it was asked for on the command line
+
+
 def oracle_array(x):
     """A tensor as a float64 array for the reference: CuPy on a GPU where it is installed, else NumPy."""
     if not isinstance(x, torch.Tensor):
         return x
     x = x.detach()
     x = x.double() if x.is_floating_point() else x
-    if x.is_cuda and x.numel() > 0:
+    if x.is_cuda and x.numel() > 0 and not _numpy_reference:
         try:
             import cupy
         except ImportError:
@@ -369,9 +373,16 @@ def pytest_addoption(parser) -> None:
     group.addoption(
         "--record", metavar="PATH", default=None, help="write the outcome and its provenance as JSON"
     )
+    group.addoption(
+        "--numpy-reference",
+        action="store_true",
+        help="the reference in NumPy: under compute-sanitizer CuPy frees no memory",
+    )
 
 
 def pytest_configure(config) -> None:
+    global _numpy_reference
+    _numpy_reference = config.getoption("--numpy-reference")
     config.addinivalue_line(
         "markers", "every_dtype: runs in every dtype of the backend, not in its usual one only"
     )
@@ -379,9 +390,17 @@ def pytest_configure(config) -> None:
         "markers", "most_exact_dtype: runs in the dtype of the backend that has the lowest bars"
     )
     config.addinivalue_line("markers", "recurrent: of fused_recurrent_gdn2; skips where that has no kernel")
+    config.addinivalue_line(
+        "markers", "caching_allocator: skips where PyTorch allocates every tensor by itself"
+    )
     config.addinivalue_line("markers", "slow: takes more than a few seconds")
     if "PYTEST_XDIST_WORKER" in os.environ:  # one thread per worker: they share the cores
         torch.set_num_threads(max(1, os.cpu_count() // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
+
+
+def pytest_runtest_setup(item) -> None:
+    if item.get_closest_marker("caching_allocator") and "PYTORCH_NO_CUDA_MEMORY_CACHING" in os.environ:
+        pytest.skip("PYTORCH_NO_CUDA_MEMORY_CACHING is set: no graphs, and other memory than usual")
 
 
 def pytest_generate_tests(metafunc) -> None:

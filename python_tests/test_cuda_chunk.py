@@ -52,44 +52,59 @@ def sizes(call: dict) -> cuda_backend._Sizes:
     return cuda_backend._Sizes.of(call["q"], call["v"], call["g"], call.get("cu_seqlens"))
 
 
+def placed(x: torch.Tensor, offset: int = 0) -> torch.Tensor:
+    """Like x, so many bytes behind a multiple of 128: allocators of GPUs give multiples."""
+    memory = torch.zeros(x.numel() * x.element_size() + 256, dtype=torch.uint8)
+    first = -memory.data_ptr() % 128 + offset
+    return memory[first : first + x.numel() * x.element_size()].view(x.dtype)
+
+
+def workspace_of(call: dict, *flags) -> torch.Tensor:
+    return placed(sizes(call).workspace(call["q"], *flags))
+
+
+def kept_of(call: dict, *flags) -> torch.Tensor:
+    return placed(sizes(call).kept(call["q"], *flags))
+
+
 def forward(call: dict) -> dict:
-    workspace = sizes(call).workspace(call["q"], False, False, False)
+    workspace = workspace_of(call, False, False, False)
     o, final_state = torch.zeros_like(call["v"]), torch.zeros(B, HV, K, V)
     return call | {"o": o, "final_state": final_state, "workspace": workspace}
 
 
 def split(call: dict) -> dict:
     """The forward in three segments."""
-    call = forward(call) | {"num_segments": 3, "kept": sizes(call).kept(call["q"], 3)}
-    return call | {"workspace": sizes(call).workspace(call["q"], False, False, False, 3)}
+    call = forward(call) | {"num_segments": 3, "kept": kept_of(call, 3)}
+    return call | {"workspace": workspace_of(call, False, False, False, 3)}
 
 
 def split_backward(call: dict) -> dict:
-    call = backward(call) | {"num_segments": 3, "kept": sizes(call).kept(call["q"], 3)}
+    call = backward(call) | {"num_segments": 3, "kept": kept_of(call, 3)}
     norms = call.get("use_qk_l2norm", False)
-    return call | {"workspace": sizes(call).workspace(call["q"], True, True, norms, 3)}
+    return call | {"workspace": workspace_of(call, True, True, norms, 3)}
 
 
 def keeping(call: dict) -> dict:
     """The forward of training, which keeps A - I and P."""
     call = forward(call)
     matrices = torch.zeros(sizes(call).num_slots, call["g"].shape[2], 64, 64, dtype=call["q"].dtype)
-    workspace = sizes(call).workspace(call["q"], True, False, False)
+    workspace = workspace_of(call, True, False, False)
     return call | {"A_minus_I": matrices, "P": matrices.clone(), "workspace": workspace}
 
 
 def keeping_tiles(call: dict, num_segments: int = 1) -> dict:
     """The same with disable_recompute."""
     call, norms = keeping(call), call.get("use_qk_l2norm", False)
-    kept = sizes(call).kept(call["q"], num_segments, True, norms)
-    workspace = sizes(call).workspace(call["q"], True, False, norms, num_segments, True)
+    kept = kept_of(call, num_segments, True, norms)
+    workspace = workspace_of(call, True, False, norms, num_segments, True)
     return call | {"num_segments": num_segments, "kept": kept, "workspace": workspace}
 
 
 def backward_of_tiles(call: dict, num_segments: int = 1) -> dict:
     call, norms = backward(call), call.get("use_qk_l2norm", False)
-    kept = sizes(call).kept(call["q"], num_segments, True, norms)
-    workspace = sizes(call).workspace(call["q"], True, True, norms, num_segments, True)
+    kept = kept_of(call, num_segments, True, norms)
+    workspace = workspace_of(call, True, True, norms, num_segments, True)
     return call | {"num_segments": num_segments, "kept": kept, "workspace": workspace}
 
 
@@ -97,7 +112,7 @@ def backward(call: dict) -> dict:
     kept = {name: keeping(call)[name] for name in ("A_minus_I", "P")}
     given = [call.get(name) for name in INPUTS[:9]]
     out = cuda_backend._new_gradients(sizes(call), given, [x is not None for x in given])
-    workspace = sizes(call).workspace(call["q"], True, True, call.get("use_qk_l2norm", False))
+    workspace = workspace_of(call, True, True, call.get("use_qk_l2norm", False))
     call = call | kept | dict(zip(GRADIENTS, out, strict=True)) | {"workspace": workspace}
     return call | {"do": torch.zeros_like(call["v"]), "d_final_state": torch.zeros(B, HV, K, V)}
 
@@ -234,7 +249,9 @@ BAD_ROOM = {
     "a short workspace": ("workspace", lambda x: x[:-16]),
     "no workspace": ("workspace", lambda _: None),
     "no segments": ("num_segments", lambda _: 0),
-    "too little that is kept": ("kept", lambda x: torch.zeros(8)),
+    "a workspace between tiles' places": ("workspace", lambda x: placed(x, 16)),
+    "too little that is kept": ("kept", lambda x: placed(torch.zeros(8))),
+    "kept between tiles' places": ("kept", lambda x: placed(torch.zeros(8) if x is None else x, 64)),
 }
 
 
@@ -245,6 +262,7 @@ class Subclass(torch.Tensor):
 # Of what comes as Python has it.
 BAD_OBJECTS = {
     "a scale that is none": ("scale", lambda _: "large"),
+    "a flag that is none": ("use_qk_l2norm", lambda _: "no"),
     "no tensor": ("q", lambda _: 3),
     "a list": ("g", lambda x: x.tolist()[:1]),
     "a subclass": ("v", lambda x: x.as_subclass(Subclass)),

@@ -72,6 +72,7 @@ def test_rows_and_slots_are_free_again_at_the_end(generate, seed):
     assert engine.slots.tolist() == [-1] * 3
 
 
+@pytest.mark.caching_allocator
 @pytest.mark.gpu
 def test_the_same_on_a_gpu_with_the_step_as_a_graph(generate, capsys):
     if not torch.cuda.is_available():

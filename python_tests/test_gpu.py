@@ -97,6 +97,7 @@ def test_a_call_runs_on_the_current_stream(seed):
     compare.assert_bitwise_equal(results[1], expected[1], "final state")
 
 
+@pytest.mark.caching_allocator
 def test_a_call_holds_its_outputs_alone(seed):
     """And those are PyTorch's own: storage that came through DLPack would not hear of other streams."""
     inputs = make_inputs(seed)
@@ -111,6 +112,7 @@ def test_a_call_holds_its_outputs_alone(seed):
     assert all(x.resizable() for x in storages)
 
 
+@pytest.mark.caching_allocator
 def test_a_captured_call_follows_its_inputs(seed):
     inputs = make_inputs(seed)
     forward(inputs)
@@ -127,6 +129,7 @@ def test_a_captured_call_follows_its_inputs(seed):
         compare.assert_bitwise_equal(final_state, expected[1], f"final state of replay {again}")
 
 
+@pytest.mark.caching_allocator
 def test_a_captured_packed_call_follows_its_offsets(seed):
     inputs = make_inputs(seed)
     cu_seqlens = torch.tensor([0, 100, 200, 300], device="cuda", dtype=torch.int32)
@@ -229,6 +232,7 @@ def test_a_training_step_writes_all_of_its_results(seed):
     assert_same(training_step(inputs, states, use_qk_l2norm_in_kernel=True), expected)
 
 
+@pytest.mark.caching_allocator
 def test_a_captured_training_step_follows_its_inputs(seed):
     """Forward, backward and an SGD step on the inputs."""
     inputs = make_inputs(seed)

@@ -72,6 +72,7 @@ def overwrite(targets, sources) -> None:
 # -- graphs and streams --------------------------------------------------------------------------------------
 
 
+@pytest.mark.caching_allocator
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_captured_step_follows_its_indices(dtype, seed):
     """Requests move between slots, leave (-1) and join while the graph stays."""
@@ -93,6 +94,7 @@ def test_a_captured_step_follows_its_indices(dtype, seed):
         compare.assert_bitwise_equal(pool, expected_pool, f"the pool after step {step}")
 
 
+@pytest.mark.caching_allocator
 def test_a_captured_step_follows_its_offsets(seed):
     inputs, pool = make_inputs(seed, batch=1, seqlen=12), make_pool(seed)
     cu_seqlens = torch.tensor([0, 4, 8, 12], device="cuda", dtype=torch.int32)
@@ -110,6 +112,7 @@ def test_a_captured_step_follows_its_offsets(seed):
         compare.assert_bitwise_equal(pool, expected_pool, f"the pool at {offsets}")
 
 
+@pytest.mark.caching_allocator
 def test_steps_that_follow_each_other_see_each_others_states(seed):
     """Launches overlap: every one starts while the one before it runs, and has to wait for what it writes."""
     steps = [make_inputs(seed + t) for t in range(50)]
@@ -152,6 +155,7 @@ def test_a_step_waits_for_the_kernel_that_makes_its_inputs(seed):
 # -- memory --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.caching_allocator
 def test_a_step_with_out_allocates_nothing_and_waits_for_nothing(at_once_only, seed):
     inputs, pool = make_inputs(seed), make_pool(seed)
     indices, out = torch.tensor([4, 7, 9], device="cuda"), torch.empty_like(inputs.v)
@@ -166,6 +170,7 @@ def test_a_step_with_out_allocates_nothing_and_waits_for_nothing(at_once_only, s
     assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
 
 
+@pytest.mark.caching_allocator
 def test_a_step_allocates_its_outputs_alone(at_once_only, seed):
     inputs, pool = make_inputs(seed), make_pool(seed, slots=3)
     decode(inputs, initial_state=pool, output_final_state=True)

@@ -243,6 +243,7 @@ def test_gradients_are_those_of_this_package(package, supported, seed):
         {"unheard_of": None},
         {"safe_gate": True, "disable_recompute": True},
         {"return_intermediate_states": False},
+        {"output_final_state": None, "use_qk_l2norm_in_kernel": None},
         {"chunk_size": 64, "erase_scale": 1.0, "backend": "auto", "sequence_split": None},
     ],
     ids=" ".join,

@@ -222,7 +222,9 @@ def test_a_state_goes_on_with_the_rows_that_are_asked_for(backend, seed):
         ({"variant": "rwkv"}, "variant: expected one of gdn2, kda, .*, got 'rwkv'"),
         ({"expand_v": 0.3}, "expand_v: expected a whole number of value channels a head, got 0.3"),
         ({"num_v_heads": 3}, "num_v_heads: expected a multiple of num_heads 2, got 3"),
-        ({"gate_activation": "relu"}, "activation: expected one of silu, swish, sigmoid, got 'relu'"),
+        ({"gate_activation": "relu"}, "gate_activation: expected one of silu, swish, sigmoid, got 'relu'"),
+        ({"conv_size": 0}, "conv_size: expected at least 1, got 0"),
+        ({"backend": "foo"}, "backend: expected one of auto, cuda, torch, got 'foo'"),
     ],
 )
 def test_bad_options_are_refused(options, message):
@@ -237,8 +239,33 @@ def test_bad_calls_are_refused():
         layer(x, past_key_values=RecurrentCache(1))
     with pytest.raises(ValueError, match="attention_mask: expected"):
         layer(x, attention_mask=torch.ones(1, 1, 4, 4))
+    for shape in ((2, 4), (1, 3)):
+        with pytest.raises(ValueError, match=r"attention_mask: expected \[1, 4\] or longer"):
+            layer(x, attention_mask=torch.ones(*shape))
     with pytest.raises(ValueError, match="cu_seqlens: expected neither"):
         layer(x, cu_seqlens=cu_seqlens, attention_mask=torch.ones(1, 4))
+    with pytest.raises(ValueError, match=rf"hidden_states: expected \[B, T, {HIDDEN}\], got \(4, {HIDDEN}\)"):
+        layer(x[0])
+    layer.layer_idx = 1
+    with pytest.raises(ValueError, match="past_key_values: expected a cache with a LayerState for layer 1"):
+        layer(x, past_key_values=RecurrentCache(1))
+    cache = RecurrentCache(2)
+    layer(x, past_key_values=cache, use_cache=True)
+    with pytest.raises(ValueError, match="hidden_states: expected a batch of 1 as in the cache, got 2"):
+        layer(x.repeat(2, 1, 1), past_key_values=cache, use_cache=True)
+
+
+def test_chunks_with_a_backward_each_keep_a_state(seed):
+    """Truncated backpropagation through time."""
+    torch.manual_seed(seed)
+    layer, x = GatedDeltaNet2(HIDDEN, head_dim=DIM, num_heads=HEADS, layer_idx=0), torch.randn(2, 30, HIDDEN)
+    cache = RecurrentCache(1)
+    parts = []
+    for part in x.split(10, 1):
+        o = layer(part, past_key_values=cache, use_cache=True)[0]
+        o.square().sum().backward()
+        parts.append(o.detach())
+    torch.testing.assert_close(torch.cat(parts, 1), layer(x)[0].detach())
 
 
 def test_parameters_start_where_the_paper_has_them():

@@ -2,13 +2,14 @@
 
 import compare
 import pytest
+import safetensors.torch
 import torch
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("transformers", reason="the models need transformers")
 
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from gdn2_ext import GatedDeltaNet2
 from gdn2_ext.models import GatedDeltaNet2Cache, GatedDeltaNet2Config, GatedDeltaNet2ForCausalLM
@@ -107,6 +108,10 @@ def test_packed_sequences_do_not_see_each_other(backend, model, tokens):
     alone = [model(tokens[:1, begin:end]).logits for begin, end in ((0, 11), (11, 40))]
     bar = 3e-2 if backend.dtype in (torch.bfloat16, torch.float16) else 1e-5
     compare.assert_close(packed, torch.cat(alone, 1), bar, "logits")
+    for training in (False, True):  # the loss of logits, and in pieces
+        parts = [model.train(training)(x, labels=x).loss for x in (tokens[:1, :11], tokens[:1, 11:])]
+        loss = model(tokens[:1], labels=tokens[:1], cu_seq_lens_q=offsets.to(backend.device)).loss
+        torch.testing.assert_close(loss, (10 * parts[0] + 28 * parts[1]) / 38, rtol=bar, atol=bar)
 
 
 def test_a_recurrent_state_does_not_go_back(model):
@@ -128,6 +133,28 @@ def test_a_saved_model_loads_as_it_was(backend, model, tokens, tmp_path):
     for name, x in model.state_dict().items():
         compare.assert_bitwise_equal(loaded.state_dict()[name], x, name)
     compare.assert_bitwise_equal(loaded.eval()(tokens).logits, model(tokens).logits, "logits")
+
+
+@torch.no_grad()
+def test_what_a_checkpoint_lacks_starts_as_in_a_new_model(tmp_path):
+    config = GatedDeltaNet2Config.named("tiny", conv_bias=True)
+    GatedDeltaNet2ForCausalLM(config).save_pretrained(tmp_path)
+    weights = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    lacking = ("o_norm", "q_conv1d", "k_conv1d.bias", "dt_bias", "attn_norm")
+    kept = {name: x for name, x in weights.items() if not any(part in name for part in lacking)}
+    assert len(kept) < len(weights)
+    safetensors.torch.save_file(kept, tmp_path / "model.safetensors", {"format": "pt"})
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
+    for name, x in loaded.items():
+        if name in kept:
+            compare.assert_bitwise_equal(x, kept[name], name)
+        elif "norm" in name:
+            assert (x == 1).all(), name
+        elif "dt_bias" in name:
+            step = functional.softplus(x)
+            assert (step >= 0.9e-3).all() and (step <= 0.11).all(), name
+        else:
+            assert (x.abs() <= 0.5).all(), name  # width 4: within 1 / sqrt(4)
 
 
 def gradients(model, tokens, **options) -> tuple[torch.Tensor, dict]:
@@ -235,6 +262,16 @@ def test_the_papers_sizes(name):
         ({**HYBRID, "num_attention_heads": 3}, "num_attention_heads: expected heads of an even size in 64"),
         ({**HYBRID, "num_key_value_heads": 3}, "num_key_value_heads: expected a divisor of 4, got 3"),
         ({**HYBRID, "sliding_window": 0}, "sliding_window: expected at least 1 token, got 0"),
+        ({"attention_every": -1}, "attention_every: expected up to 2 layers, or 0 for none.*, got -1"),
+        ({"attention_every": 3}, "attention_every: expected up to 2 layers, or 0 for none.*, got 3"),
+        ({"head_dim": 0}, "head_dim: expected at least 1, got 0"),
+        ({"num_heads": 0}, "num_heads: expected at least 1, got 0"),
+        ({"num_v_heads": 3}, "num_v_heads: expected a multiple of num_heads 2, got 3"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers: expected at least 1, got 0"),
+        ({"vocab_size": -1}, "vocab_size: expected at least 1, got -1"),
+        ({"variant": "foo"}, "variant: expected one of gdn2, .*, got 'foo'"),
+        ({"gate_activation": "relu"}, "gate_activation: expected one of silu, .*, got 'relu'"),
+        ({"backend": "x"}, "backend: expected one of auto, cuda, torch, got 'x'"),
     ],
 )
 def test_bad_configurations_are_refused(options, message):
@@ -249,3 +286,15 @@ def test_bad_calls_are_refused(model, tokens):
         model()
     with pytest.raises(ValueError, match="logits_to_keep: expected 0 with labels"):
         model(tokens, labels=tokens, logits_to_keep=1)
+    with pytest.raises(ValueError, match=r"labels: expected \(3, 40\), got \(3, 39\)"):
+        model(tokens, labels=tokens[:, 1:])
+    with pytest.raises(TypeError, match="attention_maks: not an argument of GatedDeltaNet2Model.forward"):
+        model(tokens, attention_maks=None)
+    with pytest.raises(TypeError, match="past_key_values: expected a GatedDeltaNet2Cache or None, got Dyn"):
+        model(tokens, past_key_values=DynamicCache())
+    for shape in ((3, 1), (1, 40), (2, 40)):
+        with pytest.raises(ValueError, match=r"attention_mask: expected \[3, 40\] or longer"):
+            model(tokens, attention_mask=torch.ones(*shape))
+    model.gradient_checkpointing_enable()
+    with pytest.raises(ValueError, match="use_cache: expected False with gradient checkpointing, got True"):
+        model.train()(tokens, use_cache=True)

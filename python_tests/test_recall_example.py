@@ -93,6 +93,7 @@ def needs_gpu() -> None:
         pytest.skip("no GPU: torch.cuda.is_available() is False")
 
 
+@pytest.mark.caching_allocator
 @pytest.mark.gpu
 @pytest.mark.parametrize("variant, task", [("gdn2", "mqar"), ("kda", "multi_needle"), ("deltanet", "mqar")])
 def test_steps_as_graphs_train_as_without(recall, variant, task, seed):
@@ -108,6 +109,7 @@ def test_steps_as_graphs_train_as_without(recall, variant, task, seed):
     torch.testing.assert_close(losses, expected, rtol=2e-3, atol=0)
 
 
+@pytest.mark.caching_allocator
 @pytest.mark.gpu
 def test_steps_do_not_wait_for_the_gpu(recall, seed):
     needs_gpu()

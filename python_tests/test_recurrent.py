@@ -599,7 +599,7 @@ def test_packed_sequences_with_a_slot_for_every_position(backend, lengths, seed)
 def test_checked_indices_that_are_fine_pass(backend, seed):
     inputs = backend.inputs("slow", batch=2, seqlen=3, **SHAPE, seed=seed)
     pool = new_pool(backend, seed)
-    for indices in ([0, SLOTS - 1], COLUMNS):
+    for indices in ([0, SLOTS - 1], [-1, 3], COLUMNS):
         indices = torch.tensor(indices, device=backend.device)
         checked = decode(backend, inputs, initial_state=pool, state_indices=indices, check_indices=True)
         unchecked = decode(backend, inputs, initial_state=pool, state_indices=indices)
@@ -609,9 +609,9 @@ def test_checked_indices_that_are_fine_pass(backend, seed):
 @pytest.mark.parametrize(
     "indices, message",
     [
-        ([4, -1], "expected slots from 0 to 10, got -1 at flat index 1"),
-        ([11, 0], "expected slots from 0 to 10, got 11 at flat index 0"),
-        ([[4, 1, 2], [0, 3, 99]], "expected slots from 0 to 10, got 99 at flat index 5"),
+        ([4, -2], "expected slots from 0 to 10, or -1 for none, got -2 at flat index 1"),
+        ([11, 0], "expected slots from 0 to 10, or -1 for none, got 11 at flat index 0"),
+        ([[4, 1, 2], [0, 3, 99]], "expected slots from 0 to 10, or -1 for none, got 99 at flat index 5"),
     ],
 )
 def test_checked_indices_out_of_range_raise_with_the_slot(backend, indices, message, seed):

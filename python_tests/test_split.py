@@ -114,8 +114,9 @@ def test_split_sequences_meet_the_bar_of_their_regime(hopper, regime, split, see
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("v_first", [False, True])
-@pytest.mark.parametrize(("dim_k", "dim_v"), [(128, 128), (64, 256), (48, 40)])
-def test_states_groups_and_sizes(hopper, dim_k, dim_v, v_first, seed):
+@pytest.mark.parametrize(("dim_k", "dim_v"), [(128, 128), (64, 256), (48, 40), (80, 33), (64, 7)])
+@pytest.mark.parametrize("split", [2, 3, 7])
+def test_states_groups_and_sizes(hopper, split, dim_k, dim_v, v_first, seed):
     sizes = {"heads": 2, "value_heads": 4, "dim_k": dim_k, "dim_v": dim_v}
     inputs = hopper.inputs("slow", batch=2, seqlen=500, seed=seed, **sizes)
     initial_state, d_final_state = hopper.states(inputs, seed=seed, v_first=v_first)
@@ -124,27 +125,38 @@ def test_states_groups_and_sizes(hopper, dim_k, dim_v, v_first, seed):
         initial_state=initial_state,
         d_final_state=d_final_state,
         state_v_first=v_first,
-        sequence_split=3,
+        sequence_split=split,
     )
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("raw", [False, True])
+@pytest.mark.parametrize("asked", ["nothing", "norms", "everything"])
 @pytest.mark.parametrize(("batch", "seqlen", "heads", "dim"), BESIDE)
-def test_prepare_beside_scan_changes_no_bit(hopper, batch, seqlen, heads, dim, raw, seed):
+def test_prepare_beside_scan_changes_no_bit(hopper, batch, seqlen, heads, dim, asked, seed):
     """With the states of all chunks to write, prepare runs first."""
     sizes = {"batch": batch, "seqlen": seqlen, "heads": heads, "dim_k": dim, "dim_v": dim}
+    raw = asked == "everything"
     inputs = hopper.raw_inputs(**sizes, seed=seed) if raw else hopper.inputs("slow", **sizes, seed=seed)
-    options = {"sequence_split": 1, "output_final_state": True}
+    options = {"sequence_split": 1, "output_final_state": True, "use_qk_l2norm_in_kernel": asked != "nothing"}
     if raw:
-        options |= {
-            "use_gate_in_kernel": True, "use_gate_sigmoid_in_kernel": True, "use_qk_l2norm_in_kernel": True,
-        }  # fmt: skip
+        options |= {"use_gate_in_kernel": True, "use_gate_sigmoid_in_kernel": True}
     o, S = hopper.forward(inputs, **options)
     first, first_S, _ = hopper.forward(inputs, **options, return_intermediate_states=True)
     compare.assert_bitwise_equal(o, first, "o")
     compare.assert_bitwise_equal(S, first_S, "S")
     compare.assert_close(o, hopper.expected(inputs, **options)["o"], hopper.bar("o"), "o")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("split", [2, 4, 6])
+def test_tiles_that_are_kept_change_no_bit_of_a_split_call(hopper, split, seed):
+    """All, some and none of the segments are walked forwards beside the reverse walks from zero (132 SMs)."""
+    inputs = hopper.inputs("slow", seqlen=700, heads=12, dim_k=128, dim_v=128, seed=seed)
+    again = hopper.run(inputs, sequence_split=split)
+    kept = hopper.run(inputs, sequence_split=split, disable_recompute=True)
+    assert again.keys() == kept.keys()
+    for name in again:
+        compare.assert_bitwise_equal(kept[name], again[name], name)
 
 
 @pytest.mark.gpu
@@ -213,6 +225,7 @@ def test_states_of_all_chunks_come_out_of_segments_too(hopper, seed):
     compare.assert_close(h, exact.reshape(tuple(h.shape)), hopper.bar("S", "slow"), "h")
 
 
+@pytest.mark.caching_allocator
 @pytest.mark.gpu
 def test_a_captured_split_call_follows_its_inputs(hopper, seed):
     inputs, others = (hopper.inputs("layer_init", seqlen=1024, heads=2, seed=seed + n) for n in range(2))

@@ -533,3 +533,32 @@ def test_configurations_by_file_and_folder_with_changes(train, inputs, tmp_path)
         made = model.make_config(settings.parse(arguments, ""), vocabulary=257, eos=256)
         assert (made.num_hidden_layers, made.hidden_act, made.vocab_size) == (5, "gelu", 320)
         assert (made.bos_token_id, made.eos_token_id, made.pad_token_id) == (None, 256, None)
+
+
+# ---- on a GPU ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config, processes", [("tiny", 0), ("hybrid.json", 1)], ids=["alone", "torchrun"])
+def test_a_run_on_a_gpu_learns_and_goes_on_with_the_same_bits(inputs, tmp_path, config, processes):
+    """This package's model on its kernels, under autocast; a kill at update 27 of 40 leaves 20 of them."""
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU: torch.cuda.is_available() is False")
+    fields = {"model_type": "gated_deltanet2", "hidden_size": 128, "num_heads": 2, "head_dim": 64}
+    fields |= {"num_hidden_layers": 2, "intermediate_size": 256, "attention_every": 2, "sliding_window": 64}
+    (inputs / "hybrid.json").write_text(json.dumps(fields))
+    sizes = {"seq_len": 128, "tokens": 40 * 4 * 128, "warmup_tokens": 4 * 4 * 128, "lr": 3e-3}
+    arguments = {"config": config, "device": "cuda", **sizes}
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    run(options(inputs, whole, **arguments), processes)
+    losses = losses_of(whole)
+    assert len(losses) == 40 and np.mean(losses[-5:]) < 0.8 * losses[0]
+    shutil.copytree(whole, killed)
+    for step in (30, 40):
+        shutil.rmtree(killed / "checkpoints" / f"step-{step:08}")
+    lines = (whole / "log.jsonl").read_text().splitlines(keepends=True)
+    (killed / "log.jsonl").write_text("".join(x for x in lines if json.loads(x)["step"] <= 27))
+    assert "resumed from" in run([*options(inputs, killed, **arguments), "--resume"], processes)
+    assert log_of(killed) == log_of(whole)
+    last = [output / "checkpoints" / "step-00000040" / "model.safetensors" for output in (killed, whole)]
+    assert last[0].read_bytes() == last[1].read_bytes()

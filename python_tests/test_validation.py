@@ -5,6 +5,7 @@ All of it happens on the host, so that one device is enough; what is on another 
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gdn2_ext import chunk_gdn2, fused_recurrent_gdn2, supports
@@ -249,6 +250,10 @@ BAD_OPTIONS = [
         "erase_scale: expected 1 without use_gate_sigmoid_in_kernel, got 2",
     ),
     case(give(scale="large"), TypeError, "scale: expected a number or None, got str"),
+    *(
+        case(give(**{flag: "no"}), TypeError, f"{flag}: expected True or False, got 'no'")
+        for flag in ("output_final_state", "use_qk_l2norm_in_kernel", "use_gate_in_kernel", "state_v_first")
+    ),
     case(give(backend="triton"), ValueError, "backend: expected one of auto, cuda, torch, got 'triton'"),
     case(give(backend=None), ValueError, "backend: expected one of auto, cuda, torch, got None"),
     case(give(initial_state=0.0), TypeError, "initial_state: expected a torch.Tensor or None, got float"),
@@ -392,9 +397,26 @@ BAD_CHUNK_OPTIONS = [
         "cu_seqlens_cpu: expected ascending offsets, got 3 then 2 at index 2",
         call=packed_call,
     ),
+    case(
+        give(cu_seqlens_cpu=torch.tensor([0, 1, T])),
+        ValueError,
+        "cu_seqlens_cpu: expected the values of cu_seqlens, got others",
+        call=packed_call,
+    ),
+    case(give(disable_recompute=1), TypeError, "disable_recompute: expected True or False, got 1"),
 ]
 
 BAD_POOL_OPTIONS = [
+    case(
+        give(
+            state_indices=torch.tensor([[1, 2, 3], [4, 5, 6]]),
+            num_accepted_tokens=torch.tensor([3, 0]),
+            check_indices=True,
+        ),
+        ValueError,
+        "num_accepted_tokens: expected numbers from 1 to 3, got 0 at index 1",
+        call=pool_call,
+    ),
     case(
         give(inplace_final_state=True),
         ValueError,
@@ -550,6 +572,18 @@ def test_a_bad_option_of_fused_recurrent_gdn2_raises(call, change, error, messag
     arguments = call()
     change(arguments)
     assert_raises(fused_recurrent_gdn2, arguments, error, message)
+
+
+@pytest.mark.parametrize("function", [chunk_gdn2, fused_recurrent_gdn2])
+@pytest.mark.parametrize("name", ["q", "g", "w"])
+def test_forward_mode_derivatives_raise(function, name):
+    arguments = good_call()
+    x = arguments.pop(name)
+    message = f"{function.__name__} has no forward-mode derivative"
+    with pytest.raises(NotImplementedError, match=message):
+        torch.func.jvp(lambda x: function(**arguments, **{name: x})[0], (x,), (torch.ones_like(x),))
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match=message):
+        function(**arguments, **{name: forward_ad.make_dual(x, torch.ones_like(x))})
 
 
 @pytest.mark.parametrize("call", [good_call, packed_call])

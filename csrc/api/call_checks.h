@@ -1,4 +1,5 @@
-// What every call of the op is checked for where it comes from Python: shapes, types and devices of tokens and gates.
+// What every call of the op is checked for where it comes from Python: shapes, types and devices of tokens
+// and gates.
 #pragma once
 
 #include <cmath>

@@ -15,8 +15,8 @@ using namespace python;
 constexpr std::size_t kNumInputs = std::size(kInputs);
 constexpr std::size_t kNumGradients = kNumInputs - 1;  // none for cu_seqlens
 
-// Makes what the caller gets, by PyTorch's own functions: a tensor that came through DLPack would not hear of the streams
-// that it is used on (Tensor.record_stream). Throws Python's errors.
+// Makes what the caller gets, by PyTorch's own functions: a tensor that came through DLPack would not hear of
+// the streams that it is used on (Tensor.record_stream). Throws Python's errors.
 class TensorMaker {
  public:
   // (empty_like(x), new_empty(x, shape), new_empty_float32(x, shape))
@@ -31,7 +31,7 @@ class TensorMaker {
 
   // Of x's shape, type and device, without gaps.
   py::object like(PyObject* x, View const& view) const {
-    if (view.is_contiguous()) {  // empty_like keeps other orders of dimensions; its arguments are parsed sooner
+    if (view.is_contiguous()) {  // empty_like keeps other orders of dimensions, and is called sooner
       return checked(PyObject_CallOneArg(empty_like_, x));
     }
     return make(new_empty_, x, view.shape, view.shape + view.ndim);
@@ -86,9 +86,9 @@ struct Inputs {
   PyObject* initial_state() const { return objects[8]; }
 };
 
-// Whether the arguments, all read now, are of a call that the kernels take; what is wrong with one that they do not, the
-// caller goes on to say more precisely. Where Python asked for 0 segments they are as many as are quickest, and one where
-// the call is not `split`.
+// Whether the arguments, all read now, are of a call that the kernels take; what is wrong with one that they
+// do not, the caller goes on to say more precisely. Where Python asked for 0 segments they are as many as are
+// quickest, and one where the call is not `split`.
 bool takes(Parameters& parameters, ChunkCall& call, View const& q, bool split) {
   if (PyErr_Occurred()) {
     PyErr_Clear();
@@ -113,7 +113,8 @@ void launch(TensorReader const& reader, TensorMaker const& maker, PyObject* q, i
             Run run) {
   Workspace needed(nullptr);
   take(needed);
-  // A workspace that is no object of Python's costs half as much. PyTorch's own function says best why there is none.
+  // A workspace that is no object of Python's costs half as much. PyTorch's own function says best why there
+  // is none.
   Memory const memory = reader.allocate(needed.size(), device);
   py::object const tensor = memory ? py::object() : maker.empty(q, needed.size() / kElementBytes);
   Workspace room(memory ? address_of(memory->tensor) : reader.read(tensor.ptr()).data);
@@ -175,8 +176,8 @@ py::object forward(Arguments& from, TensorReader const& reader, TensorMaker cons
   return py::make_tuple(o, final_state, A_minus_I, P, kept);
 }
 
-// Where the kernels write a gradient. With gates per value head those of q and k are float32 and of every one of them, to
-// be summed.
+// Where the kernels write a gradient. With gates per value head those of q and k are float32 and of every one
+// of them, to be summed.
 py::object new_gradient(TensorMaker const& maker, Inputs const& inputs, std::size_t n, View const& input,
                         CallShape const& shape) {
   View CallViews::* const which = kInputs[n];
@@ -231,7 +232,8 @@ py::object backward(Arguments& from, TensorReader const& reader, TensorMaker con
   return gradients;
 }
 
-// A function of Python's that is body(arguments, reader, maker): the first arguments say how tensors are read and made.
+// A function of Python's that is body(arguments, reader, maker): the first arguments say how tensors are read
+// and made.
 template <class Body>
 PyObject* call_at_once(char const* name, PyObject* const* arguments, Py_ssize_t given, Py_ssize_t number,
                        Body body) {

@@ -1,5 +1,5 @@
-// The chunk forward and backward of plain tensors in one call of Python's each: a short call takes the GPU ten
-// microseconds, and Python takes longer to look at shapes and to make tensors.
+// The chunk forward and backward of plain tensors in one call of Python's each: a short call takes the GPU
+// ten microseconds, and Python takes longer to look at shapes and to make tensors.
 #pragma once
 
 #include <pybind11/pybind11.h>

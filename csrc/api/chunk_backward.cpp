@@ -1,8 +1,26 @@
 #include "api/chunk_backward.h"
 
+#include <algorithm>
+
+#include "api/chunk_room.h"
 #include "api/sequence_split.h"
 
 namespace gdn2 {
+namespace {
+
+// How many segments' recomputation runs beside the reverse walks from zero: as many as find SMs. None where
+// the reverse walks alone have more CTAs than there are SMs. (Two slices share a CTA there, and SMs may stay
+// idle; no call that is split by itself is like that.)
+int recomputed_at_first(ChunkCall const& call) {
+  CallShape const& shape = call.shape;
+  std::int64_t const ctas =
+      std::int64_t{shape.num_sequences} * shape.num_value_heads * ((shape.dim_v + kSlice - 1) / kSlice);
+  std::int64_t const reverse_walks = call.num_segments - 1;
+  return static_cast<int>(std::clamp<std::int64_t>(
+      call.num_sms / std::max<std::int64_t>(ctas, 1) - reverse_walks, 0, call.num_segments));
+}
+
+}  // namespace
 
 void chunk_backward(ChunkBackwardParams const& params, cudaStream_t stream) {
   ChunkCall const& call = params.call;
@@ -11,6 +29,8 @@ void chunk_backward(ChunkBackwardParams const& params, cudaStream_t stream) {
   } else {
     plan_and_prepare(call, {.factors_only = true, .row_norms = params.row_norms}, stream);
   }
+  bool const only_initial_state = !params.dq && !params.dk && !params.dv && !params.dg && !params.db &&
+                                  !params.dw && !params.dA_log && !params.d_dt_bias;
   ScanBackwardParams walks{.shape = call.shape,
                            .v = call.v,
                            .w = call.w,
@@ -18,13 +38,22 @@ void chunk_backward(ChunkBackwardParams const& params, cudaStream_t stream) {
                            .gates = call.gates,
                            .plan = call.plan,
                            .tiles = call.tiles,
+                           .out = params.tiles,
                            .initial_state = call.initial_state,
                            .d_final_state = params.d_final_state,
+                           .d_initial_state = params.d_initial_state,
                            .state_v_first = call.state_v_first,
                            .num_segments = call.num_segments,
-                           .follows_prepare = !params.has_tiles};
+                           .follows_prepare = !params.has_tiles,
+                           .segment_states = params.segment_states,
+                           .segment_gradients = params.segment_gradients,
+                           .segment_N = nullptr,
+                           .first_recomputed = 0,
+                           .num_recomputed = only_initial_state ? 0 : call.num_segments,
+                           .num_sms = call.num_sms};
   if (call.num_segments > 1) {
     walks.segment_N = params.segment_N;
+    walks.num_recomputed = only_initial_state ? 0 : recomputed_at_first(call);
     run_scan_backward(walks, stream);
     run_segment_states({.shape = call.shape,
                         .num_segments = call.num_segments,
@@ -35,14 +64,10 @@ void chunk_backward(ChunkBackwardParams const& params, cudaStream_t stream) {
                        stream);
     walks.segment_N = nullptr;
     walks.follows_prepare = true;
-    walks.segment_states = params.segment_states;
-    walks.segment_gradients = params.segment_gradients;
+    walks.first_recomputed = walks.num_recomputed;
+    walks.num_recomputed = only_initial_state ? 0 : call.num_segments - walks.first_recomputed;
   }
-  walks.out = params.tiles;
-  walks.d_initial_state = params.d_initial_state;
   run_scan_backward(walks, stream);
-  bool const only_initial_state = !params.dq && !params.dk && !params.dv && !params.dg && !params.db &&
-                                  !params.dw && !params.dA_log && !params.d_dt_bias;
   if (only_initial_state) {
     return;
   }

@@ -1,5 +1,5 @@
-// The chunk backward: plan (packed calls), prepare, scan_backward, gradients and gate_sums, one after the other on a stream of the
-// current device.
+// The chunk backward: plan (packed calls), prepare, scan_backward, gradients and gate_sums, one after the
+// other on a stream of the current device.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -16,7 +16,8 @@ struct ChunkBackwardParams {
   BackwardTiles tiles;  // room
   float* row_norms;     // room, see PrepareParams; null without the norms
   bool has_tiles;  // the forward's: call.tiles and row_norms are filled in, and prepare has nothing to do
-  // Where call.num_segments > 1: what the forward left, see ChunkForwardParams, and room for the reverse walk's.
+  // Where call.num_segments > 1: what the forward left, see ChunkForwardParams, and room for the reverse
+  // walk's.
   float const *segment_M, *segment_states;
   float *segment_N, *segment_gradients;
   // Gradients as in GradientsParams and ScanBackwardParams; null where nobody asked.
@@ -26,8 +27,8 @@ struct ChunkBackwardParams {
   float *dA_log_of_slots, *d_dt_bias_of_slots;  // room, see GradientsParams
 };
 
-// Launches only, and no more than the wanted gradients need: arguments are the caller's business. std::runtime_error
-// names the CUDA error of a failed launch.
+// Launches only, and no more than the wanted gradients need: arguments are the caller's business.
+// std::runtime_error names the CUDA error of a failed launch.
 void chunk_backward(ChunkBackwardParams const& params, cudaStream_t stream);
 
 // The stages, csrc/sm90.

@@ -1,5 +1,5 @@
-// chunk_forward and chunk_backward as plain C functions of Python, for the operators: tensors come as tuples, and the
-// caller has made all of them. And what the caller needs for that.
+// chunk_forward and chunk_backward as plain C functions of Python, for the operators: tensors come as tuples,
+// and the caller has made all of them. And what the caller needs for that.
 #include "api/chunk_binding.h"
 
 #include "api/chunk_at_once.h"
@@ -107,8 +107,8 @@ PyObject* backward_of_python(PyObject*, PyObject* const* arguments, Py_ssize_t n
                      [](Arguments& from) { return launch<B>(from, kBackwardOrder, chunk_backward); });
 }
 
-// (batch, seqlen, num_sequences, gate heads, value heads, K, V, packed, keeps A - I and P, backward, L2 norm, segments,
-// keeps tiles) to bytes. What is kept has room of its own, and so have a split's maps.
+// (batch, seqlen, num_sequences, gate heads, value heads, K, V, packed, keeps A - I and P, backward, L2 norm,
+// segments, keeps tiles) to bytes. What is kept has room of its own, and so have a split's maps.
 PyObject* workspace_bytes(PyObject*, PyObject* const* arguments, Py_ssize_t number) {
   if (number != 13) {
     return PyErr_Format(PyExc_TypeError, "chunk_workspace_bytes: expected 13 arguments, got %zd", number);

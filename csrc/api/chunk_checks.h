@@ -7,6 +7,7 @@
 namespace gdn2::python {
 
 constexpr std::int64_t kAlignment = 16;       // bytes: what a bulk tensor copy asks of addresses and strides
+constexpr std::int64_t kTileAlignment = 128;  // what images of shared memory ask, for their permutation
 constexpr std::int64_t kMaxSegments = 65535;  // a grid's height
 
 struct CallViews : TokenViews {
@@ -112,7 +113,7 @@ class Parameters : public CallChecks {
     View const& view = x_.workspace;
     need(view.given && view.ndim == 1 && view.strides[0] == 1 && view.device == x_.q.device);
     need(view.shape[0] * bytes_of(view.kind) >= bytes &&
-         reinterpret_cast<std::uintptr_t>(view.data) % kAlignment == 0);
+         reinterpret_cast<std::uintptr_t>(view.data) % kTileAlignment == 0);
     return good();
   }
 
@@ -179,8 +180,8 @@ class Parameters : public CallChecks {
     return reinterpret_cast<float*>(contiguous(view, sizeof(float)));
   }
 
-  // What a forward keeps beside A - I and P, one after the other in float32: M and first states of segments where there
-  // are several, and prepare's tiles where there is room for them. Whether there is.
+  // What a forward keeps beside A - I and P, one after the other in float32: M and first states of segments
+  // where there are several, and prepare's tiles where there is room for them. Whether there is.
   template <class Params>
   bool fill_kept(Params& params) {
     ChunkCall& call = params.call;
@@ -188,7 +189,7 @@ class Parameters : public CallChecks {
     SplitSizes const split(call.shape, call.num_segments);
     TileSizes const sizes(call);
     need(view.kind == Kind::kFloat32 && view.ndim == 1);
-    std::uint8_t* const first = contiguous(view);
+    std::uint8_t* const first = contiguous(view, kTileAlignment);
     if (!good()) {
       return false;
     }
@@ -205,6 +206,7 @@ class Parameters : public CallChecks {
     call.tiles.factors = room.take<float>(sizes.factors * sizeof(float));
     call.tiles.gamma_last = room.take<float>(sizes.gamma_last * sizeof(float));
     params.row_norms = sizes.row_norms > 0 ? room.take<float>(sizes.row_norms * sizeof(float)) : nullptr;
+    need(room.size() == view.shape[0] * static_cast<std::int64_t>(sizeof(float)));  // parts have no gaps
     return true;
   }
 

@@ -44,7 +44,8 @@ void chunk_forward(ChunkForwardParams const& params, cudaStream_t stream) {
             .ready = num_sms > 0 ? call.ready : nullptr,
             .num_segments = call.num_segments,
             .segment_states = params.segment_states,
-            .state_v_first = call.state_v_first},
+            .state_v_first = call.state_v_first,
+            .num_sms = call.num_sms},
            stream);
 }
 

@@ -1,4 +1,5 @@
-// The chunk forward: plan (packed calls), prepare and scan, one after the other on a stream of the current device.
+// The chunk forward: plan (packed calls), prepare and scan, one after the other on a stream of the current
+// device.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -19,7 +20,8 @@ struct ChunkForwardParams {
   float *segment_M, *segment_N, *segment_states;
 };
 
-// Launches only: arguments are the caller's business. std::runtime_error names the CUDA error of a failed launch.
+// Launches only: arguments are the caller's business. std::runtime_error names the CUDA error of a failed
+// launch.
 void chunk_forward(ChunkForwardParams const& params, cudaStream_t stream);
 
 // The last stage, csrc/sm90.

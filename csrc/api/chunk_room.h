@@ -9,7 +9,7 @@
 
 namespace gdn2 {
 
-constexpr std::int64_t kChunk = 64, kSlice = 64;
+constexpr std::int64_t kSlice = 64;           // value columns
 constexpr std::int64_t kRoomAlignment = 256;  // bytes, of what is carved out
 constexpr std::int64_t kElementBytes = 2;     // of q, and of all tiles
 
@@ -40,30 +40,39 @@ inline std::int64_t num_slots(std::int64_t batch, std::int64_t seqlen, std::int6
   return packed ? seqlen / kChunk + num_sequences : batch * ((seqlen + kChunk - 1) / kChunk);
 }
 
-// In floats: what prepare leaves for the walks of a call, but for A - I and P; and the norms, where there are some.
+// Chunk slots and gate heads: what prepare makes tiles of. All sizes of tiles and states are multiples of
+// kRoomAlignment bytes: taken one after the other they have no gaps.
+inline std::int64_t num_gate_tiles(CallShape const& shape) {
+  return std::int64_t{shape.num_slots} * shape.num_gate_heads;
+}
+
+// In floats: what prepare leaves for the walks of a call, but for A - I and P; and the norms, where there are
+// some.
 struct TileSizes {
   std::int64_t factors, gamma_last, row_norms;
 
   explicit TileSizes(ChunkCall const& call) {
-    std::int64_t const slot_heads = std::int64_t{call.shape.num_slots} * call.shape.num_gate_heads,
-                       k = padded_k(call.shape);
-    factors = slot_heads * 3 * kChunk * k * kElementBytes / static_cast<std::int64_t>(sizeof(float));
-    gamma_last = slot_heads * k;
-    row_norms = call.gates.use_qk_l2norm ? slot_heads * 2 * kChunk : 0;
+    std::int64_t const tiles = num_gate_tiles(call.shape), k = padded_k(call.shape);
+    factors = tiles * 3 * kChunk * k * kElementBytes / static_cast<std::int64_t>(sizeof(float));
+    gamma_last = tiles * k;
+    row_norms = call.gates.use_qk_l2norm ? tiles * 2 * kChunk : 0;
   }
   std::int64_t total() const { return factors + gamma_last + row_norms; }
 };
 
-// In floats: M of the segments, and the states that they start from. Room of the second size is what each direction needs
-// for N and, in the reverse, for gradients like those states. Nothing where there is one segment.
+// In floats: M of the segments between the first and the last, and the states that all but the first start
+// from. Room of the second size is what each direction needs for N and, in the reverse, for gradients like
+// those states. Nothing where there is one segment.
 struct SplitSizes {
   std::int64_t M = 0, states = 0;
 
   SplitSizes(CallShape const& shape, std::int64_t num_segments) {
-    std::int64_t const rows = shape.num_sequences * std::max<std::int64_t>(num_segments - 1, 0),
-                       k = padded_k(shape);
-    M = rows * shape.num_gate_heads * k * k;
-    states = rows * shape.num_value_heads * shape.dim_v * k;
+    auto const rows = [&](std::int64_t of_a_sequence) {
+      return shape.num_sequences * std::max<std::int64_t>(of_a_sequence, 0);
+    };
+    std::int64_t const k = padded_k(shape);
+    M = rows(num_segments - 2) * shape.num_gate_heads * k * k;
+    states = rows(num_segments - 1) * shape.num_value_heads * shape.dim_v * k;
   }
 };
 
@@ -74,8 +83,7 @@ inline void take_call_room(Workspace& room, ChunkCall& call, bool packed, bool h
     call.tiles.factors = room.take<float>(sizes.factors * sizeof(float));
     call.tiles.gamma_last = room.take<float>(sizes.gamma_last * sizeof(float));
   }
-  call.ready =
-      room.take<std::uint32_t>(std::int64_t{shape.num_slots} * shape.num_gate_heads * sizeof(std::uint32_t));
+  call.ready = room.take<std::uint32_t>(num_gate_tiles(shape) * sizeof(std::uint32_t));
   if (packed) {
     call.plan.slots = room.take<ChunkSlot>(shape.num_slots * sizeof(ChunkSlot));
     call.plan.spans = room.take<SequenceSpan>(shape.num_sequences * sizeof(SequenceSpan));
@@ -93,8 +101,7 @@ inline void take_room(Workspace& room, ChunkForwardParams& params, bool packed, 
   ChunkCall& call = params.call;
   take_call_room(room, call, packed, params.keeps_tiles);
   if (!kept.matrices) {
-    std::int64_t const bytes =
-        std::int64_t{call.shape.num_slots} * call.shape.num_gate_heads * kChunk * kChunk * kElementBytes;
+    std::int64_t const bytes = num_gate_tiles(call.shape) * kChunk * kChunk * kElementBytes;
     call.tiles.A_minus_I = room.take(bytes);
     call.tiles.P = room.take(bytes);
   }
@@ -120,12 +127,11 @@ inline void take_room(Workspace& room, ChunkBackwardParams& params, bool packed)
   params.tiles.dS = room.take(slices * state);
   params.tiles.R = room.take(slices * square);
   params.tiles.dX = room.take(slices * square);
-  std::int64_t const slot_heads = std::int64_t{shape.num_slots} * shape.num_gate_heads;
   if (call.gates.use_qk_l2norm && !params.has_tiles) {
     params.row_norms = room.take<float>(TileSizes(call).row_norms * sizeof(float));
   }
-  params.dA_log_of_slots = room.take<float>(slot_heads * padded_k(shape) / kSlice * sizeof(float));
-  params.d_dt_bias_of_slots = room.take<float>(slot_heads * shape.dim_k * sizeof(float));
+  params.dA_log_of_slots = room.take<float>(num_gate_tiles(shape) * padded_k(shape) / kSlice * sizeof(float));
+  params.d_dt_bias_of_slots = room.take<float>(num_gate_tiles(shape) * shape.dim_k * sizeof(float));
   if (call.num_segments > 1) {
     SplitSizes const sizes(shape, call.num_segments);
     params.segment_N = room.take<float>(sizes.states * sizeof(float));

@@ -1,5 +1,5 @@
-// The part of DLPack's C interface that reads tensors of Python without copies or reference counts, and allocates memory
-// that is no object of Python's: what `__dlpack_c_exchange_api__` of a tensor type points to
+// The part of DLPack's C interface that reads tensors of Python without copies or reference counts, and
+// allocates memory that is no object of Python's: what `__dlpack_c_exchange_api__` of a tensor type points to
 // (https://dmlc.github.io/dlpack, version 1). PyTorch has it from 2.10 on.
 #pragma once
 
@@ -45,7 +45,8 @@ using SetError = void(void* context, char const* kind, char const* message);
 struct ExchangeApi {
   std::uint32_t major_version, minor_version;
   ExchangeApi* previous;
-  // Of the prototype's type, shape and device, for the device's current stream; 0, or another number after set_error.
+  // Of the prototype's type, shape and device, for the device's current stream; 0, or another number after
+  // set_error.
   int (*allocate)(Tensor* prototype, ManagedTensor** out, void* context, SetError* set_error);
   void *export_managed, *import_managed;  // not used here
   // A view of a tensor object, valid while nobody else runs; 0, or -1 with Python's error set.

@@ -1,6 +1,6 @@
-// Arguments of Python's calls, tensors among them, for functions that check them where they read them. PyTorch 2.10 and
-// newer hands out a tensor's address, shape, strides and type through DLPack's C interface in tens of nanoseconds; with an
-// older one, and wherever tensors are not plain ones, they come as tuples.
+// Arguments of Python's calls, tensors among them, for functions that check them where they read them.
+// PyTorch 2.10 and newer hands out a tensor's address, shape, strides and type through DLPack's C interface
+// in tens of nanoseconds; with an older one, and wherever tensors are not plain ones, they come as tuples.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -56,13 +56,20 @@ struct View {
   bool is_index() const { return kind == Kind::kInt32 || kind == Kind::kInt64; }
 };
 
-// Python's arguments one after the other. Whatever is wrong with one sets Python's error, which is looked at once.
+// Python's arguments one after the other. Whatever is wrong with one sets Python's error, which is looked at
+// once.
 class Arguments {
  public:
   explicit Arguments(PyObject* const* first) : next_(first) {}
 
   PyObject* object() { return *next_++; }
-  bool flag() { return PyObject_IsTrue(object()) == 1; }
+  bool flag() {
+    PyObject* const x = object();
+    if (!PyBool_Check(x)) {
+      PyErr_SetString(PyExc_TypeError, "expected True or False");
+    }
+    return x == Py_True;
+  }
   double number() { return PyFloat_AsDouble(object()); }
   // Whether there is a number, and not None.
   bool number(double& out) {
@@ -124,7 +131,8 @@ class TensorReader {
     return view;
   }
 
-  // Memory of PyTorch's allocator, which takes it back in the order of the current stream. Null where there is none.
+  // Memory of PyTorch's allocator, which takes it back in the order of the current stream. Null where there
+  // is none.
   Memory allocate(std::int64_t bytes, int device) const {
     dlpack::Tensor prototype{};
     prototype.device = {dlpack::kCuda, device};
@@ -204,7 +212,8 @@ inline bool is_current_hopper(int device) {
   return major == 9 && minor == 0;
 }
 
-// What a function returns to Python: whether it launched, or what it made, where null stands for Python's error.
+// What a function returns to Python: whether it launched, or what it made, where null stands for Python's
+// error.
 inline PyObject* to_python(bool launched) {
   return PyErr_Occurred() ? nullptr : PyBool_FromLong(launched);
 }

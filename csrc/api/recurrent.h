@@ -7,8 +7,8 @@
 
 namespace gdn2 {
 
-// Strides of the tensors below are in bytes. The larger ones have 64 bits, the others 32: then a kernel needs one
-// instruction for each of them, and adds up in 64 bits all the same.
+// Strides of the tensors below are in bytes. The larger ones have 64 bits, the others 32: then a kernel needs
+// one instruction for each of them, and adds up in 64 bits all the same.
 
 // [batch, seqlen, heads, channels], as it lies in memory: nothing has to be contiguous or aligned.
 struct StridedTokens {
@@ -41,8 +41,8 @@ struct RecurrentParams {
   float scale;
   IndexTensor cu_seqlens;  // [num_sequences + 1], or null: a sequence is a batch row
   bool state_v_first;
-  // What sequences start from: row n of [num_sequences, ..], or a slot of a pool [num_slots, ..] where state_indices is
-  // given; null: zero. Float32 or bfloat16.
+  // What sequences start from: row n of [num_sequences, ..], or a slot of a pool [num_slots, ..] where
+  // state_indices is given; null: zero. Float32 or bfloat16.
   StateTensor states;
   ElementType state_element;
   IndexTensor state_indices;        // [num_sequences], or [num_sequences, index_columns]
@@ -52,7 +52,8 @@ struct RecurrentParams {
   StateTensor final_state;  // [num_sequences, ..] float32, or null
 };
 
-// Launches only: arguments are the caller's business. std::runtime_error names the CUDA error of a failed launch.
+// Launches only: arguments are the caller's business. std::runtime_error names the CUDA error of a failed
+// launch.
 void run_recurrent(RecurrentParams const& params, cudaStream_t stream);  // csrc/sm90/recurrent.cu
 
 }  // namespace gdn2

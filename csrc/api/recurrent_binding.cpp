@@ -1,5 +1,5 @@
-// recurrent_forward as a plain C function of Python: a decoding step is called once a layer, and asking Python for the
-// shapes, strides, types and addresses of a dozen tensors takes longer than the kernel.
+// recurrent_forward as a plain C function of Python: a decoding step is called once a layer, and asking
+// Python for the shapes, strides, types and addresses of a dozen tensors takes longer than the kernel.
 #include "api/recurrent_binding.h"
 
 #include "api/call_checks.h"
@@ -23,7 +23,8 @@ struct Options : GateOptions {
   explicit Options(Arguments& from) : GateOptions(from), state_v_first(from.flag()), inplace(from.flag()) {}
 };
 
-// Fills the launcher's parameters. False: something is not as the kernel needs it, or as the op's contract has it.
+// Fills the launcher's parameters. False: something is not as the kernel needs it, or as the op's contract
+// has it.
 class Parameters : public CallChecks {
  public:
   Parameters(Tensors const& tensors, Options const& options) : x_(tensors), options_(options) {}
@@ -83,8 +84,8 @@ class Parameters : public CallChecks {
     }
   }
 
-  // v_first: what the caller says of the order of dimensions; what the memory says afterwards, for a transposed view is
-  // the other order.
+  // v_first: what the caller says of the order of dimensions; what the memory says afterwards, for a
+  // transposed view is the other order.
   StateTensor states(View const& view, std::int64_t rows, CallShape const& shape, bool& v_first) {
     if (!view.given) {
       return {};

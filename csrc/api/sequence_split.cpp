@@ -1,6 +1,7 @@
-// The schedule of a call's walks: into how many segments its sequences are cut, and whether prepare runs beside scan where
-// they stay whole. Segments are walked side by side (docs/kernels.md), which pays where the walks of whole sequences leave
-// most of the GPU without work. It costs a second walk, of all segments but the last, that makes their affine maps.
+// The schedule of a call's walks: into how many segments its sequences are cut, and whether prepare runs
+// beside scan where they stay whole. Segments are walked side by side (docs/kernels.md), which pays where the
+// walks of whole sequences leave most of the GPU without work. It costs a second walk, of all segments but
+// the last, that makes their affine maps.
 #include "api/sequence_split.h"
 
 #include <algorithm>
@@ -8,21 +9,22 @@
 namespace gdn2 {
 namespace {
 
-constexpr std::int64_t kChunk = 64, kColumns = 64;  // tokens of a chunk, value columns of a walk
+constexpr std::int64_t kColumns = 64;  // value columns of a walk
 constexpr std::int64_t kMostSegments = 64;
-// In microseconds, fitted to calls with every number of segments and with prepare before and beside scan, on an H200
-// (docs/kernels.md). Walks at the same time share the memory: a chunk takes no less than their number times their share.
+// In microseconds, fitted to calls with every number of segments and with prepare before and beside scan, on
+// an H200 (docs/kernels.md). Walks at the same time share the memory: a chunk takes no less than their number
+// times their share.
 constexpr double kCallTime = 14.0, kBesideCallTime = 22.2;  // of what does not depend on the shape
 constexpr double kPrepareTime = 6.44;                       // of a chunk and head, on one SM
 constexpr double kScanTime = 0.917, kScanShare = 0.0107;    // of a chunk of a walk
 constexpr double kMapsTime = 0.813, kMapsShare = 0.0074;    // the same of the walks that make maps
 constexpr double kSplitTime = 3.7;                          // of what only a split needs
 constexpr double kStateTime = 2.3;                          // of every segment's first state
-// Beside each other: of a chunk of a walk, and what every chunk and head of prepare adds to it; of a chunk and head of
-// prepare, on one SM, where the walks wait for it.
+// Beside each other: of a chunk of a walk, and what every chunk and head of prepare adds to it; of a chunk
+// and head of prepare, on one SM, where the walks wait for it.
 constexpr double kBesideScanTime = 0.871, kBesideTileTime = 0.0108, kBesidePrepareTime = 5.96;
-// On how many SMs prepare keeps just ahead of the walks: some, and these for every head. On more it would run so far ahead
-// that its tiles have left the L2 cache when the walks take them.
+// On how many SMs prepare keeps just ahead of the walks: some, and these for every head. On more it would run
+// so far ahead that its tiles have left the L2 cache when the walks take them.
 constexpr std::int64_t kBesideSms = 16, kBesideSmsOfHead = 4;
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) {

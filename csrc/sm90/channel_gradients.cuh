@@ -50,8 +50,8 @@ struct Channels {
     pieces.activate(params.gates, smem.gate_channels(pieces.channel), params.gate_element);
   }
 
-  // The warp's pieces of q, k and E as the products read them: normalised, rows that are not the chunk's own zero
-  // whatever lies there; E = b*k to the scratch tile.
+  // The warp's pieces of q, k and E as the products read them: normalised, rows that are not the chunk's own
+  // zero whatever lies there; E = b*k to the scratch tile.
   __device__ void prepare_tiles() {
     int const num_rows = uniform(smem.work.num_rows);
     auto& tokens = smem.tokens();
@@ -87,20 +87,26 @@ struct Channels {
     return {x[0], x[1], x[2], x[3]};
   }
 
-  // The decays inside groups, and over them. Both warpgroups read all of them: ends with the CTA's barrier.
-  __device__ void prepare_decays() {
+  // alpha of the lane's tokens and channels, of g or, where activate_gates has been, as it lies there.
+  template <bool kActivated>
+  __device__ void read_alpha(HalfAccumulators& alpha, GradientsPlace const& place) const {
     int const num_rows = uniform(smem.work.num_rows);
+#pragma unroll
+    for (int n = 0; n < 4 * kHalfGroups; ++n) {
+      int const i = n / 4, half = n / 2 % 2, c = n % 2;
+      float const g = smem.tokens().g_at(place.token(i, c), place.channel(half));
+      alpha[n] = place.token(i, c) >= num_rows ? 1.f : kActivated ? g : exp2_approx(kLog2E * g);
+    }
+  }
+
+  // The decays inside groups, and over them. Both warpgroups read all of them: ends with the CTA's barrier.
+  __device__ void prepare_decays(bool activated) {
     auto& tokens = smem.tokens();
     auto& scratch = smem.scratch();
     GradientsPlace const place;
     int const thread = place.thread % kWarpgroupThreads;
-    float alpha[4 * kHalfGroups];
-#pragma unroll
-    for (int n = 0; n < 4 * kHalfGroups; ++n) {
-      int const i = n / 4, half = n / 2 % 2, c = n % 2;
-      float const g = tokens.g_at(place.token(i, c), place.channel(half));
-      alpha[n] = place.token(i, c) >= num_rows ? 1.f : Cfg::kFused ? g : exp2_approx(kLog2E * g);
-    }
+    HalfAccumulators alpha;
+    activated ? read_alpha<true>(alpha, place) : read_alpha<false>(alpha, place);
     __syncthreads();  // all of g has been read
 #pragma unroll
     for (int n = 0; n < 2 * kHalfGroups; ++n) {
@@ -119,7 +125,8 @@ struct Channels {
       }
     }
     __syncthreads();
-    // A thread a channel and direction. All is read before anything is written, or each read would wait for a write.
+    // A thread a channel and direction. All is read before anything is written, or each read would wait for a
+    // write.
     int const ch = threadIdx.x % kChannels;
     bool const forwards = threadIdx.x < kChannels;
     if (forwards || threadIdx.x >= kThreads - kChannels) {
@@ -147,8 +154,9 @@ struct Channels {
     __syncthreads();
   }
 
-  // The products with S and dS' become their shares of dq, dE and dk, and of dg: reads of S by tokens r >= i and the
-  // state that is carried through in dG, to be summed from the end; writes to S' by tokens s < i summed here.
+  // The products with S and dS' become their shares of dq, dE and dk, and of dg: reads of S by tokens r >= i
+  // and the state that is carried through in dG, to be summed from the end; writes to S' by tokens s < i
+  // summed here.
   __device__ void finish_state_products(float const (&rowsums)[2]) {
     LaneReader const lane(smem);
     GradientsPlace const& place = lane.place;
@@ -239,9 +247,9 @@ struct Channels {
     }
   }
 
-  // The CTA is done with dP and dT: sums of the CTA of the other channels may come to lie there. After the barrier in
-  // DecayGradients::finish, before which all of them were loaded; so there is nothing to fence, and a fence would wait for all
-  // stores to memory.
+  // The CTA is done with dP and dT: sums of the CTA of the other channels may come to lie there. After the
+  // barrier in DecayGradients::finish, before which all of them were loaded; so there is nothing to fence,
+  // and a fence would wait for all stores to memory.
   __device__ void announce_dots() const {
     if (work.num_boxes == 2) {
       cute::cluster_arrive_relaxed();
@@ -258,8 +266,8 @@ struct Channels {
     }
   }
 
-  // Through the norms: with y the normalised row and n its norm, dx = (dy - y (y.dy)) / n. The sums over channels go
-  // over lanes, warps, and the CTA of the other channels.
+  // Through the norms: with y the normalised row and n its norm, dx = (dy - y (y.dy)) / n. The sums over
+  // channels go over lanes, warps, and the CTA of the other channels.
   __device__ void finish_norm_gradients() {
     auto& tokens = smem.tokens();
     GradientsPlace const place;

@@ -1,5 +1,6 @@
-// In which order a kernel takes the chunks of dense sequences. What a kernel writes last is still in the L2 cache when the
-// next one starts: it should be what that one reads first. Walks start at the ends of sequences, or of their segments.
+// In which order a kernel takes the chunks of dense sequences. What a kernel writes last is still in the L2
+// cache when the next one starts: it should be what that one reads first. Walks start at the ends of
+// sequences, or of their segments.
 #pragma once
 
 #include <cutlass/fast_math.h>
@@ -10,8 +11,8 @@ namespace gdn2 {
 
 enum class ChunkOrder { kUp, kDown, kInwards, kOutwards };
 
-// Rank by rank, the same chunk of all segments of equal length at a time. The last segment may be shorter: its chunks come
-// first, or last where ranks come towards the start.
+// Rank by rank, the same chunk of all segments of equal length at a time. The last segment may be shorter:
+// its chunks come first, or last where ranks come towards the start.
 class DenseChunks {
  public:
   DenseChunks(CallShape const& shape, int num_segments)

@@ -51,8 +51,8 @@ struct DecayGradients {
     }
   }
 
-  // dg from its tile, through the gate where there is one: raw_gates are what the gate was given. A thread has four
-  // channels of every few tokens.
+  // dg from its tile, through the gate where there is one: raw_gates are what the gate was given. A thread
+  // has four channels of every few tokens.
   __device__ void store(GradientsStorage::Tokens& raw_gates) {
     Pieces const pieces(raw_gates.g, threadIdx.x);
     auto const store_plainly = [&] { for_each_piece(pieces, [](int, float4 dg) { return dg; }); };

@@ -4,8 +4,8 @@
 //
 // in a fixed order, so that two calls agree bit for bit.
 //
-// Grid: one CTA for a key head and 32 channels of d_dt_bias, and one for its dA_log; 32 x 32 threads: each sums every 32nd
-// row, then 32 of them in turn.
+// Grid: one CTA for a key head and 32 channels of d_dt_bias, and one for its dA_log; 32 x 32 threads: each
+// sums every 32nd row, then 32 of them in turn.
 #include "api/chunk_backward.h"
 #include "api/cuda_error.h"
 #include "tile/launch_order.cuh"
@@ -16,8 +16,8 @@ namespace {
 constexpr int kChannels = 32, kParts = 32;
 constexpr int kBoxChannels = 64;  // of a CTA of gradients
 
-// The sum over a key head's rows of column `column` of x [num_slots, num_gate_heads, width]. Of all threads with the same
-// `channel`.
+// The sum over a key head's rows of column `column` of x [num_slots, num_gate_heads, width]. Of all threads
+// with the same `channel`.
 __device__ float sum_rows(float const* x, int width, int column, int num_rows, int group, int num_gate_heads,
                           int head) {
   __shared__ float parts[kParts][kChannels + 1];

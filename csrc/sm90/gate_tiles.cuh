@@ -1,5 +1,5 @@
-// The decay gate on tiles of g in shared memory, in pieces of four channels and short loops, which cost neither the
-// registers nor the instruction cache of what follows.
+// The decay gate on tiles of g in shared memory, in pieces of four channels and short loops, which cost
+// neither the registers nor the instruction cache of what follows.
 #pragma once
 
 #include <cmath>
@@ -10,6 +10,18 @@
 #include "tile/tma.cuh"
 
 namespace gdn2 {
+
+// Whether g and b are anything but the decay in float32 and the gate: then alpha and E are made in their
+// tiles first.
+__host__ __device__ inline bool needs_activation(GateParams const& gates, ElementType gate_element) {
+  return gates.decay_gate != DecayGate::kNone || gates.use_gate_sigmoid ||
+         gate_element != ElementType::kFloat32;
+}
+
+// Whether anything is asked for that the plain kernels do not make.
+inline bool is_fused(GateParams const& gates, ElementType gate_element) {
+  return gates.use_qk_l2norm || needs_activation(gates, gate_element);
+}
 
 // What the gate of a key head has, from global memory: loaded before it is needed. Zero where there is none.
 __device__ inline float load_A_log(GateParams const& gates, int head) {
@@ -52,8 +64,8 @@ struct DecayFunction {
     }
   }
 
-  // The gradient of the raw projection of that of the decay dg; adds to `sum` what dA_log is made of. Zero where nothing
-  // moves any more.
+  // The gradient of the raw projection of that of the decay dg; adds to `sum` what dA_log is made of. Zero
+  // where nothing moves any more.
   __device__ float backward(float g, float bias_log2, float dg, float& sum) const {
     static_assert(kIsGate);
     float const u_log2 = fmaf(kLog2E, g, bias_log2);
@@ -109,15 +121,15 @@ __device__ uint4 multiply_erase_gate(GateParams const& gates, uint4 b8, uint4 k8
   return {E[0], E[1], E[2], E[3]};
 }
 
-// A thread's pieces of a tile of g [64 tokens, kChannels], float32 in boxes of 32 channels: the same four channels of every
-// kRows-th token. 16-bit g of 64 channels lies in the first of their two boxes. A row is read and written by one warp.
+// A thread's pieces of a tile of g [64 tokens, kChannels], float32 in boxes of 32 channels: the same four
+// channels of every kRows-th token. 16-bit g of 64 channels lies in the first of their two boxes. A row is
+// read and written by one warp.
 template <class Element, int kChannels, int kThreads>
 struct GatePieces {
   static constexpr int kPieces = kChannels / 4, kRows = kThreads / kPieces;
-  static constexpr int kTokens = 64;
   static_assert(kRows % 8 == 0);           // so that the pieces lie in the same place of their rows
   static_assert(kPieces <= kWarpThreads);  // a row is one warp's
-  static_assert(kTokens % (2 * kRows) == 0);
+  static_assert(kChunk % (2 * kRows) == 0);
 
   int first_row, channel;
   std::uint8_t *wide, *narrow;  // float32 and 16-bit
@@ -146,7 +158,7 @@ struct GatePieces {
     float4 const bias = channels.bias_log2;
     with_decay_function(gates, channels.A_log, [&](auto decay) {
 #pragma unroll 1
-      for (int first = 0; first < kTokens / kRows; first += 2) {
+      for (int first = 0; first < kChunk / kRows; first += 2) {
         // Two at a time: a piece waits for the results of one instruction after the other.
         float4 const g[2] = {read(first, element), read(first + 1, element)};
         __syncwarp();  // alpha of a row comes to lie where its 16-bit g is

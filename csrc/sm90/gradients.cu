@@ -1,4 +1,5 @@
-// gradients: every gradient of a chunk, from the states and residuals that the scans left. All chunks at once.
+// gradients: every gradient of a chunk, from the states and residuals that the scans left. All chunks at
+// once.
 //
 //     dP = tril(dO R^T)      dT = -tril(dX R^T, -1)      dv = w*dX      dw = v*dX
 //     dq = scale [ pairs(dP).x + gamma * (dO S^T) ]
@@ -7,19 +8,21 @@
 //     dg[i]: sums of q*dq and E*dE over the reads at tokens r >= i, less k*dk_ of the writes that they are paired with;
 //     k*dk_ of the writes to S' over tokens s < i; and gamma[C-1] * rowsum(S*dS')
 //
-// where pairs(M).x[r] = sum_s M[r,s] k[s] exp(G[r]-G[s]) and pairs(M).y[s] = sum_r M[r,s] x[r] exp(G[r]-G[s]), split by
-// halves as in prepare: exp(G[r]-G[s]) = D[r] U[s], both products of alpha, in [0, 1].
+// where pairs(M).x[r] = sum_s M[r,s] k[s] exp(G[r]-G[s]) and pairs(M).y[s] = sum_r M[r,s] x[r]
+// exp(G[r]-G[s]), split by halves as in prepare: exp(G[r]-G[s]) = D[r] U[s], both products of alpha, in [0,
+// 1].
 //
-// Grid: one CTA for a chunk slot, gate head and 64 channels, channels fastest, dense chunks as chunk_order.h has
-// them; 256 threads, two CTAs an SM. Where the L2
-// norm asks for sums over 128 channels, the CTAs of both halves are a cluster.
-// Roles: two warpgroups, half of the tokens each. Products by wgmma over the value heads of the group and slices of 64
-// value columns: one warpgroup dP and the other dT, tokens on the rows; each for its tokens dO S^T, dX S^T and R dS'^T
-// transposed, channels on the rows: 80 accumulators a thread. Then each warp has 16 channels x 32 tokens for itself,
-// and the pair products of pair_gradients.cuh add to the accumulators where they are.
-// Shared memory: two stages of 40 KB (S, dS', dO, R, dX of a slice; after the last slice q, k, b, g; decays in the
-// other), dP and dT 16 KB, which then hold sums over channels, terms of dg 16 KB, which become dg: 113 KB. Raw gates come
-// a second time to where the decays have been.
+// Grid: one CTA for a chunk slot, gate head and 64 channels, channels fastest, dense chunks as chunk_order.h
+// has them; 256 threads, two CTAs an SM. Where the L2 norm asks for sums over 128 channels, the CTAs of both
+// halves are a cluster.
+// Roles: two warpgroups, half of the tokens each. Products by wgmma over the value heads of the group and
+// slices of 64 value columns: one warpgroup dP and the other dT, tokens on the rows; each for its tokens dO
+// S^T, dX S^T and R dS'^T transposed, channels on the rows: 80 accumulators a thread. Then each warp has 16
+// channels x 32 tokens for itself, and the pair products of pair_gradients.cuh add to the accumulators where
+// they are.
+// Shared memory: two stages of 40 KB (S, dS', dO, R, dX of a slice; after the last slice q, k, b, g; decays
+// in the other), dP and dT 16 KB, which then hold sums over channels, terms of dg 16 KB, which become dg: 113
+// KB. Raw gates come a second time to where the decays have been.
 //
 //     slice 0 | slice 1 | .. | dP, dT out | gates | decays | gamma, tail | pairs | sums of dg | erase, norms | dq dk db dg out
 //                                                                                 raw g in ..                back through it
@@ -49,7 +52,7 @@ struct TensorMaps {
   CUtensorMap dq, dk, db;
 };
 
-// ---- loads, by one thread ----------------------------------------------------------------------------------
+// ---- loads, by one thread ---------------------------------------------------------------------------------
 
 __device__ void load_box(void* smem, void const* boxes, std::int64_t box, FullBarrier& full) {
   bulk_load(smem, static_cast<std::uint8_t const*>(boxes) + box * kBoxBytes, kBoxBytes, full);
@@ -91,7 +94,7 @@ __device__ void load_tokens(GradientsStorage& smem, int stage, TensorMaps const&
   tma_load(maps.b, full, tokens.b, channel, work.gate_head, token, work.batch);
 }
 
-// ---- slices: products over value columns -------------------------------------------------------------------
+// ---- slices: products over value columns ------------------------------------------------------------------
 
 // acc[4*j + 2*half + c]: row 16*warp + lane/4 + 8*half, column 8*j + 2*(lane%4) + c.
 struct Products {
@@ -137,7 +140,8 @@ __device__ void multiply_states(Products& x, GradientsStorage::Slice const& slic
   }
 }
 
-// rowsum(S*dS') of the lane's channel `half`: the diagonal, row lane/4 and column 2*(lane%4) + c of the half's eight.
+// rowsum(S*dS') of the lane's channel `half`: the diagonal, row lane/4 and column 2*(lane%4) + c of the
+// half's eight.
 __device__ float S_dS_rowsum(Products const& x, GradientsPlace const& place, int half) {
   return from_quad_lane(place.row % 2 ? x.S_dS[half][2 * half + 1] : x.S_dS[half][2 * half], place.row / 2);
 }
@@ -163,8 +167,9 @@ __device__ void store_matrix(std::uint8_t* tile, float const (&acc)[4 * kGroups]
   }
 }
 
-// The chunk's own rows of a gradient [batch, seqlen, heads, dim_k], from its tile: where a copy by the copy engine would
-// touch the next sequence's rows, or rows are not whole 16 bytes. Never inlined: code that is not in the way.
+// The chunk's own rows of a gradient [batch, seqlen, heads, dim_k], from its tile: where a copy by the copy
+// engine would touch the next sequence's rows, or rows are not whole 16 bytes. Never inlined: code that is
+// not in the way.
 template <class Element>
 __device__ __noinline__ void store_some_rows(void* out, std::uint8_t const* tile, CallShape const& shape,
                                              GradientsWork const& work, int head, int heads) {
@@ -211,7 +216,7 @@ __device__ void store_rows(GradientsStorage& smem, GradientsParams const& params
   cute::tma_store_arrive();
 }
 
-// ---- rows that no sequence owns, behind the last well-formed one: NaN ----------------------------------------
+// ---- rows that no sequence owns, behind the last well-formed one: NaN -------------------------------------
 
 template <class Value>
 __device__ void poison(void* out, std::int64_t first, std::int64_t count) {
@@ -258,7 +263,7 @@ __device__ void store_no_sums(GradientsParams const& params, GradientsWork const
   }
 }
 
-// ---- kernel ------------------------------------------------------------------------------------------------
+// ---- kernel -----------------------------------------------------------------------------------------------
 
 template <class Cfg>
 __global__ void __launch_bounds__(kThreads, 2)
@@ -348,14 +353,15 @@ __global__ void __launch_bounds__(kThreads, 2)
                            : store_matrix<Element>(smem.dT, products.dM, -1.f, place);
 
   smem.full[0].wait(num_slices / kStages % 2);
-  if constexpr (Cfg::kFused) {
+  bool const activated = Cfg::kFused && needs_activation(params.gates, params.gate_element);
+  if (activated) {
     x.activate_gates();
   }
   x.prepare_tiles();
-  if constexpr (Cfg::kFused) {
+  if (activated) {
     __syncthreads();  // alpha, which others read
   }
-  x.prepare_decays();
+  x.prepare_decays(activated);
   x.finish_state_products(rowsums);
   PairGradients<Element>(smem, dq, dE, dk, dG).run();
   DecayGradients<Cfg> decays{smem, params, work, dG};
@@ -452,9 +458,8 @@ void launch(GradientsParams const& params, cudaStream_t stream) {
 template <class Element>
 void dispatch(GradientsParams const& params, cudaStream_t stream) {
   GateParams const& gates = params.gates;
-  bool const fused = gates.use_qk_l2norm || gates.use_gate_sigmoid || gates.decay_gate != DecayGate::kNone ||
-                     params.gate_element != ElementType::kFloat32;
-  fused ? launch<Config<Element, true>>(params, stream) : launch<Config<Element, false>>(params, stream);
+  is_fused(gates, params.gate_element) ? launch<Config<Element, true>>(params, stream)
+                                       : launch<Config<Element, false>>(params, stream);
 }
 
 }  // namespace

@@ -2,10 +2,9 @@
 #pragma once
 
 #include <cutlass/arch/barrier.h>
-#include <cutlass/fast_math.h>
 
 #include "params.h"
-#include "sm90/chunk_order.h"
+#include "sm90/chunk_work.h"
 #include "sm90/gate_tiles.cuh"
 #include "tile/decay_levels.cuh"
 #include "tile/pipeline.cuh"
@@ -13,7 +12,6 @@
 
 namespace gdn2 {
 
-constexpr int kChunk = 64;
 constexpr int kChannels = 64;  // of a CTA
 constexpr int kColumns = 64;   // value columns of a slice
 constexpr int kHalves = 2;     // of a chunk's tokens: a warpgroup each
@@ -23,27 +21,21 @@ constexpr int kThreads = kHalves * kWarpgroupThreads;
 constexpr int kBoxBytes = kChunk * kBoxRowBytes;
 constexpr int kStages = 2;
 
-// What places in a call are divided by, and how many value heads share a gate head.
-struct GradientsDivisors {
-  cutlass::FastDivmod boxes, gate_heads, gate_heads_of_head, slices;
-  DenseChunks chunks;
+// And boxes and slices, and how many value heads share a gate head.
+struct GradientsDivisors : ChunkDivisors {
+  cutlass::FastDivmod boxes, slices;
   int heads_per_gate;
 
   GradientsDivisors(CallShape const& shape, int num_segments)
-      : boxes(shape.dim_k > kChannels ? 2 : 1),
-        gate_heads(shape.num_gate_heads),
-        gate_heads_of_head(shape.num_gate_heads / shape.num_heads),
+      : ChunkDivisors(shape, num_segments),
+        boxes(shape.dim_k > kChannels ? 2 : 1),
         slices((shape.dim_v + kColumns - 1) / kColumns),
-        chunks(shape, num_segments),
         heads_per_gate(shape.num_value_heads / shape.num_gate_heads) {}
 };
 
 // What one CTA works on.
-struct GradientsWork {
-  int batch, first_token, num_rows;  // rows beyond num_rows belong to nobody here
-  int slot, box, first_channel;
-  int head, gate_head, num_boxes;
-  std::int64_t tile;                   // index of the slot and gate head
+struct GradientsWork : ChunkWork {
+  int box, first_channel, num_boxes;
   bool wants_decays, needs_raw_gates;  // dg or sums of it; and through a decay gate
 
   GradientsWork() = default;
@@ -57,24 +49,11 @@ struct GradientsWork {
     wants_decays =
         params.dg != nullptr || params.dA_log_of_slots != nullptr || params.d_dt_bias_of_slots != nullptr;
     needs_raw_gates = wants_decays && params.gates.decay_gate != DecayGate::kNone;
-    by.gate_heads(slot, gate_head, order);
-    head = by.gate_heads_of_head.div(gate_head);
-    if (params.plan.slots != nullptr) {
-      ChunkSlot const at = params.plan.slots[slot];
-      batch = 0;
-      first_token = at.first_token;
-      num_rows = at.num_rows;
-    } else {
-      int chunk;  // the walks before have ended at both ends
-      slot = by.chunks.find<ChunkOrder::kInwards>(slot, batch, chunk);
-      first_token = chunk * kChunk;
-      num_rows = min(kChunk, shape.seqlen - first_token);
-    }
-    tile = static_cast<std::int64_t>(slot) * shape.num_gate_heads + gate_head;
+    find<ChunkOrder::kInwards>(shape, params.plan, by, order);  // the walks before have ended at both ends
   }
 
-  // Which slice comes index-th: the CTA of the other channels takes the second one of two first. Each makes dv and dw of
-  // the first of two that it takes, whose v and w are on their way with it.
+  // Which slice comes index-th: the CTA of the other channels takes the second one of two first. Each makes
+  // dv and dw of the first of two that it takes, whose v and w are on their way with it.
   __device__ int slice(int index, int num_slices) const {
     int const slice = index ^ box;
     return slice < num_slices ? slice : index;
@@ -120,8 +99,8 @@ struct GradientsStorage {
     Tokens tokens;
     Scratch scratch;
   };
-  struct
-      RowDots {  // of the rows of q and k with their gradients: over a warp's channels, and over a CTA's; and 1 / norms
+  // Of the rows of q and k with their gradients: over a warp's channels, and over a CTA's; and 1 / norms.
+  struct RowDots {
     float of_warp[kChannels / kWarpChannels][kChunk][2], of_box[2][kChunk][2];
     float inverse_norms[kChunk][2];
   };
@@ -152,7 +131,8 @@ struct GradientsStorage {
   __device__ GateChannels gate_channels(int channel) const {
     return {gate_A_log, *reinterpret_cast<float4 const*>(&gate_bias[channel])};
   }
-  // Permuted, so that lanes of four tokens and eight channels, and pieces of four channels, have banks of their own.
+  // Permuted, so that lanes of four tokens and eight channels, and pieces of four channels, have banks of
+  // their own.
   __device__ float& dg_at(int token, int channel) { return dg[token][channel ^ (token / 2 % 4 * 8)]; }
 };
 
@@ -185,8 +165,9 @@ __device__ inline bool is_first_thread() {
   return id == 0;
 }
 
-// A thread's place: its warpgroup has half of the tokens, its warp 16 channels of them. Every phase finds it anew: what
-// ptxas knows to be the same it keeps, with all addresses that follow from it, in registers that the phases do not have.
+// A thread's place: its warpgroup has half of the tokens, its warp 16 channels of them. Every phase finds it
+// anew: what ptxas knows to be the same it keeps, with all addresses that follow from it, in registers that
+// the phases do not have.
 struct GradientsPlace {
   int thread, half_of_chunk, warp, lane, row, quad;
 

@@ -3,11 +3,11 @@
 //     dq[r] += D[r] sum_s dP[r,s] k[s] U[s]     dE[r] += D[r] sum_s dT[r,s] k[s] U[s]            later tokens r
 //     dk[s] += U[s] sum_r (dP[r,s] q[r] D[r] + dT[r,s] E[r] D[r])                                 earlier tokens s
 //
-// for the six levels of blocks. Levels 1, 2 and 4 lie inside a group of eight tokens: the 8x8 block of dP or dT on the
-// diagonal, masked, is the right operand of one product. Levels 8 and 16 are whole blocks inside a half, and level 32
-// is between the halves: the first one computes dk, the second dq and dE. The rounded factors k*U, E*D and q*D are
-// operands where they are built, in the registers of the lanes that need them again for dG: what is added at r and
-// taken away at s has the same operands, and cancels behind both.
+// for the six levels of blocks. Levels 1, 2 and 4 lie inside a group of eight tokens: the 8x8 block of dP or
+// dT on the diagonal, masked, is the right operand of one product. Levels 8 and 16 are whole blocks inside a
+// half, and level 32 is between the halves: the first one computes dk, the second dq and dE. The rounded
+// factors k*U, E*D and q*D are operands where they are built, in the registers of the lanes that need them
+// again for dG: what is added at r and taken away at s has the same operands, and cancels behind both.
 #pragma once
 
 #include "sm90/gradients_parts.cuh"
@@ -15,7 +15,8 @@
 
 namespace gdn2 {
 
-// Matrices of 8x8 16-bit elements from the shared addresses that the lanes name, eight a matrix; see load_matrices.
+// Matrices of 8x8 16-bit elements from the shared addresses that the lanes name, eight a matrix; see
+// load_matrices.
 template <bool kTransposed, int kCount>
 __device__ void load_8x8(std::uint32_t (&r)[kCount], std::uint32_t address) {
   static_assert(kCount == 2 || kCount == 4);
@@ -42,8 +43,8 @@ __device__ void load_8x8(std::uint32_t (&r)[kCount], std::uint32_t address) {
   }
 }
 
-// Where a lane reads a tile of tokens and channels: of its warp's channels, the first group of its half. Groups follow
-// each other at kGroupBytes.
+// Where a lane reads a tile of tokens and channels: of its warp's channels, the first group of its half.
+// Groups follow each other at kGroupBytes.
 constexpr int kGroupBytes = kGroup * kBoxRowBytes;
 __device__ inline std::uint32_t lane_address(GradientsPlace const& place, std::uint8_t const* tile) {
   int const lane = place.lane;
@@ -52,8 +53,8 @@ __device__ inline std::uint32_t lane_address(GradientsPlace const& place, std::u
          (kHalfGroups * place.half_of_chunk + lane / 16) * kGroupBytes;
 }
 
-// q, k, b or E of the warp's channels and two groups: [2 * (group % 2) + half], two tokens each, as a fragment of A.
-// group: from the first of the half on, which lane_address has.
+// q, k, b or E of the warp's channels and two groups: [2 * (group % 2) + half], two tokens each, as a
+// fragment of A. group: from the first of the half on, which lane_address has.
 struct GroupPair {
   std::uint32_t pairs[4];
 
@@ -72,8 +73,8 @@ struct GroupTokens {
   }
 };
 
-// How a lane reads what is there of its channels. Groups are counted from the first of the warpgroup's half: those of the
-// other half are 4 to 7, or -4 to -1.
+// How a lane reads what is there of its channels. Groups are counted from the first of the warpgroup's half:
+// those of the other half are 4 to 7, or -4 to -1.
 struct LaneReader {
   GradientsPlace place;
   int num_rows;
@@ -96,8 +97,8 @@ struct LaneReader {
     places_lane = &scratch.places[first][place.channel(0)];
   }
 
-  // Group i lies behind the chunk's last row. (Asking also keeps ptxas from mixing one group's loads into another's work,
-  // which costs more registers than there are.)
+  // Group i lies behind the chunk's last row. (Asking also keeps ptxas from mixing one group's loads into
+  // another's work, which costs more registers than there are.)
   __device__ bool has_no_tokens(int i) const { return num_rows <= kGroup * place.group(i); }
 
   __device__ GroupDecay group_decay(int i, int half) const { return groups_lane[i * kChannels + 8 * half]; }
@@ -140,9 +141,10 @@ struct PairGradients : LaneReader {
     }
   }
 
-  // ---- one product's share -------------------------------------------------------------------------------------
+  // ---- one product's share --------------------------------------------------------------------------------
 
-  // dE += D*acc and dq likewise of the two tokens of index n, and their share of dG. D rounded with E and q: E_D, q_D.
+  // dE += D*acc and dq likewise of the two tokens of index n, and their share of dG. D rounded with E and q:
+  // E_D, q_D.
   __device__ void add_later(int n, float D0, float D1, float const* dE_acc, float const* dq_acc,
                             std::uint32_t E_D, std::uint32_t q_D) {
     float2 const E2 = unpack<Element>(E_D), q2 = unpack<Element>(q_D);
@@ -169,22 +171,23 @@ struct PairGradients : LaneReader {
     return multiply_pairs<Element>(a, b);
   }
 
-  // ---- levels 1, 2 and 4 ---------------------------------------------------------------------------------------
+  // ---- levels 1, 2 and 4 ----------------------------------------------------------------------------------
 
   // The blocks of dT and dP on the diagonal of one group, as [s, r] fragments, and transposed as [r, s].
   struct DiagonalBlocks {
     std::uint32_t dT, dP, dT_t, dP_t;
   };
 
-  // What the level takes of a block on the diagonal: the entries of the lane, (row, 2*quad + c) or transposed, whose
-  // tokens share a block of 2*kLevel. Of those, D and U are zero where a token is not in the later or earlier half.
+  // What the level takes of a block on the diagonal: the entries of the lane, (row, 2*quad + c) or
+  // transposed, whose tokens share a block of 2*kLevel. Of those, D and U are zero where a token is not in
+  // the later or earlier half.
   template <int kLevel>
   __device__ std::uint32_t entries_of_level(std::uint32_t entries) const {
     return place.row / (2 * kLevel) == 2 * place.quad / (2 * kLevel) ? entries : 0u;
   }
 
-  // The lane's own two tokens t0 and t1 of group i: each with itself, where there is no decay, and level 1, t1 with t0.
-  // What is taken away from dG at t0 is what is added at t1.
+  // The lane's own two tokens t0 and t1 of group i: each with itself, where there is no decay, and level 1,
+  // t1 with t0. What is taken away from dG at t0 is what is added at t1.
   __device__ void own_pairs(int i, float const (&alpha1)[2], GroupTokens const& q, GroupTokens const& k,
                             GroupTokens const& E) {
     int const quad = lane_index() % 4, group = place.group(i), row = kGroup * group + 2 * quad;
@@ -213,7 +216,8 @@ struct PairGradients : LaneReader {
     }
   }
 
-  // Pairs inside group i. D and U [half][token], zero where the token is not in the level's later or earlier half.
+  // Pairs inside group i. D and U [half][token], zero where the token is not in the level's later or earlier
+  // half.
   template <int kLevel>
   __device__ void inner_level(int i, float const (&D)[2][2], float const (&U)[2][2], GroupTokens const& q,
                               GroupTokens const& k, GroupTokens const& E, DiagonalBlocks const& blocks) {
@@ -286,9 +290,10 @@ struct PairGradients : LaneReader {
     }
   }
 
-  // ---- levels 8 and 16 -----------------------------------------------------------------------------------------
+  // ---- levels 8 and 16 ------------------------------------------------------------------------------------
 
-  // D of whole groups goes up from 1 at the later block's first group j; U down from the earlier block's last.
+  // D of whole groups goes up from 1 at the later block's first group j; U down from the earlier block's
+  // last.
   __device__ void next_D(int j, float (&D)[2]) const {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -323,8 +328,8 @@ struct PairGradients : LaneReader {
     return {U1 * alpha(j, half, 1), U1};
   }
 
-  // kBlock groups of the half from `base` on are earlier, the next kBlock later. Later groups behind the chunk's last row
-  // have no pairs.
+  // kBlock groups of the half from `base` on are earlier, the next kBlock later. Later groups behind the
+  // chunk's last row have no pairs.
   template <int kBlock>
   __device__ void outer_level(int base) {
     int const first_later = base + kBlock;
@@ -413,7 +418,7 @@ struct PairGradients : LaneReader {
     }
   }
 
-  // ---- level 32 ------------------------------------------------------------------------------------------------
+  // ---- level 32 -------------------------------------------------------------------------------------------
 
   // dk of the first half, from E*D and q*D of the second.
   __device__ void across_earlier() {

@@ -1,11 +1,11 @@
 // plan: where the packed sequences and their chunks lie, from offsets that stay on the device.
 //
-// Sequence n owns the chunk slots cu_seqlens[n] / 64 + n and following: disjoint without a prefix sum over lengths, at
-// the cost of at most one empty slot a sequence. Offsets count up to the first that is out of order or out of range;
-// sequences from there on are malformed: they own no slots.
+// Sequence n owns the chunk slots cu_seqlens[n] / 64 + n and following: disjoint without a prefix sum over
+// lengths, at the cost of at most one empty slot a sequence. Offsets count up to the first that is out of
+// order or out of range; sequences from there on are malformed: they own no slots.
 //
-// The order of the sequences: by numbers of chunks, longest first, as a counting sort; which of equally long ones comes
-// first is left open, and no result depends on it.
+// The order of the sequences: by numbers of chunks, longest first, as a counting sort; which of equally long
+// ones comes first is left open, and no result depends on it.
 //
 // Grid: one CTA, a thread a sequence, then a thread a slot.
 #include <cub/block/block_scan.cuh>
@@ -18,7 +18,6 @@ namespace gdn2 {
 namespace {
 
 constexpr int kThreads = 1024;
-constexpr int kChunk = 64;
 
 // Sequences of one length share a place in the count: 0 is for the longest ones.
 __device__ int length_class(int num_tokens) {

@@ -4,283 +4,56 @@
 //     P[r,s] = scale sum_i q[r,i] k[s,i] exp(G[r,i]-G[s,i])  (s <= r)
 //     tiles gamma*E, scale*gamma*q, Kt = exp(G[C-1]-G)*k, and gamma[C-1]
 //
-// The triangle is split by halves (level h = 1, 2, .., 32): rows of the later half of a pair of h rows each meet rows of
-// the earlier one, and exp(G[r]-G[s]) = D[r] U[s] with D the decay from the later half's first row to r and U from s to
-// that row. Both are running products of alpha = exp(g), in [0, 1] for any g <= 0, so no level overflows and no factor
-// looks past r. Over all pairs a level has 32 later and 32 earlier rows, and is one product
+// The triangle is split by halves (level h = 1, 2, .., 32): rows of the later half of a pair of h rows each
+// meet rows of the earlier one, and exp(G[r]-G[s]) = D[r] U[s] with D the decay from the later half's first
+// row to r and U from s to that row. Both are running products of alpha = exp(g), in [0, 1] for any g <= 0,
+// so no level overflows and no factor looks past r. Over all pairs a level has 32 later and 32 earlier rows,
+// and is one product
 //     [E*D; q*D] [64, K]  x  (k*U)^T [K, 32]
 // of which the entries of matching pairs are kept.
 //
-// Grid: one CTA for a chunk slot and gate head, heads fastest, dense chunks as chunk_order.h has them; beside a walk one CTA
-// an SM, whose teams each take every so many-th. K 128: 256 threads, two CTAs an SM. K 64: 128 threads, three.
-// Roles: norms, gates and sigmoids are made in the inputs' tiles first, where they are asked for. Then a thread owns two
-// channels of 16 tokens, in registers from the first read to the last store, so that the running products stay inside it;
-// the four warps of a warpgroup take the four blocks of 16 tokens of 64 channels.
-// Warpgroups take turns in the products of the levels; the first one inverts.
-// Shared memory (K 128): q, k, b, g 80 KB, which then hold three operand buffers of 24 KB; T 17 KB, P 8 KB, block
-// products 4 KB: 110 KB.
+// Grid: one CTA for a chunk slot and gate head, heads fastest, dense chunks as chunk_order.h has them; beside
+// a walk one CTA an SM, whose teams each take every so many-th. K 128: 256 threads, two CTAs an SM. K 64: 128
+// threads, three.
+// Roles: norms of rows, where they are asked for, and the diagonal of P come first, q's rows by the first
+// warpgroup and k's by the last one; gates and sigmoids are made in the inputs' tiles. Then a thread owns two
+// channels of 16 tokens, in registers from the first read to the last store, so that the running products
+// stay inside it; the four warps of a warpgroup take the four blocks of 16 tokens of 64 channels. Of three
+// levels at a time each of two warpgroups multiplies one and a half, and one alone (K 64) all; the first one
+// inverts.
+// Shared memory (K 128): q, k, b, g 80 KB, which then hold three operand buffers of 24 KB; T 17 KB, P 8 KB,
+// block products 4 KB: 110 KB.
 //
-//     wait | gates | tiles out | build 1, 2 | multiply both | build 4 | build 8 | multiply both | .. 16, 32 .. | A, P out
-//                                                                                            next chunk in ..
+//     wait | norms, gates | tiles out | build 1, 2, 4 | multiply | build 8, 16, 32 | multiply | A, P out
+//                                                                                        next chunk in ..
 #include <cutlass/arch/barrier.h>
-#include <cutlass/fast_math.h>
 
 #include <algorithm>
+#include <cstddef>
+#include <stdexcept>
 
 #include "api/chunk_forward.h"
 #include "api/cuda_error.h"
-#include "sm90/chunk_order.h"
 #include "sm90/gate_tiles.cuh"
+#include "sm90/prepare_levels.cuh"
 #include "sm90/token_map.h"
 #include "tile/activation.cuh"
 #include "tile/convert.cuh"
 #include "tile/launch_order.cuh"
 #include "tile/mma.cuh"
-#include "tile/pipeline.cuh"
 #include "tile/ready_flag.cuh"
-#include "tile/tma.cuh"
 #include "tile/triangular_inverse.cuh"
-#include "tile/wgmma.cuh"
 
 namespace gdn2 {
 namespace {
 
-constexpr int kChunk = 64;
-constexpr int kBlock = 16;  // tokens that a thread owns
-constexpr int kNumBlocks = kChunk / kBlock;
-constexpr int kBoxBytes = kChunk * kBoxRowBytes;
-
-template <class Element_, int kDimK_, bool kFused_, bool kFactorsOnly_, bool kWholeSm_>
-struct Config {
-  using Element = Element_;
-  static constexpr int kDimK = kDimK_;
-  static constexpr bool kFused = kFused_;              // norms, gates and sigmoids may be asked for
-  static constexpr bool kFactorsOnly = kFactorsOnly_;  // for the backward, to which A - I and P are known
-  static constexpr int kBoxes = kDimK / kBoxColumns;
-  static constexpr int kWarpgroups = kBoxes;
-  // A team works on a chunk. With kWholeSm the teams of an SM are one CTA, which stays: others find SMs without any.
-  static constexpr int kTeamThreads = kWarpgroups * kWarpgroupThreads;
-  static constexpr int kTeamsPerSm = kDimK == 64 ? 3 : 2;
-  static constexpr bool kStays = kWholeSm_;
-  // What the walk after it begins with comes last; beside it, first. That of the backward begins at both ends.
-  static constexpr ChunkOrder kOrder = kStays         ? ChunkOrder::kUp
-                                       : kFactorsOnly ? ChunkOrder::kOutwards
-                                                      : ChunkOrder::kDown;
-  static constexpr int kTeams = kWholeSm_ ? kTeamsPerSm : 1;
-  static constexpr int kThreads = kTeams * kTeamThreads;
-  static constexpr int kCtasPerSm = kTeamsPerSm / kTeams;
-  static constexpr int kTileBytes = kBoxes * kBoxBytes;
-  static constexpr int kGateColumns = kBoxRowBytes / sizeof(float);  // of a box of float32 g
-  // Where ptxas runs out of registers, in a loop over chunks above all. Then it is given smaller phases.
-  static constexpr bool kCrowded = kStays || (kFused && kFactorsOnly);
-  static constexpr int kGroup = kCrowded ? 4 : kBlock;  // tokens of a thread that are looked at together
-};
-
-// Operands of one level: rows 0-31 E*D and 32-63 q*D of the later halves, and k*U of the earlier halves.
-template <class Cfg>
-struct LevelOperands {
-  std::uint8_t later[Cfg::kBoxes][kBoxBytes];
-  std::uint8_t earlier[Cfg::kBoxes][kBoxBytes / 2];
-};
-
-// What a CTA works on at a time.
-struct Work {
-  int order;                         // in which it comes
-  int batch, first_token, num_rows;  // rows beyond num_rows belong to nobody here
-  int head, gate_head;
-  int tile;  // index of the slot and gate head among the output tiles
-};
-
-template <class Cfg>
-struct SharedStorage {
-  union alignas(kSwizzleAtomBytes) {
-    struct {
-      std::uint8_t q[Cfg::kBoxes][kBoxBytes], k[Cfg::kBoxes][kBoxBytes], b[Cfg::kBoxes][kBoxBytes];
-      std::uint8_t g[2 * Cfg::kBoxes][kBoxBytes];
-    } in;
-    LevelOperands<Cfg> operands[3];  // when the inputs are in registers
-  };
-  std::uint8_t P[kBoxBytes];
-  float T[kChunk * TriangularMatrix::kStride];
-  // Of every block of 16 tokens and channel: alpha of its first token, and the product over the others.
-  float block_first[kNumBlocks][Cfg::kDimK], block_rest[kNumBlocks][Cfg::kDimK];
-  float q_scale[kChunk],
-      k_scale[kChunk];     // scale / norm for q, 1 / norm for k (norms are 1 where not asked for)
-  float diagonal[kChunk];  // of P
-  // The CTA's chunk and head in this round, the next one and the ones before, which some threads may not have left yet.
-  // Here, since all registers are needed elsewhere.
-  Work work[4];
-  FullBarrier inputs_full;
-};
-
-struct TensorMaps {
-  CUtensorMap q, k, b, g;
-};
-
-// ---- teams --------------------------------------------------------------------------------------------------
-
-template <class Cfg>
-__device__ int team_index() {
-  return Cfg::kTeams == 1 ? 0 : threadIdx.x / Cfg::kTeamThreads;
-}
-template <class Cfg>
-__device__ int thread_of_team() {
-  return Cfg::kTeams == 1 ? threadIdx.x : threadIdx.x % Cfg::kTeamThreads;
-}
-
-enum class TeamBarrier { kAll, kInverse, kTilesOut };
-template <class Cfg>
-__device__ std::uint32_t barrier_id(TeamBarrier barrier) {
-  constexpr int kNumber = Cfg::kWarpgroups == 1 ? 1 : 3;  // a team of one warpgroup meets at one barrier
-  static_assert(Cfg::kTeams * kNumber <= 16 - 8);         // 8 are CUTLASS's own
-  return team_index<Cfg>() * kNumber + (kNumber == 1 ? 0 : static_cast<int>(barrier));
-}
-
-template <class Cfg>
-__device__ void sync_team() {
-  if constexpr (Cfg::kTeams == 1) {
-    __syncthreads();
-  } else {
-    cutlass::arch::NamedBarrier::sync(Cfg::kTeamThreads, barrier_id<Cfg>(TeamBarrier::kAll));
-  }
-}
-
-// ---- where a team works -------------------------------------------------------------------------------------
-
-__device__ bool has_order(PrepareParams const& params, int order) {
-  return order < params.shape.num_slots * params.shape.num_gate_heads;
-}
-
-// What find_work divides by.
-struct Divisors {
-  cutlass::FastDivmod gate_heads, gate_heads_of_head;
-  DenseChunks chunks;
-
-  explicit Divisors(PrepareParams const& params)
-      : gate_heads(params.shape.num_gate_heads),
-        gate_heads_of_head(params.shape.num_gate_heads / params.shape.num_heads),
-        chunks(params.shape, params.num_segments) {}
-};
-
-template <class Cfg>
-__device__ Work find_work(PrepareParams const& params, Divisors const& by, int order) {
-  CallShape const& shape = params.shape;
-  Work work;
-  work.order = order;
-  int slot;
-  by.gate_heads(slot, work.gate_head, order);
-  work.head = by.gate_heads_of_head.div(work.gate_head);
-  if (params.plan.slots != nullptr) {
-    ChunkSlot const at = params.plan.slots[slot];
-    work.batch = 0;
-    work.first_token = at.first_token;
-    work.num_rows = at.num_rows;
-  } else {
-    int chunk;
-    slot = by.chunks.find<Cfg::kOrder>(slot, work.batch, chunk);
-    work.first_token = chunk * kChunk;
-    work.num_rows = min(kChunk, shape.seqlen - work.first_token);
-  }
-  work.tile = slot * shape.num_gate_heads + work.gate_head;
-  return work;
-}
-
-// The loads of a chunk's inputs, by one thread, or a thread each of its parts once one of them has announced them.
-template <class Cfg>
-struct InputLoads {
-  SharedStorage<Cfg>& smem;
-  TensorMaps const& maps;
-  ElementType gate_element;
-
-  static constexpr int kParts = 4;
-
-  __device__ void announce() const {
-    smem.inputs_full.arrive_and_expect_tx((is_wide() ? 5 : 4) * Cfg::kTileBytes);
-  }
-  __device__ void load(Work const& work, int part) const {
-    if (part == 3) {
-      // 16-bit g lies where the first half of its alpha will.
-      for (int box = 0; box < 2 * Cfg::kBoxes; box += is_wide() ? 1 : 2) {
-        load(maps.g, smem.in.g[box], box * Cfg::kGateColumns, work.gate_head, work);
-      }
-      return;
-    }
-    CUtensorMap const& map = part == 0 ? maps.q : part == 1 ? maps.k : maps.b;
-    auto& boxes = part == 0 ? smem.in.q : part == 1 ? smem.in.k : smem.in.b;
-    for (int box = 0; box < Cfg::kBoxes; ++box) {
-      load(map, boxes[box], box * kBoxColumns, part == 2 ? work.gate_head : work.head, work);
-    }
-  }
-  __device__ void load(Work const& work) const {
-    announce();
-    for (int part = 0; part < kParts; ++part) {
-      load(work, part);
-    }
-  }
-
- private:
-  __device__ bool is_wide() const { return gate_element == ElementType::kFloat32; }
-  __device__ void load(CUtensorMap const& map, std::uint8_t* box, int channel, int head,
-                       Work const& work) const {
-    tma_load(map, smem.inputs_full, box, channel, head, work.first_token, work.batch);
-  }
-};
-
-// Two channels of 16 tokens: what a thread works on. E, q and k are pairs of Element.
-template <class Cfg>
-struct ThreadInputs {
-  float alpha[kBlock][2];
-  std::uint32_t E[kBlock], q[kBlock], k[kBlock];
-};
-
-// Where a thread works: channels 2*lane and the next of box `box`, tokens [16*block, 16*block + 16).
-struct ThreadPlace {
-  int box, block, lane;
-
-  __device__ int channel() const { return box * kBoxColumns + 2 * lane; }
-};
-
-// Where ptxas runs out of registers it is asked for anew in every phase, so that no address is kept.
-template <class Cfg>
-__device__ ThreadPlace thread_place() {
-  unsigned thread = threadIdx.x;
-  if constexpr (Cfg::kCrowded) {
-    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
-  }
-  thread = Cfg::kTeams == 1 ? thread : thread % Cfg::kTeamThreads;
-  return {.box = static_cast<int>(thread / kWarpgroupThreads),
-          .block = static_cast<int>(thread / kWarpThreads % kNumBlocks),
-          .lane = static_cast<int>(thread % kWarpThreads)};
-}
-
-// The address of this lane's pair of channels in row `row` of a box: 128 bytes a warp, without bank conflicts.
-__device__ std::uint32_t& pair_at(std::uint8_t* box, int row, int lane) {
-  return *reinterpret_cast<std::uint32_t*>(box + swizzled_offset(row, lane / 4) + lane % 4 * 4);
-}
-
-// True, as nobody but the machine knows: a branch that ptxas moves nothing across.
-__device__ bool phase_begins() {
-  unsigned ctas;
-  asm volatile("mov.u32 %0, %%nctaid.x;" : "=r"(ctas));
-  return ctas > 0;
-}
-template <class Cfg>
-__device__ bool phase_begins_if_crowded() {
-  return !Cfg::kCrowded || phase_begins();
-}
-
-__device__ float2 operator*(float2 a, float2 b) {
-  return {a.x * b.x, a.y * b.y};
-}
-__device__ float2 operator*(float2 a, float b) {
-  return {a.x * b, a.y * b};
-}
+using namespace prepare;
 
 template <class Cfg>
 using PreparedGates = GatePieces<typename Cfg::Element, Cfg::kDimK, Cfg::kTeamThreads>;
 
-// What is asked for of decay gate and sigmoid of the erase gate, in place: g becomes alpha, b becomes E = b*k. In pieces
-// of 16 bytes and short loops (see gate_tiles.cuh).
+// What is asked for of decay gate and sigmoid of the erase gate, in place: g becomes alpha, b becomes E =
+// b*k. In pieces of 16 bytes and short loops (see gate_tiles.cuh).
 template <class Cfg>
 __device__ void activate_inputs(SharedStorage<Cfg>& smem, PrepareParams const& params,
                                 GateChannels const& channels) {
@@ -300,24 +73,27 @@ __device__ void activate_inputs(SharedStorage<Cfg>& smem, PrepareParams const& p
   }
 }
 
-// Tokens [first, first + kGroup) of a thread's 16. Where kTail, rows that are not the sequence's become g = 0 and
-// q = k = E = 0, whatever lies there.
-template <bool kTail, class Cfg>
+// Tokens [first, first + kGroup) of a thread's 16, of inputs as they came or activated ones. Where kTail,
+// rows that are not the sequence's become g = 0 and q = k = E = 0, whatever lies there.
+template <bool kTail, bool kActivated, class Cfg>
 __device__ void read_group(ThreadInputs<Cfg>& x, SharedStorage<Cfg>& smem, ThreadPlace at, int first,
                            int num_rows) {
   using Element = typename Cfg::Element;
+  using In = decltype(smem.in);
+  int const first_row = at.block * kBlock;
+  auto const pairs = pairs_of(smem.in.q[at.box], first_row, at.lane);
+  LaneRows<std::uint32_t> const gates{cute::cast_smem_ptr_to_uint(smem.in.g[2 * at.box + at.lane / 16]) +
+                                      swizzled_offset(first_row, at.lane % 16 / 2) + at.lane % 2 * 8};
 #pragma unroll
   for (int i = first; i < first + Cfg::kGroup; ++i) {
-    int const row = at.block * kBlock + i;
-    std::uint8_t* const box = smem.in.g[2 * at.box + at.lane / 16];
-    float2 const g =
-        *reinterpret_cast<float2*>(box + swizzled_offset(row, at.lane % 16 / 2) + at.lane % 2 * 8);
-    x.q[i] = pair_at(smem.in.q[at.box], row, at.lane);
-    x.k[i] = pair_at(smem.in.k[at.box], row, at.lane);
-    std::uint32_t const b = pair_at(smem.in.b[at.box], row, at.lane);
-    x.E[i] = Cfg::kFused ? b : multiply_pairs<Element>(b, x.k[i]);
-    x.alpha[i][0] = Cfg::kFused ? g.x : exp2_approx(kLog2E * g.x);
-    x.alpha[i][1] = Cfg::kFused ? g.y : exp2_approx(kLog2E * g.y);
+    int const row = first_row + i;
+    float2 const g = load_float2(gates[i]);
+    x.q[i] = load_pair(pairs[i]);
+    x.k[i] = load_pair(pairs[i] + (offsetof(In, k) - offsetof(In, q)));
+    std::uint32_t const b = load_pair(pairs[i] + (offsetof(In, b) - offsetof(In, q)));
+    x.E[i] = kActivated ? b : multiply_pairs<Element>(b, x.k[i]);
+    x.alpha[i][0] = kActivated ? g.x : exp2_approx(kLog2E * g.x);
+    x.alpha[i][1] = kActivated ? g.y : exp2_approx(kLog2E * g.y);
     if (kTail && row >= num_rows) {
       x.q[i] = x.k[i] = x.E[i] = 0u;
       x.alpha[i][0] = x.alpha[i][1] = 1.f;
@@ -325,67 +101,85 @@ __device__ void read_group(ThreadInputs<Cfg>& x, SharedStorage<Cfg>& smem, Threa
   }
 }
 
-template <class Cfg>
+template <bool kActivated, class Cfg>
 __device__ void read_inputs(ThreadInputs<Cfg>& x, SharedStorage<Cfg>& smem, Work const& work,
                             ThreadPlace at) {
 #pragma unroll
   for (int first = 0; first < kBlock; first += Cfg::kGroup) {
     if (at.block * kBlock + first + Cfg::kGroup <= work.num_rows) {
-      read_group<false>(x, smem, at, first, work.num_rows);
+      read_group<false, kActivated>(x, smem, at, first, work.num_rows);
     } else {
-      read_group<true>(x, smem, at, first, work.num_rows);
+      read_group<true, kActivated>(x, smem, at, first, work.num_rows);
     }
   }
 }
 
-// Diagonals of q k^T (and, for the norms, of q q^T and k k^T) for 16 rows a warp: the product of a row with itself or
-// its partner, on the tensor cores. Writes the row scales and the diagonal of P.
-template <class Cfg>
-__device__ void row_products(SharedStorage<Cfg>& smem, PrepareParams const& params, Work const& work) {
+// put(row, x.y) for the 16 rows of a warp, by the lane that has it: products of rows with all others, on the
+// tensor cores. kSelf: y is x.
+template <class Cfg, bool kSelf = false, class Put>
+__device__ void row_dots(std::uint8_t const (&x)[Cfg::kBoxes][kBoxBytes],
+                         std::uint8_t const (&y)[Cfg::kBoxes][kBoxBytes], Put put) {
   using Element = typename Cfg::Element;
-  int const warp = thread_of_team<Cfg>() / kWarpThreads, lane = lane_index();
-  bool const normalize = Cfg::kFused && params.gates.use_qk_l2norm;
-  float qk[2][4] = {}, qq[2][4] = {}, kk[2][4] = {};
+  int const warp = threadIdx.x % kWarpgroupThreads / kWarpThreads, lane = lane_index();
+  float dots[2][4] = {};
 #pragma unroll
   for (int step = 0; step < Cfg::kDimK / 16; ++step) {
-    std::uint32_t q[4], k[4];
-    load_matrices(q, smem.in.q[step / 4], 16 * warp, step % 4 * 2);
-    load_matrices(k, smem.in.k[step / 4], 16 * warp, step % 4 * 2);
+    std::uint32_t a[4], b[4];
+    load_matrices(a, x[step / 4], 16 * warp, step % 4 * 2);
+    if constexpr (!kSelf) {
+      load_matrices(b, y[step / 4], 16 * warp, step % 4 * 2);
+    }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      if constexpr (!Cfg::kFactorsOnly) {
-        mma_16x8x16<Element>(qk[half], q, k[half], k[half + 2]);
-      }
-      if (normalize) {
-        mma_16x8x16<Element>(qq[half], q, q[half], q[half + 2]);
-        mma_16x8x16<Element>(kk[half], k, k[half], k[half + 2]);
-      }
+      kSelf ? mma_16x8x16<Element>(dots[half], a, a[half], a[half + 2])
+            : mma_16x8x16<Element>(dots[half], a, b[half], b[half + 2]);
     }
   }
   // Row l/4 + 8*half meets itself in column l/4 of the half's eight: there 2*(l%4) + c = l/4.
   if (lane / 8 == lane % 4) {
-    int const c = lane / 4 % 2;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      int const row = 16 * warp + lane / 4 + 8 * half;
-      float const q_norm =
-          normalize ? rsqrtf((c ? qq[half][2 * half + 1] : qq[half][2 * half]) + 1e-6f) : 1.f;
-      float const k_norm =
-          normalize ? rsqrtf((c ? kk[half][2 * half + 1] : kk[half][2 * half]) + 1e-6f) : 1.f;
-      bool const inside = row < work.num_rows;
-      smem.q_scale[row] = inside ? params.scale * q_norm : 0.f;
-      smem.k_scale[row] = inside ? k_norm : 0.f;
-      if (params.row_norms != nullptr) {
-        float* const norms = params.row_norms + static_cast<std::int64_t>(work.tile) * 2 * kChunk;
-        norms[row] = inside ? q_norm : 0.f;
-        norms[kChunk + row] = inside ? k_norm : 0.f;
-      }
-      if constexpr (!Cfg::kFactorsOnly) {
-        float const qk_norm =
-            (c ? qk[half][2 * half + 1] : qk[half][2 * half]) * params.scale * q_norm * k_norm;
-        smem.diagonal[row] = inside ? qk_norm : 0.f;
-      }
+      put(16 * warp + lane / 4 + 8 * half, lane / 4 % 2 ? dots[half][2 * half + 1] : dots[half][2 * half]);
     }
+  }
+  __syncwarp();
+}
+
+// The rows' scales and the diagonal of q k^T: q's by the first warpgroup, k's by the last one.
+template <class Cfg>
+__device__ void scale_rows(SharedStorage<Cfg>& smem, PrepareParams const& params, Work const& work) {
+  int const warpgroup = thread_of_team<Cfg>() / kWarpgroupThreads, thread = threadIdx.x % kWarpgroupThreads;
+  bool const of_q = warpgroup == 0, of_k = warpgroup == Cfg::kWarpgroups - 1;
+  auto const if_inside = [&](int row, float x) { return row < work.num_rows ? x : 0.f; };
+  if (!Cfg::kFactorsOnly && of_q) {
+    row_dots<Cfg>(smem.in.q, smem.in.k,
+                  [&](int row, float dot) { smem.diagonal[row] = if_inside(row, dot); });
+  }
+  if (!Cfg::kFused || !params.gates.use_qk_l2norm) {
+    if (thread < kChunk && of_q) {
+      smem.q_scale[thread] = if_inside(thread, params.scale);
+    }
+    if (thread < kChunk && of_k) {
+      smem.k_scale[thread] = if_inside(thread, 1.f);
+    }
+    return;
+  }
+  // Of a row, kept `place` rows behind the first of q.
+  auto const inverse_norm_of = [&](int row, float dot, int place) {
+    float const inverse_norm = if_inside(row, rsqrtf(dot + 1e-6f));
+    if (params.row_norms != nullptr) {
+      params.row_norms[work.tile * 2 * kChunk + place + row] = inverse_norm;
+    }
+    return inverse_norm;
+  };
+  if (of_q) {
+    row_dots<Cfg, true>(smem.in.q, smem.in.q, [&](int row, float dot) {
+      smem.q_scale[row] = params.scale * inverse_norm_of(row, dot, 0);
+    });
+  }
+  if (of_k) {
+    row_dots<Cfg, true>(smem.in.k, smem.in.k,
+                        [&](int row, float dot) { smem.k_scale[row] = inverse_norm_of(row, dot, kChunk); });
   }
 }
 
@@ -394,255 +188,35 @@ template <class Cfg>
 __device__ void place_diagonal(SharedStorage<Cfg>& smem, int row) {
   using Element = typename Cfg::Element;
   auto* const place = smem.P + swizzled_offset(row, row / 8) + row % 8 * sizeof(Element);
-  *reinterpret_cast<Element*>(place) = round_to<Element>(smem.diagonal[row]);
+  *reinterpret_cast<Element*>(place) =
+      round_to<Element>(smem.diagonal[row] * smem.q_scale[row] * smem.k_scale[row]);
 }
 
-// The index of a row among the 32 later (or earlier) rows of level h: the bit h taken out.
-__host__ __device__ constexpr int compressed_row(int row, int h) {
-  return row / (2 * h) * h + row % h;
-}
-__host__ __device__ constexpr int later_row(int index, int h) {
-  return index / h * 2 * h + h + index % h;
-}
-__host__ __device__ constexpr int earlier_row(int index, int h) {
-  return index / h * 2 * h + index % h;
-}
+// What scales a thread's rows from first_row on, when it goes through them up or down: read four at a time.
+struct RowScales {
+  float4 four;
 
-// E*D and q*D of token i, to row `index` of the later halves. The factor is rounded once for both: that costs less
-// accuracy than the rounding of P does, and saves a third of the level's instructions.
-template <class Cfg>
-__device__ void store_later(LevelOperands<Cfg>& out, ThreadInputs<Cfg> const& x, ThreadPlace at, int i,
-                            int index, float const (&D)[2]) {
-  using Element = typename Cfg::Element;
-  std::uint32_t const factor = pack<Element>(D[0], D[1]);
-  pair_at(out.later[at.box], index, at.lane) = multiply_pairs<Element>(x.E[i], factor);
-  pair_at(out.later[at.box], 32 + index, at.lane) = multiply_pairs<Element>(x.q[i], factor);
-}
-
-template <class Cfg>
-__device__ void store_earlier(LevelOperands<Cfg>& out, ThreadInputs<Cfg> const& x, ThreadPlace at, int i,
-                              int index, float const (&U)[2]) {
-  using Element = typename Cfg::Element;
-  pair_at(out.earlier[at.box], index, at.lane) = multiply_pairs<Element>(x.k[i], pack<Element>(U[0], U[1]));
-}
-
-// Levels whose pairs lie inside a thread's 16 tokens.
-template <int h, class Cfg>
-__device__ void build_inner_level(LevelOperands<Cfg>& out, ThreadInputs<Cfg> const& x, ThreadPlace at) {
-  static_assert(2 * h <= kBlock);
-#pragma unroll
-  for (int first = 0; first < kBlock; first += 2 * h) {
-    int const index = at.block * (kBlock / 2) + first / 2;
-    pair_at(out.later[at.box], index, at.lane) = x.E[first + h];  // D = 1
-    pair_at(out.later[at.box], 32 + index, at.lane) = x.q[first + h];
-    float D[2] = {1.f, 1.f};
-#pragma unroll
-    for (int i = 1; i < h; ++i) {
-      D[0] *= x.alpha[first + h + i][0];
-      D[1] *= x.alpha[first + h + i][1];
-      store_later(out, x, at, first + h + i, index + i, D);
+  __device__ float of(float const (&scales)[kChunk], int first_row, int i, bool begins_four) {
+    if (begins_four) {
+      four = *reinterpret_cast<float4 const*>(&scales[first_row + i / 4 * 4]);
     }
-    float U[2] = {1.f, 1.f};
-#pragma unroll
-    for (int i = h - 1; i >= 0; --i) {
-      U[0] *= x.alpha[first + i + 1][0];
-      U[1] *= x.alpha[first + i + 1][1];
-      store_earlier(out, x, at, first + i, index + i, U);
-    }
-  }
-}
-
-// Decay over whole blocks, per channel: alpha of a block's first token, and the product over its other 15.
-template <class Cfg>
-struct BlockProducts {
-  float2 first[kNumBlocks], rest[kNumBlocks];
-
-  __device__ BlockProducts(SharedStorage<Cfg> const& smem, int channel) {
-#pragma unroll
-    for (int block = 0; block < kNumBlocks; ++block) {
-      first[block] = *reinterpret_cast<float2 const*>(&smem.block_first[block][channel]);
-      rest[block] = *reinterpret_cast<float2 const*>(&smem.block_rest[block][channel]);
-    }
+    return i % 4 == 0 ? four.x : i % 4 == 1 ? four.y : i % 4 == 2 ? four.z : four.w;
   }
 };
 
-// Levels 16 and 32: a block is later or earlier as a whole. `carry` is the decay between this block and the pair's
-// middle: from the later half's first row to this block's first, or from this block's last row to it.
-template <class Cfg>
-__device__ void build_outer_level(LevelOperands<Cfg>& out, ThreadInputs<Cfg> const& x, ThreadPlace at,
-                                  bool later, int first_index, float2 carry) {
-  float F[2] = {carry.x, carry.y};
-  if (later) {
-#pragma unroll
-    for (int i = 0; i < kBlock; ++i) {
-      if (i > 0) {
-        F[0] *= x.alpha[i][0];
-        F[1] *= x.alpha[i][1];
-      }
-      store_later(out, x, at, i, first_index + i, F);
-    }
-  } else {
-#pragma unroll
-    for (int i = kBlock - 1; i >= 0; --i) {
-      if (i < kBlock - 1) {
-        F[0] *= x.alpha[i + 1][0];
-        F[1] *= x.alpha[i + 1][1];
-      }
-      store_earlier(out, x, at, i, first_index + i, F);
-    }
-  }
-}
-
-template <int h, class Cfg>
-__device__ void build_level(LevelOperands<Cfg>& out, SharedStorage<Cfg>& smem, ThreadInputs<Cfg> const& x,
-                            ThreadPlace at) {
-  if constexpr (2 * h <= kBlock) {
-    build_inner_level<h>(out, x, at);
-  } else {
-    BlockProducts<Cfg> const blocks(smem, at.channel());
-    float2 const one{1.f, 1.f};
-    float2 carry;
-    bool later;
-    if constexpr (h == 16) {
-      later = at.block % 2 == 1;
-      carry = later ? one : (at.block == 0 ? blocks.first[1] : blocks.first[3]);
-    } else {
-      later = at.block >= 2;
-      carry = at.block == 2   ? one
-              : at.block == 3 ? blocks.rest[2] * blocks.first[3]
-              : at.block == 1 ? blocks.first[2]
-                              : blocks.first[1] * blocks.rest[1] * blocks.first[2];
-    }
-    build_outer_level(out, x, at, later, compressed_row(at.block * kBlock, h), carry);
-  }
-}
-
-// Two entries of T or P side by side (one, where the level's pairs are single rows), scaled, to shared memory.
-template <int h, class Cfg>
-struct EntryStore {
-  SharedStorage<Cfg>& smem;
-  bool is_P, normalize;
-
-  __device__ void operator()(int r, int earlier, float x, float y) const {
-    using Element = typename Cfg::Element;
-    int const s0 = earlier_row(earlier, h), s1 = earlier_row(earlier + 1, h);
-    float const row_scale = is_P ? smem.q_scale[r] : normalize ? smem.k_scale[r] : 1.f;
-    x *= normalize ? row_scale * smem.k_scale[s0] : row_scale;
-    y *= normalize ? row_scale * smem.k_scale[s1] : row_scale;
-    bool const has_x = h > 1 || r == s0 + 1, has_y = h > 1 || r == s1 + 1;
-    if (is_P) {
-      auto* const row = smem.P + swizzled_offset(r, s0 / 8);
-      if constexpr (h > 1) {
-        *reinterpret_cast<std::uint32_t*>(row + s0 % 8 * sizeof(Element)) = pack<Element>(x, y);
-      } else {
-        if (has_x)
-          *reinterpret_cast<Element*>(row + s0 % 8 * sizeof(Element)) = round_to<Element>(x);
-        if (has_y)
-          *reinterpret_cast<Element*>(row + s1 % 8 * sizeof(Element)) = round_to<Element>(y);
-      }
-    } else {
-      float* const row = smem.T + r * TriangularMatrix::kStride;
-      if constexpr (h > 1) {
-        *reinterpret_cast<float2*>(row + s0) = float2{x, y};
-      } else {
-        if (has_x)
-          row[s0] = x;
-        if (has_y)
-          row[s1] = y;
-      }
-    }
-  }
-};
-
-// The entries of matching pairs, from the accumulators of a warpgroup: its warps 0 and 1 hold rows of T, 2 and 3 of P.
-template <int h, class Cfg>
-__device__ void store_level(SharedStorage<Cfg>& smem, float const (&acc)[16], bool normalize) {
-  int const warp = threadIdx.x % kWarpgroupThreads / kWarpThreads, lane = lane_index();
-  bool const upper = warp % 2 == 1;  // later rows 16-31
-  EntryStore<h, Cfg> const store{smem, warp >= 2, normalize};
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    int const r = later_row(16 * (warp % 2) + 8 * half + lane / 4, h);
-    if constexpr (h == 32) {
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        store(r, 8 * j + 2 * (lane % 4), acc[4 * j + 2 * half], acc[4 * j + 2 * half + 1]);
-      }
-    } else if constexpr (h == 16) {
-#pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        float const x = upper ? acc[8 + 4 * j + 2 * half] : acc[4 * j + 2 * half];
-        float const y = upper ? acc[8 + 4 * j + 2 * half + 1] : acc[4 * j + 2 * half + 1];
-        store(r, 16 * (warp % 2) + 8 * j + 2 * (lane % 4), x, y);
-      }
-    } else {
-      // Eight later rows meet their own eight earlier ones, and among them row groups of h.
-      float const x = upper ? acc[8 + 6 * half] : acc[6 * half];
-      float const y = upper ? acc[8 + 6 * half + 1] : acc[6 * half + 1];
-      if (h == 1 || lane / 4 / h == 2 * (lane % 4) / h) {
-        store(r, 16 * (warp % 2) + 8 * half + 2 * (lane % 4), x, y);
-      }
-    }
-  }
-}
-
-// [E*D; q*D] (k*U)^T of one level, by one warpgroup.
-template <int h, class Cfg>
-__device__ void multiply_level(SharedStorage<Cfg>& smem, LevelOperands<Cfg> const& operands, bool normalize) {
-  float acc[16];
-  auto const later = shared_descriptor<Major::K>(operands.later);
-  auto const earlier = shared_descriptor<Major::K>(operands.earlier);
-  wgmma_fence();
-#pragma unroll
-  for (int step = 0; step < Cfg::kDimK / 16; ++step) {
-    int const piece = step % 4 * 32;
-    wgmma_shared<typename Cfg::Element>(acc, later + ((step / 4 * kBoxBytes + piece) >> 4),
-                                        earlier + ((step / 4 * kBoxBytes / 2 + piece) >> 4), step > 0);
-  }
-  wgmma_commit();
-  wgmma_wait<0>();
-  store_level<h>(smem, acc, normalize);
-}
-
-// Every thread's operands of one level.
-template <int kLevel, class Cfg>
-__device__ void build(SharedStorage<Cfg>& smem, ThreadInputs<Cfg> const& x) {
-  if (phase_begins_if_crowded<Cfg>()) {
-    build_level<1 << kLevel>(smem.operands[kLevel % 3], smem, x, thread_place<Cfg>());
-  }
-}
-
-// What has been built may be multiplied, and what has been multiplied may be overwritten.
-template <class Cfg>
-__device__ void meet_at_operands() {
-  cutlass::arch::fence_view_async_shared();  // ordinary stores, which wgmma reads
-  sync_team<Cfg>();
-}
-
-// The products of two levels, by a warpgroup each.
-template <int kLevel, class Cfg>
-__device__ void multiply_two_levels(SharedStorage<Cfg>& smem, bool normalize) {
-  int const warpgroup = thread_of_team<Cfg>() / kWarpgroupThreads;
-  if (warpgroup == 0) {
-    multiply_level<1 << kLevel>(smem, smem.operands[kLevel % 3], normalize);
-  }
-  if (warpgroup == Cfg::kWarpgroups - 1) {
-    multiply_level<2 << kLevel>(smem, smem.operands[(kLevel + 1) % 3], normalize);
-  }
-}
-
-// scale*gamma*q, Kt and gamma*E from running products over the chunk, straight to their tiles: a warp writes the 128
-// bytes of a row.
+// scale*gamma*q, Kt and gamma*E from running products over the chunk, straight to their tiles: a warp writes
+// the 128 bytes of a row.
 template <class Cfg>
 __device__ void store_factor_tiles(SharedStorage<Cfg>& smem, PrepareParams const& params, Work const& work,
                                    ThreadInputs<Cfg> const& x) {
   using Element = typename Cfg::Element;
   ThreadPlace const at = thread_place<Cfg>();
   ChunkTiles const& tiles = params.tiles;
-  auto* const gamma_q = static_cast<std::uint8_t*>(tiles.factors) +
-                        static_cast<std::int64_t>(work.tile) * 3 * Cfg::kTileBytes + at.box * kBoxBytes;
-  auto* const Kt = gamma_q + Cfg::kTileBytes;
-  auto* const gamma_E = gamma_q + 2 * Cfg::kTileBytes;
+  auto* const box =
+      static_cast<std::uint8_t*>(tiles.factors) + work.tile * 3 * Cfg::kTileBytes + at.box * kBoxBytes;
+  int const first_row = at.block * kBlock;
+  auto const gamma_q = image_pairs_of(box, first_row, at.lane);
+  constexpr int kFromKt = Cfg::kTileBytes, kFromE = 2 * Cfg::kTileBytes;  // behind gamma_q
   BlockProducts<Cfg> const blocks(smem, at.channel());
   float2 gamma = blocks.first[0], tail{1.f, 1.f};
 #pragma unroll
@@ -653,36 +227,37 @@ __device__ void store_factor_tiles(SharedStorage<Cfg>& smem, PrepareParams const
 #pragma unroll
   for (int first = 0; first < kBlock; first += Cfg::kGroup) {
     if (phase_begins_if_crowded<Cfg>()) {
+      RowScales q_scales, k_scales;
 #pragma unroll
       for (int i = first; i < first + Cfg::kGroup; ++i) {
-        int const row = at.block * kBlock + i;
         if (i > 0) {
           gamma = gamma * float2{x.alpha[i][0], x.alpha[i][1]};
         }
-        float const q_scale = Cfg::kFused ? smem.q_scale[row] : params.scale;
+        float const q_scale =
+            Cfg::kFused ? q_scales.of(smem.q_scale, first_row, i, i % 4 == 0) : params.scale;
         float2 const q = unpack<Element>(x.q[i]), E = unpack<Element>(x.E[i]);
-        pair_at(gamma_q, row, at.lane) = pack<Element>(q.x * gamma.x * q_scale, q.y * gamma.y * q_scale);
-        float2 const gamma_k = Cfg::kFused ? gamma * smem.k_scale[row] : gamma;
-        pair_at(gamma_E, row, at.lane) = pack<Element>(E.x * gamma_k.x, E.y * gamma_k.y);
+        store_pair(gamma_q[i], pack<Element>(q.x * gamma.x * q_scale, q.y * gamma.y * q_scale));
+        float2 const gamma_k =
+            Cfg::kFused ? k_scales.of(smem.k_scale, first_row, i, i % 4 == 0) * gamma : gamma;
+        store_pair(gamma_q[i] + kFromE, pack<Element>(E.x * gamma_k.x, E.y * gamma_k.y));
       }
     }
   }
   if (at.block == kNumBlocks - 1) {
-    *reinterpret_cast<float2*>(tiles.gamma_last + static_cast<std::int64_t>(work.tile) * Cfg::kDimK +
-                               at.channel()) = gamma;
+    *reinterpret_cast<float2*>(tiles.gamma_last + work.tile * Cfg::kDimK + at.channel()) = gamma;
   }
 #pragma unroll
   for (int last = kBlock - 1; last >= 0; last -= Cfg::kGroup) {
     if (phase_begins_if_crowded<Cfg>()) {
+      RowScales k_scales;
 #pragma unroll
       for (int i = last; i > last - Cfg::kGroup; --i) {
-        int const row = at.block * kBlock + i;
         if (i < kBlock - 1) {
           tail = tail * float2{x.alpha[i + 1][0], x.alpha[i + 1][1]};
         }
         float2 const k = unpack<Element>(x.k[i]);
-        float2 const tail_k = Cfg::kFused ? tail * smem.k_scale[row] : tail;
-        pair_at(Kt, row, at.lane) = pack<Element>(k.x * tail_k.x, k.y * tail_k.y);
+        float2 const tail_k = Cfg::kFused ? k_scales.of(smem.k_scale, first_row, i, i % 4 == 3) * tail : tail;
+        store_pair(gamma_q[i] + kFromKt, pack<Element>(k.x * tail_k.x, k.y * tail_k.y));
       }
     }
   }
@@ -721,11 +296,11 @@ __device__ void store_block_products(SharedStorage<Cfg>& smem, ThreadInputs<Cfg>
   *reinterpret_cast<float2*>(&smem.block_rest[at.block][at.channel()]) = rest;
 }
 
-// ---- a walk beside it ---------------------------------------------------------------------------------------
+// ---- a walk beside it -------------------------------------------------------------------------------------
 
 // Nothing of the team's is ready; only then may the walk start.
 template <class Cfg>
-__device__ void clear_ready(PrepareParams const& params, Divisors const& by, int first_order) {
+__device__ void clear_ready(PrepareParams const& params, ChunkDivisors const& by, int first_order) {
   int const stride = gridDim.x * Cfg::kTeams;
   for (int order = first_order + thread_of_team<Cfg>() * stride; has_order(params, order);
        order += Cfg::kTeamThreads * stride) {
@@ -736,8 +311,8 @@ __device__ void clear_ready(PrepareParams const& params, Divisors const& by, int
   let_next_kernel_start();
 }
 
-// Says that the chunk's tiles are written, once all warpgroups of the team have written theirs; the last one, which
-// inverts, waits for the others.
+// Says that the chunk's tiles are written, once all warpgroups of the team have written theirs; the last one,
+// which inverts, waits for the others.
 template <class Cfg>
 __device__ void publish_tile(PrepareParams const& params, Work const& work, bool is_last) {
   using cutlass::arch::NamedBarrier;
@@ -756,7 +331,7 @@ template <class Cfg>
 struct NextChunk {
   SharedStorage<Cfg>& smem;
   PrepareParams const& params;
-  Divisors const& by;
+  ChunkDivisors const& by;
   InputLoads<Cfg> const& loads;
   Work const& work;
   Work& next;
@@ -795,17 +370,20 @@ __device__ void run_tile(SharedStorage<Cfg>& smem, PrepareParams const& params, 
                          GateChannels const& channels, InputsRead inputs_read, OperandsRead operands_read) {
   ThreadPlace const at = thread_place<Cfg>();
   bool const normalize = Cfg::kFused && params.gates.use_qk_l2norm;
-  if (at.box == 0 && (Cfg::kFused || !Cfg::kFactorsOnly)) {
-    row_products(smem, params, work);
-  }
-  if constexpr (Cfg::kFused) {
-    activate_inputs(smem, params, channels);
-    sync_team<Cfg>();
+  if constexpr (Cfg::kFused || !Cfg::kFactorsOnly) {
+    scale_rows(smem, params, work);
   }
   ThreadInputs<Cfg> x;
-  read_inputs(x, smem, work, at);
+  if (Cfg::kFused && needs_activation(params.gates, params.gate_element)) {
+    activate_inputs(smem, params, channels);
+    sync_team<Cfg>();
+    read_inputs<true>(x, smem, work, at);
+  } else {
+    read_inputs<false>(x, smem, work, at);
+  }
   store_block_products(smem, x, at);
-  // The inputs are in registers: their shared memory becomes operands. Nobody reads the tiles of the chunk before.
+  // The inputs are in registers: their shared memory becomes operands. Nobody reads the tiles of the chunk
+  // before.
   sync_team<Cfg>();
   inputs_read();
   store_factor_tiles(smem, params, work, x);
@@ -815,33 +393,30 @@ __device__ void run_tile(SharedStorage<Cfg>& smem, PrepareParams const& params, 
   if (thread_of_team<Cfg>() < kChunk) {
     place_diagonal(smem, thread_of_team<Cfg>());
   }
-  // With three buffers all warpgroups build and multiply at the same time.
   build<0>(smem, x);
   build<1>(smem, x);
-  meet_at_operands<Cfg>();
-  multiply_two_levels<0>(smem, normalize);
   build<2>(smem, x);
   meet_at_operands<Cfg>();
+  multiply_three_levels<0>(smem, normalize);
+  meet_at_operands<Cfg>();
   build<3>(smem, x);
-  meet_at_operands<Cfg>();
-  multiply_two_levels<2>(smem, normalize);
   build<4>(smem, x);
-  meet_at_operands<Cfg>();
   build<5>(smem, x);
   meet_at_operands<Cfg>();
-  multiply_two_levels<4>(smem, normalize);
+  multiply_three_levels<3>(smem, normalize);
   meet_at_operands<Cfg>();  // T and P are complete; the copy engine may write where operands have been
   operands_read();
 
-  auto* const P =
-      static_cast<std::uint8_t*>(params.tiles.P) + static_cast<std::int64_t>(work.tile) * kBoxBytes;
-  for (int i = thread_of_team<Cfg>(); i < kBoxBytes / 16; i += Cfg::kTeamThreads) {
-    reinterpret_cast<uint4*>(P)[i] = reinterpret_cast<uint4 const*>(smem.P)[i];
+  auto* const P = static_cast<std::uint8_t*>(params.tiles.P) + work.tile * kBoxBytes;
+#pragma unroll
+  for (int i = 0; i < kBoxBytes / 16; i += Cfg::kTeamThreads) {
+    int const piece = i + thread_of_team<Cfg>();
+    reinterpret_cast<uint4*>(P)[piece] = reinterpret_cast<uint4 const*>(smem.P)[piece];
   }
   if (at.box == 0) {
     invert_unit_lower(TriangularMatrix{smem.T}, barrier_id<Cfg>(TeamBarrier::kInverse));
     auto* const A = static_cast<std::uint8_t*>(params.tiles.A_minus_I);
-    store_A_minus_I(smem, A + static_cast<std::int64_t>(work.tile) * kBoxBytes);
+    store_A_minus_I(smem, A + work.tile * kBoxBytes);
   }
   if constexpr (Cfg::kStays) {
     publish_tile<Cfg>(params, work, at.box == 0);
@@ -850,7 +425,7 @@ __device__ void run_tile(SharedStorage<Cfg>& smem, PrepareParams const& params, 
 
 template <class Cfg>
 __global__ void __launch_bounds__(Cfg::kThreads, Cfg::kCtasPerSm)
-    prepare_kernel(__grid_constant__ PrepareParams const params, __grid_constant__ Divisors const by,
+    prepare_kernel(__grid_constant__ PrepareParams const params, __grid_constant__ ChunkDivisors const by,
                    __grid_constant__ TensorMaps const maps) {
   extern __shared__ std::uint8_t smem_bytes[];
   auto& smem = reinterpret_cast<SharedStorage<Cfg>*>(smem_bytes)[team_index<Cfg>()];
@@ -876,8 +451,9 @@ __global__ void __launch_bounds__(Cfg::kThreads, Cfg::kCtasPerSm)
   }
   if constexpr (!Cfg::kFactorsOnly) {
     // The upper triangle of P, which no level writes, is zero.
-    for (int i = thread_of_team<Cfg>(); i < kBoxBytes / 16; i += Cfg::kTeamThreads) {
-      reinterpret_cast<uint4*>(smem.P)[i] = uint4{};
+#pragma unroll
+    for (int i = 0; i < kBoxBytes / 16; i += Cfg::kTeamThreads) {
+      reinterpret_cast<uint4*>(smem.P)[i + thread_of_team<Cfg>()] = uint4{};
     }
   }
   if constexpr (Cfg::kStays) {
@@ -906,6 +482,9 @@ void launch(PrepareParams const& params, cudaStream_t stream) {
       .k = token_map(params.k, shape, shape.num_heads, shape.dim_k, shape.element),
       .b = token_map(params.b, shape, shape.num_gate_heads, shape.dim_k, shape.element),
       .g = token_map(params.g, shape, shape.num_gate_heads, shape.dim_k, params.gate_element)};
+  if (reinterpret_cast<std::uintptr_t>(params.tiles.factors) % kBoxRowBytes != 0) {
+    throw std::runtime_error("prepare: tiles have to lie at multiples of 128 bytes");
+  }
   auto const kernel = prepare_kernel<Cfg>;
   constexpr int kSmemBytes = Cfg::kTeams * sizeof(SharedStorage<Cfg>);
   static_assert(Cfg::kCtasPerSm * (kSmemBytes + 1024) <= 228 * 1024);
@@ -913,15 +492,15 @@ void launch(PrepareParams const& params, cudaStream_t stream) {
                  "prepare: shared memory");
   int const tiles = shape.num_slots * shape.num_gate_heads;
   unsigned const num_ctas = Cfg::kStays ? std::min(tiles, params.num_sms) : tiles;
-  kernel<<<num_ctas, Cfg::kThreads, kSmemBytes, stream>>>(params, Divisors(params), maps);
+  kernel<<<num_ctas, Cfg::kThreads, kSmemBytes, stream>>>(params, ChunkDivisors(shape, params.num_segments),
+                                                          maps);
   throw_on_error(cudaGetLastError(), "prepare: launch");
 }
 
 template <class Element, bool kFactorsOnly, bool kWholeSm>
 void dispatch(PrepareParams const& params, cudaStream_t stream) {
   GateParams const& gates = params.gates;
-  bool const fused = gates.use_qk_l2norm || gates.use_gate_sigmoid || gates.decay_gate != DecayGate::kNone ||
-                     params.gate_element != ElementType::kFloat32;
+  bool const fused = is_fused(gates, params.gate_element);
   if (params.shape.dim_k > 64) {
     fused ? launch<Config<Element, 128, true, kFactorsOnly, kWholeSm>>(params, stream)
           : launch<Config<Element, 128, false, kFactorsOnly, kWholeSm>>(params, stream);

@@ -7,19 +7,19 @@
 //
 // Norms of q and k are taken out of the sums: k stays raw, u is divided by the norm of k, o by that of q.
 //
-// Grid: one CTA for a slice of value columns, a value head and a sequence, slices fastest. Its slice of the state
-// [kDimK, kColumns] is read once, stays in registers over all tokens of the sequence, and is written once (or after
-// every token, where every position has a slot of its own).
-// Roles: none. A thread owns 32 elements of a wide slice, in pieces of 16 bytes (64 of a packed one), and besides makes
-// alpha, E and its part of q.k and of the norms for one channel, and w*v for one value column.
+// Grid: one CTA for a slice of value columns, a value head and a sequence, slices fastest. Its slice of the
+// state [kDimK, kColumns] is read once, stays in registers over all tokens of the sequence, and is written
+// once (or after every token, where every position has a slot of its own).
+// Roles: none. A thread owns 32 elements of a wide slice, in pieces of 16 bytes (64 of a packed one), and
+// besides makes alpha, E and its part of q.k and of the norms for one channel, and w*v for one value column.
 // Registers: 80 (one token), 96 (packed) or 128 (any number of tokens) of 128 threads; 6, 5 or 4 CTAs an SM.
 // Shared memory: the channels of a token, or of two in turn, and the sums of warps: 2 to 6 KB.
 //
 // One token:
 //     addresses | earlier kernels end | indices | state and inputs asked for | next kernel may start | channels |
 //     barrier | decay, r and p | sums over lanes (K first: barrier, sums over warps) | u, o, S | state out
-// Bytes in flight are what counts: all of a CTA's state is asked for before anything is computed with it, and an SM has
-// 96 KB of float32 state under way (80 KB of packed bfloat16).
+// Bytes in flight are what counts: all of a CTA's state is asked for before anything is computed with it, and
+// an SM has 96 KB of float32 state under way (80 KB of packed bfloat16).
 #include <cuda_runtime.h>
 
 #include "api/device.h"
@@ -33,7 +33,7 @@ namespace {
 
 using namespace recurrent;
 
-// ---- the kernel --------------------------------------------------------------------------------------------
+// ---- the kernel -------------------------------------------------------------------------------------------
 
 // Where the state after a token goes in the pool, if anywhere.
 __device__ bool goes_to_pool(RecurrentParams const& params, Work const& work, int slot_of_position, int t) {
@@ -50,8 +50,8 @@ __device__ void run_tokens(SharedStorage<Cfg>& smem, RecurrentParams const& para
   for (int t = 0; t < num_tokens; ++t) {
     auto& token = smem.tokens[Cfg::kOneToken ? 0 : t % 2];
     publish(token, raw, decay, params);
-    // Orders the token's channels before their reads, and the reads of the token before last and of the last sums
-    // before the writes that follow.
+    // Orders the token's channels before their reads, and the reads of the token before last and of the last
+    // sums before the writes that follow.
     __syncthreads();
     int const slot = slot_per_position ? raw.slot : work.slot;
     if (!Cfg::kOneToken && t + 1 < num_tokens) {
@@ -126,7 +126,7 @@ __global__ void __launch_bounds__(Cfg::kThreads, Cfg::kCtasPerSm)
   }
 }
 
-// ---- launch ------------------------------------------------------------------------------------------------
+// ---- launch -----------------------------------------------------------------------------------------------
 
 template <class Cfg>
 void launch(RecurrentParams const& params, cudaStream_t stream) {
@@ -157,8 +157,8 @@ bool too_few_for_slices_of(int columns, CallShape const& shape) {
   return shape.num_sequences * slices * shape.num_value_heads < 2 * num_multiprocessors();
 }
 
-// Wide slices have rows of 128 bytes in memory, or pieces of 16 bytes. bfloat16 states that are not packed take the
-// tiles of float32.
+// Wide slices have rows of 128 bytes in memory, or pieces of 16 bytes. bfloat16 states that are not packed
+// take the tiles of float32.
 template <class State, bool kVFirst, int kDimK>
 void launch_aligned(RecurrentParams const& params, cudaStream_t stream) {
   constexpr int kNarrow = 16, kWide = 32, kWidePacked = sizeof(State) == sizeof(float) ? kWide : 64;

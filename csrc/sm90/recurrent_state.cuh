@@ -1,5 +1,5 @@
-// The slice of a state that a CTA of recurrent.cu keeps in registers: how its threads own it, load it and store it, and
-// how they add up over its channels.
+// The slice of a state that a CTA of recurrent.cu keeps in registers: how its threads own it, load it and
+// store it, and how they add up over its channels.
 #pragma once
 
 #include <type_traits>
@@ -12,11 +12,12 @@
 
 namespace gdn2::recurrent {
 
-// kVFirst: states are [V, K] in memory. kOneToken: no sequence has more, and bfloat16 states go back as bfloat16.
-// kAligned: rows are whole pieces, at addresses of whole pieces. kSlices: of a CTA, each with threads of its own.
+// kVFirst: states are [V, K] in memory. kOneToken: no sequence has more, and bfloat16 states go back as
+// bfloat16. kAligned: rows are whole pieces, at addresses of whole pieces. kSlices: of a CTA, each with
+// threads of its own.
 //
-// Results do not depend on the number of sequences, to the bit: whatever that decides (kColumns, kOneToken) leaves the
-// order of the sums over channels as it is.
+// Results do not depend on the number of sequences, to the bit: whatever that decides (kColumns, kOneToken)
+// leaves the order of the sums over channels as it is.
 template <class State_, bool kVFirst_, int kDimK_, int kColumns_, bool kOneToken_, bool kAligned_,
           int kSlices_ = 1>
 struct Config {
@@ -25,12 +26,12 @@ struct Config {
   static constexpr int kDimK = kDimK_, kColumns = kColumns_, kSlices = kSlices_;
   static constexpr int kThreads = kDimK;  // of a slice: one a channel
   static constexpr int kWarps = kThreads / kWarpThreads;
-  // One token: wide slices of bfloat16 states stay as they are in 32 registers, and are unpacked and decayed in both
-  // passes. That is twice the bytes in flight of an unpacked slice.
+  // One token: wide slices of bfloat16 states stay as they are in 32 registers, and are unpacked and decayed
+  // in both passes. That is twice the bytes in flight of an unpacked slice.
   static constexpr bool kPacked = kOneToken && kColumns == 64 && sizeof(State) < sizeof(float);
   static constexpr int kCtasPerSm = (kPacked ? 640 : kOneToken ? 768 : 512) / kThreads;  // by registers
-  // A piece is what a thread loads at once: 16 bytes of wide slices. kPieces of them are side by side in a row, and the
-  // CTA takes kRowsAtOnce rows at once, kVectors times.
+  // A piece is what a thread loads at once: 16 bytes of wide slices. kPieces of them are side by side in a
+  // row, and the CTA takes kRowsAtOnce rows at once, kVectors times.
   static constexpr int kVector = !kVFirst ? kColumns / 8 : kPacked ? 8 : 4;  // elements
   static constexpr int kPieces = (kVFirst ? kDimK : kColumns) / kVector;
   static constexpr int kRowsAtOnce = kThreads / kPieces;
@@ -61,9 +62,9 @@ struct PieceBits<16> {
   using Type = uint4;
 };
 
-// How pieces of states come and go, as measured (docs/kernels.md). Of float32 states what is read stays in the L2 cache
-// longer than what is written meanwhile; rows of bfloat16 states are 256 bytes, of which a warp asks for a part: the L2
-// cache fetches the rest with it, and lets go first of what is written.
+// How pieces of states come and go, as measured (docs/kernels.md). Of float32 states what is read stays in
+// the L2 cache longer than what is written meanwhile; rows of bfloat16 states are 256 bytes, of which a warp
+// asks for a part: the L2 cache fetches the rest with it, and lets go first of what is written.
 template <class State, class Bits>
 __device__ Bits load_piece(std::uint8_t const* address) {
   if constexpr (sizeof(Bits) < sizeof(uint4)) {
@@ -157,8 +158,8 @@ struct StateSlice {
            first * static_cast<int>(sizeof(Element));
   }
 
-  // Calls body(j, address, size) for the pieces that lie inside the matrix, or in part where they are not aligned: how
-  // many of their elements do.
+  // Calls body(j, address, size) for the pieces that lie inside the matrix, or in part where they are not
+  // aligned: how many of their elements do.
   template <class Body>
   __device__ static void for_each_piece(std::uint8_t* at, std::int32_t stride_row, CallShape const& shape,
                                         Work const& work, Body body) {
@@ -282,7 +283,7 @@ struct StateSlice {
   }
 };
 
-// ---- sums -----------------------------------------------------------------------------------------------
+// ---- sums -------------------------------------------------------------------------------------------------
 
 // kCount neighbours from shared memory, aligned to 16 bytes or their size.
 template <int kCount>
@@ -299,9 +300,9 @@ __device__ void read_floats(float (&x)[kCount], float const* source) {
   }
 }
 
-// Sums of kSize values over kLanes lanes that are kStep apart, neighbours first, which end up spread over them: half of
-// the values go to every other lane, and so on. x[0 .. max(1, kSize / kLanes)) then holds the values from
-// spread_index(lane) on; where there are more lanes than values, several hold the same.
+// Sums of kSize values over kLanes lanes that are kStep apart, neighbours first, which end up spread over
+// them: half of the values go to every other lane, and so on. x[0 .. max(1, kSize / kLanes)) then holds the
+// values from spread_index(lane) on; where there are more lanes than values, several hold the same.
 template <int kSize_, int kLanes_, int kStep_>
 struct SpreadSum {
   static constexpr int kSize = kSize_, kLanes = kLanes_, kStep = kStep_;

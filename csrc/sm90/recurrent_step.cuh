@@ -1,4 +1,5 @@
-// One token of a slice of the state: what the threads of the slice do together, by whichever kernel holds the state.
+// One token of a slice of the state: what the threads of the slice do together, by whichever kernel holds the
+// state.
 #pragma once
 
 #include "sm90/recurrent_state.cuh"
@@ -47,8 +48,9 @@ struct Step {
     return Cfg::kVFirst ? state.first_row() + c * Cfg::kRowsAtOnce : state.piece() * Cfg::kVector + c;
   }
 
-  // alpha, E, q or k (row 0, 1, 2, 3) of the thread's own channels, for its piece j. V first they are neighbours, lie in
-  // one row and are the same for all pieces; K first a piece has one channel, whose four values lie together.
+  // alpha, E, q or k (row 0, 1, 2, 3) of the thread's own channels, for its piece j. V first they are
+  // neighbours, lie in one row and are the same for all pieces; K first a piece has one channel, whose four
+  // values lie together.
   __device__ void read_channels(float (&x)[kPieceChannels], int row, int j) const {
     auto const* const rows = reinterpret_cast<float const*>(token.channels);
     if constexpr (Cfg::kVFirst) {
@@ -137,7 +139,8 @@ struct Step {
     write(u);
   }
 
-  // V first: all channels of a column are in kSumLanes lanes. Even ones end up with sums r, odd ones with sums p.
+  // V first: all channels of a column are in kSumLanes lanes. Even ones end up with sums r, odd ones with
+  // sums p.
   template <class Body>
   __device__ void find_u_in_lanes(float (&u)[kOwnColumns], float (&sums)[Cfg::kSums], Body body) {
     using Spread = SpreadSum<Cfg::kSums, Cfg::kSumLanes, 1>;

@@ -1,10 +1,11 @@
-// recurrent_stream: the step of recurrent.cu where there are many float32 states. One token of every sequence; K = V = 128.
+// recurrent_stream: the step of recurrent.cu where there are many float32 states. One token of every
+// sequence; K = V = 128.
 //
 // Grid: value head x sequence, a CTA a matrix; three CTAs an SM.
-// Roles: two groups of 128 threads, each with 32 value columns at a time. One thread copies.
-// A matrix travels whole, as contiguous bytes, both ways by bulk copies: what is in flight does not depend on threads,
-// and the CTAs of an SM load, step and store at different times.
-// Registers: 80. Shared memory: the matrix, 64 KB, and the tokens' channels.
+// Roles: two groups of 128 threads, each with 32 value columns at a time. One thread copies. A matrix travels
+// whole, as contiguous bytes, both ways by bulk copies: what is in flight does not depend on threads, and the
+// CTAs of an SM load, step and store at different times. Registers: 80. Shared memory: the matrix, 64 KB, and
+// the tokens' channels.
 //
 //     state in ............. | slice: state to registers, step, back | next slice .. | state out
 //     inputs, channels .. |
@@ -93,7 +94,8 @@ __global__ void __launch_bounds__(kCtaThreads<Cfg>, kCtasPerSm)
   for (int first = 0, buffer = 0; first < kDim; first += Cfg::kSlices * kColumns, buffer ^= 1) {
     Work const work = token.work;
     publish(own.tokens[buffer], token.raw, decay, params);
-    // Orders the token's channels before their reads, and the reads of the last sums before the writes that follow.
+    // Orders the token's channels before their reads, and the reads of the last sums before the writes that
+    // follow.
     sync_slice<Cfg>();
     int const next_column = work.first_column + Cfg::kSlices * kColumns;
     if (next_column < kDim) {

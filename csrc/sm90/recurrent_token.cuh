@@ -1,4 +1,5 @@
-// What recurrent.cu needs of a token: where a CTA works, the token's inputs from memory to shared memory, outputs back.
+// What recurrent.cu needs of a token: where a CTA works, the token's inputs from memory to shared memory,
+// outputs back.
 #pragma once
 
 #include <cutlass/arch/barrier.h>
@@ -28,7 +29,8 @@ __device__ void sync_slice() {
   }
 }
 
-// Where a slice's threads work. Tokens and slot come from memory, where sequences are packed or slots are given.
+// Where a slice's threads work. Tokens and slot come from memory, where sequences are packed or slots are
+// given.
 struct Work {
   int sequence, value_head, head, gate_head, first_column, batch;
   int first_token = 0, num_tokens = 0;
@@ -89,7 +91,7 @@ __device__ inline std::int64_t load_start_index(RecurrentParams const& params, i
   return load_index(params.state_indices, sequence, position);
 }
 
-// ---- packed sequences: offsets that nobody has checked -------------------------------------------------------
+// ---- packed sequences: offsets that nobody has checked ----------------------------------------------------
 
 __device__ inline bool offsets_in_order(RecurrentParams const& params, int n) {
   std::int64_t const begin = load_index(params.cu_seqlens, n), end = load_index(params.cu_seqlens, n + 1);
@@ -114,7 +116,7 @@ __device__ inline int well_formed_end(RecurrentParams const& params, bool all_we
   return n == 0 ? 0 : static_cast<int>(load_index(params.cu_seqlens, n));
 }
 
-// ---- tokens ------------------------------------------------------------------------------------------------
+// ---- tokens -----------------------------------------------------------------------------------------------
 
 // Where a channel of a token and head lies.
 __device__ inline std::uint8_t* address(StridedTokens const& x, int batch, int token, int head, int channel) {
@@ -221,8 +223,8 @@ __device__ inline float sum_over_warp(float x) {
 // What the pass over the state needs of a token.
 template <class Cfg>
 struct TokenStorage {
-  // alpha, E, q and k of every channel: side by side for each channel where a thread owns channels far apart (K first),
-  // and one after the other where it owns neighbours.
+  // alpha, E, q and k of every channel: side by side for each channel where a thread owns channels far apart
+  // (K first), and one after the other where it owns neighbours.
   float4 channels[Cfg::kDimK];
   float z[Cfg::kColumns];        // w*v
   float4 products[Cfg::kWarps];  // q.k, q.q and k.k over a warp's channels

@@ -5,20 +5,20 @@
 //     O^T = S^T (scale*gamma*q)^T + R^T P^T
 //     S^T = S^T Diag(gamma[C-1]) + R^T Kt
 //
-// Everything is transposed, value columns on the rows of the accumulators: then the left operand of each product is the
-// rounded accumulator of the one before it, in the registers where it is, and neither state nor residual passes
-// through shared memory.
+// Everything is transposed, value columns on the rows of the accumulators: then the left operand of each
+// product is the rounded accumulator of the one before it, in the registers where it is, and neither state
+// nor residual passes through shared memory.
 //
-// Grid: one CTA for a sequence, segment, value head and kWarpgroups * 64 value columns, longer sequences first.
-// CTAs of neighbouring columns are pairs (clusters): each loads a half of every tile of factors, for both.
-// A sequence is one segment, or several whose first states segment_states has made.
-// Roles: kWarpgroups math warpgroups of 64 value columns each (S 64, X 32, O 32 accumulators; 32 rounded S, 16 rounded
-// X or R or O a thread); one warpgroup that makes Z; one whose first warp loads factors, whose next ones store O, one a
-// math warpgroup, and whose next one loads v and w. A math warp has its scheduler nearly to itself, so that every
-// instruction it is spared shortens the chain.
-// Shared memory (K 128): rings of stages, each let go as soon as its product is done: v and w (16 KB a warpgroup), Z
-// (16 KB a warpgroup, float32, in the order of the accumulators), gamma*E (16 KB), scale*gamma*q and A-I (24 KB), Kt
-// and P (24 KB); O 8 KB a warpgroup.
+// Grid: one CTA for a sequence, segment, value head and kWarpgroups * 64 value columns, longer sequences
+// first. CTAs of neighbouring columns are pairs (clusters): each loads a half of every tile of factors, for
+// both. A sequence is one segment, or several whose first states segment_states has made.
+// Roles: kWarpgroups math warpgroups of 64 value columns each (S 64, X 32, O 32 accumulators; 32 rounded S,
+// 16 rounded X or R or O a thread); one warpgroup that makes Z; one whose first warp loads factors, whose
+// next ones store O, one a math warpgroup, and whose next one loads v and w. A math warp has its scheduler
+// nearly to itself, so that every instruction it is spared shortens the chain.
+// Shared memory (K 128): rings of stages, each let go as soon as its product is done: v and w (16 KB a
+// warpgroup), Z (16 KB a warpgroup, float32, in the order of the accumulators), gamma*E (16 KB),
+// scale*gamma*q and A-I (24 KB), Kt and P (24 KB); O 8 KB a warpgroup.
 //
 // Beside prepare (few heads): the loads of a chunk's tiles wait for its flag.
 //
@@ -29,7 +29,7 @@
 #include <cute/arch/cluster_sm90.hpp>
 
 #include "api/chunk_forward.h"
-#include "api/device.h"
+#include "api/cuda_error.h"
 #include "sm90/scan_parts.cuh"
 #include "tile/launch_order.cuh"
 #include "tile/ready_flag.cuh"
@@ -125,7 +125,7 @@ __device__ void release_factors(Ring& ring, Position& at) {
   at.advance();
 }
 
-// ---- load role ---------------------------------------------------------------------------------------------
+// ---- load role --------------------------------------------------------------------------------------------
 
 template <class Cfg>
 __device__ void load(SharedStorage<Cfg>& smem, ScanParams const& params, Work const& work) {
@@ -170,7 +170,7 @@ __device__ void load(SharedStorage<Cfg>& smem, ScanParams const& params, Work co
   }
 }
 
-// ---- store role: one warp a math warpgroup -------------------------------------------------------------------
+// ---- store role: one warp a math warpgroup ----------------------------------------------------------------
 
 // The rows of o that the chunk owns, from the warpgroup's tile.
 template <class Cfg>
@@ -182,8 +182,8 @@ __device__ void store_rows(std::uint8_t const* tile, ScanParams const& params, T
             token = work.first_token + chunk * kChunk;
   if (num_rows == kChunk && shape.dim_v % 8 == 0) {
     if (elect_one()) {
-      // The math warps' ordinary stores, seen through the barrier, before the copy engine reads them. Here and not there:
-      // it would lengthen the chain.
+      // The math warps' ordinary stores, seen through the barrier, before the copy engine reads them. Here
+      // and not there: it would lengthen the chain.
       cutlass::arch::fence_view_async_shared();
       cute::SM90_TMA_STORE::copy(&maps.o, tile, column, work.value_head, token, work.batch);
       cute::tma_store_arrive();
@@ -235,7 +235,7 @@ __device__ void poison_unowned_rows(ScanParams const& params, Work const& work, 
   }
 }
 
-// ---- math role ---------------------------------------------------------------------------------------------
+// ---- math role --------------------------------------------------------------------------------------------
 
 // One warpgroup's walk. Accumulators stay in registers over the whole sequence.
 template <class Cfg>
@@ -272,8 +272,8 @@ struct Walk {
     at_O.advance();
   }
 
-  // X^T = Z^T - S^T (gamma*E)^T: issued. S goes on as S Diag(gamma[C-1]): the compiler lets nobody touch accumulators,
-  // not even idle ones, between a product's issue and its wait.
+  // X^T = Z^T - S^T (gamma*E)^T: issued. S goes on as S Diag(gamma[C-1]): the compiler lets nobody touch
+  // accumulators, not even idle ones, between a product's issue and its wait.
   __device__ void issue_X(FragmentA (&S_rounded)[kSteps]) {
     smem.ring_E.wait_full(at_E);
     round_fragments<Element>(S_rounded, S);
@@ -282,7 +282,8 @@ struct Walk {
     multiply_transposed<Element, ScaleIn::Neg>(X, S_rounded, smem.gamma_E[at_E.stage], true);
   }
 
-  // O^T = S^T (scale*gamma*q)^T while X is finished and rounded, then R^T = X^T + X^T (A-I)^T. All are done on return.
+  // O^T = S^T (scale*gamma*q)^T while X is finished and rounded, then R^T = X^T + X^T (A-I)^T. All are done
+  // on return.
   __device__ void finish_X_and_R(FragmentA const (&S_rounded)[kSteps]) {
     smem.ring_q.wait_full(at_q);
     auto const& factors = smem.factors_q[at_q.stage];
@@ -469,12 +470,12 @@ void launch(ScanParams const& params, cudaStream_t stream) {
 
 template <class Element, int kDimK>
 void dispatch(ScanParams const& params, cudaStream_t stream) {
-  // Value columns share the factors that are loaded. Two warpgroups do so at half the number of CTAs: where one
-  // warpgroup a CTA would not run all at once, they are the better choice. Elsewhere pairs of CTAs do.
+  // Value columns share the factors that are loaded. Two warpgroups do so at half the number of CTAs: where
+  // one warpgroup a CTA would not run all at once, they are the better choice. Elsewhere pairs of CTAs do.
   CallShape const& shape = params.shape;
   std::int64_t const slices = (shape.dim_v + kColumns - 1) / kColumns;
   std::int64_t const walks = std::int64_t{shape.num_sequences} * shape.num_value_heads * params.num_segments;
-  bool const share = slices > 1 && walks * slices > num_multiprocessors();
+  bool const share = slices > 1 && walks * slices > params.num_sms;
   // Beside prepare there may be no two SMs free that could be a cluster.
   bool const pair = slices % 2 == 0 && params.ready == nullptr;
   if (params.chunk_states != nullptr) {

@@ -1,5 +1,6 @@
-// What the walks along a sequence's chunks share: where a CTA works, the order of accumulators, and the products of the
-// register chain. Everything is transposed, value columns on the rows of the accumulators (see scan.cu).
+// What the walks along a sequence's chunks share: where a CTA works, the order of accumulators, and the
+// products of the register chain. Everything is transposed, value columns on the rows of the accumulators
+// (see scan.cu).
 #pragma once
 
 #include "params.h"
@@ -13,7 +14,6 @@
 
 namespace gdn2 {
 
-constexpr int kChunk = 64;
 constexpr int kColumns = 64;  // value columns of a warpgroup
 constexpr int kBoxBytes = kChunk * kBoxRowBytes;
 
@@ -54,8 +54,9 @@ __device__ inline Work find_work(CallShape const& shape, PackedPlan const& plan,
   return work;
 }
 
-// A sequence's walks (segments, directions) one after the other, heads fastest within each, longer sequences first:
-// blockIdx.x of a grid of num_sequences * num_walks * num_value_heads. Which walk of its sequence the CTA's is:
+// A sequence's walks (segments, directions) one after the other, heads fastest within each, longer sequences
+// first: blockIdx.x of a grid of num_sequences * num_walks * num_value_heads. Which walk of its sequence the
+// CTA's is:
 __device__ inline int find_walk(CallShape const& shape, int num_walks) {
   return blockIdx.x / shape.num_value_heads % num_walks;
 }
@@ -69,8 +70,8 @@ __device__ inline Work find_work(CallShape const& shape, PackedPlan const& plan,
                    static_cast<int>(blockIdx.y) * columns_per_cta);
 }
 
-// Narrows the work to a segment of its sequence. Segments have equally many chunks but for the last ones, which may have
-// fewer or none.
+// Narrows the work to a segment of its sequence. Segments have equally many chunks but for the last ones,
+// which may have fewer or none.
 __device__ inline void take_segment(Work& work, int segment, int num_segments) {
   int const chunks = (work.num_chunks + num_segments - 1) / num_segments;
   int const first = min(segment * chunks, work.num_chunks),
@@ -90,8 +91,8 @@ inline CUtensorMap value_map(TokenTensor const& x, CallShape const& shape) {
 // Z of a chunk and warpgroup: four accumulators of every thread at a time.
 using FragmentsZ = float4[kColumns * kChunk / 4 / kWarpgroupThreads][kWarpgroupThreads];
 
-// Z^T = (w*v)^T of 64 value columns, to where the math thread of the same index reads its accumulators; tokens beyond
-// num_rows are zero, whatever lies there.
+// Z^T = (w*v)^T of 64 value columns, to where the math thread of the same index reads its accumulators;
+// tokens beyond num_rows are zero, whatever lies there.
 template <class Element>
 __device__ void make_Z(FragmentsZ& Z, std::uint8_t const* v, std::uint8_t const* w, int num_rows,
                        bool use_gate_sigmoid) {
@@ -150,8 +151,8 @@ __device__ void make_values(Storage& smem, GateParams const& gates, Work const& 
   }
 }
 
-// By one thread, and not the one that loads factors: that one waits for their rings, and v and w, which come from further
-// away, must not wait with it.
+// By one thread, and not the one that loads factors: that one waits for their rings, and v and w, which come
+// from further away, must not wait with it.
 template <class Cfg, class Storage, class Maps>
 __device__ void load_values(Storage& smem, Maps const& maps, Work const& work) {
   RingPosition<Cfg::kStagesValues> at;
@@ -179,7 +180,7 @@ __device__ inline void read_Z(float (&acc)[32], FragmentsZ const& Z) {
   }
 }
 
-// ---- math steps: one warpgroup, 64 value columns ------------------------------------------------------------
+// ---- math steps: one warpgroup, 64 value columns ----------------------------------------------------------
 
 // Rounded accumulators as A fragments: 16 columns a fragment.
 template <class Element, int kRegisters>
@@ -206,7 +207,8 @@ __device__ void decay_state(float (&S)[kRegisters], float const* gamma_last) {
   }
 }
 
-// acc (+)= +-A B^T for a B [64, 16 * kSteps] that lies in K-major boxes. Issued and committed, not waited for.
+// acc (+)= +-A B^T for a B [64, 16 * kSteps] that lies in K-major boxes. Issued and committed, not waited
+// for.
 template <class Element, ScaleIn kSign, int kSteps>
 __device__ void multiply_transposed(float (&acc)[32], FragmentA const (&a)[kSteps], std::uint8_t const* B,
                                     bool accumulate) {
@@ -219,7 +221,8 @@ __device__ void multiply_transposed(float (&acc)[32], FragmentA const (&a)[kStep
   wgmma_commit();
 }
 
-// acc (+)= +-A B for a B [64, columns] whose columns lie in boxes side by side. Issued and committed, not waited for.
+// acc (+)= +-A B for a B [64, columns] whose columns lie in boxes side by side. Issued and committed, not
+// waited for.
 template <class Element, ScaleIn kSign, int kRegisters>
 __device__ void multiply(float (&acc)[kRegisters], FragmentA const (&a)[4], std::uint8_t const* B,
                          bool accumulate) {
@@ -232,7 +235,8 @@ __device__ void multiply(float (&acc)[kRegisters], FragmentA const (&a)[4], std:
   wgmma_commit();
 }
 
-// Rounded accumulators [value columns, channels] to a tile as they are: value columns on the rows of the boxes.
+// Rounded accumulators [value columns, channels] to a tile as they are: value columns on the rows of the
+// boxes.
 template <int kSteps>
 __device__ void store_state_rows(FragmentA const (&a)[kSteps], std::uint8_t* boxes) {
   int const lane = lane_index(), row = 16 * (threadIdx.x % kWarpgroupThreads / kWarpThreads);
@@ -259,7 +263,7 @@ __device__ inline void store_token_rows(FragmentA const (&a)[4], std::uint8_t* b
   }
 }
 
-// ---- states ------------------------------------------------------------------------------------------------
+// ---- states -----------------------------------------------------------------------------------------------
 
 // Calls body(element of S, channel, value column) for this thread's state.
 template <int kDimK, class Body>
@@ -269,6 +273,30 @@ __device__ void for_each_element(int first_column, Body body) {
   for (int acc = 0; acc < kDimK / 2; ++acc) {
     int const k = acc / 4 * 8 + 2 * (lane % 4) + acc % 2;
     body(acc, k, first_column + 16 * warp + lane / 4 + acc / 2 % 2 * 8);
+  }
+}
+
+// Calls access(element of S, place) for pairs of this thread's state: the element and the next, and where
+// they lie. `place_of(channel, column)` is one more for the next channel, and 32 more for one 32 further. As
+// few instructions as can be: each is run once, by a warp alone on its scheduler, at the start or the end of
+// a kernel that the next one waits for.
+template <int kDimK, class PlaceOf, class Access>
+__device__ void for_each_pair(int first_column, int num_columns, PlaceOf place_of, Access access) {
+  static_assert(kDimK % 32 == 0);
+  int const lane = lane_index(), warp = threadIdx.x % kWarpgroupThreads / kWarpThreads;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    int const column = first_column + 16 * warp + lane / 4 + 8 * half;
+    if (column < num_columns) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        int const place = place_of(8 * i + 2 * (lane % 4), column);
+#pragma unroll
+        for (int j = 0; j < kDimK / 32; ++j) {
+          access(4 * (4 * j + i) + 2 * half, place + 32 * j);
+        }
+      }
+    }
   }
 }
 
@@ -312,20 +340,29 @@ __device__ inline std::int64_t segment_row(Work const& work, int index, int num_
 template <int kDimK>
 __device__ void read_segment_state(float (&S)[kDimK / 2], float const* states, CallShape const& shape,
                                    std::int64_t row, int value_head, int first_column) {
+#pragma unroll
+  for (float& s : S) {
+    s = 0.f;
+  }
   float const* const state = states + (row * shape.num_value_heads + value_head) * shape.dim_v * kDimK;
-  for_each_element<kDimK>(
-      first_column, [&](int acc, int k, int v) { S[acc] = v < shape.dim_v ? state[v * kDimK + k] : 0.f; });
+  for_each_pair<kDimK>(
+      first_column, shape.dim_v,
+      [](int channel, int column) { return place_in_state(channel, column, kDimK); },
+      [&](int acc, int place) {
+        auto const pair = *reinterpret_cast<float2 const*>(state + place);
+        S[acc] = pair.x;
+        S[acc + 1] = pair.y;
+      });
 }
 
 template <int kDimK>
 __device__ void write_segment_state(float const (&S)[kDimK / 2], float* states, CallShape const& shape,
                                     std::int64_t row, int value_head, int first_column) {
   float* const state = states + (row * shape.num_value_heads + value_head) * shape.dim_v * kDimK;
-  for_each_element<kDimK>(first_column, [&](int acc, int k, int v) {
-    if (v < shape.dim_v) {
-      state[v * kDimK + k] = S[acc];
-    }
-  });
+  for_each_pair<kDimK>(
+      first_column, shape.dim_v,
+      [](int channel, int column) { return place_in_state(channel, column, kDimK); },
+      [&](int acc, int place) { *reinterpret_cast<float2*>(state + place) = float2{S[acc], S[acc + 1]}; });
 }
 
 // S^T to the work's sequence of states that may be null; NaN for a malformed sequence.

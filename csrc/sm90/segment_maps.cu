@@ -4,14 +4,15 @@
 //     (the first segment's from the initial state: it starts nowhere else, and needs no M)
 //     X^T = Z^T - S^T (gamma*E)^T     R^T = X^T + X^T (A-I)^T     S^T = S^T Diag(gamma[C-1]) + R^T Kt
 //
-// Nothing comes out but the last state, in float32: [N^T] and [M^T], channels side by side. M is that of a gate head,
-// for all of its value heads.
+// Nothing comes out but the last state, in float32: N^T with channels side by side, and M^T as place_in_map
+// has it. M is that of a gate head, for all of its value heads.
 //
-// Grid: one CTA for 64 columns of N (of a sequence and value head) or of M (of a sequence and gate head), and a segment;
-// the last segment of a sequence needs none.
-// Roles: a math warpgroup (S 64, X 32 accumulators; 32 rounded S, 16 rounded X or R a thread); one that makes Z (idle for
-// M); one whose first warp loads factors, and whose second one loads v and w.
-// Shared memory (K 128): v and w 2 x 16 KB, Z 2 x 16 KB, gamma*E and gamma[C-1] 3 x 16.5 KB, A-I 3 x 8 KB, Kt 3 x 16 KB.
+// Grid: one CTA for 64 columns of N (of a sequence and value head) or of M (of a sequence and gate head), and
+// a segment; the last segment of a sequence needs none.
+// Roles: a math warpgroup (S 64, X 32 accumulators; 32 rounded S, 16 rounded X or R a thread); one that makes
+// Z (idle for M); one whose first warp loads factors, and whose second one loads v and w.
+// Shared memory (K 128): v and w 2 x 16 KB, Z 2 x 16 KB, gamma*E and gamma[C-1] 3 x 16.5 KB, A-I 3 x 8 KB, Kt
+// 3 x 16 KB.
 //
 // Tensor cores, one chunk: X 256 | R 128 | S' 256 cycles, one after the other.
 #include <cutlass/arch/barrier.h>
@@ -98,7 +99,7 @@ __device__ MapWork find_map(SegmentMapsParams const& params) {
   return work;
 }
 
-// ---- load role ---------------------------------------------------------------------------------------------
+// ---- load role --------------------------------------------------------------------------------------------
 
 template <class Cfg>
 __device__ void load(SharedStorage<Cfg>& smem, SegmentMapsParams const& params, MapWork const& work) {
@@ -127,7 +128,7 @@ __device__ void load(SharedStorage<Cfg>& smem, SegmentMapsParams const& params, 
   }
 }
 
-// ---- math role ---------------------------------------------------------------------------------------------
+// ---- math role --------------------------------------------------------------------------------------------
 
 template <class Cfg>
 struct Walk {
@@ -220,14 +221,17 @@ struct Walk {
     int const heads = work.is_M ? shape.num_gate_heads : shape.num_value_heads;
     int const head = work.is_M ? work.value_head / group : work.value_head;
     int const columns = work.is_M ? Cfg::kDimK : shape.dim_v;
-    std::int64_t const in_sequence = static_cast<std::int64_t>(work.sequence) * (params.num_segments - 1);
-    std::int64_t const row = (in_sequence + work.segment) * heads + head;
-    float* const map = (work.is_M ? params.M : params.N) + row * columns * Cfg::kDimK;
-    for_each_element<Cfg::kDimK>(work.first_column, [&](int acc, int channel, int column) {
-      if (column < columns) {
-        map[column * Cfg::kDimK + channel] = S[acc];
-      }
-    });
+    // The first segment has no M.
+    std::int64_t const row = work.is_M ? segment_row(work, work.segment - 1, params.num_segments - 1)
+                                       : segment_row(work, work.segment, params.num_segments);
+    float* const map = (work.is_M ? params.M : params.N) + (row * heads + head) * columns * Cfg::kDimK;
+    for_each_pair<Cfg::kDimK>(
+        work.first_column, columns,
+        [&](int channel, int column) {
+          return work.is_M ? place_in_map(channel, column, Cfg::kDimK)
+                           : place_in_state(channel, column, Cfg::kDimK);
+        },
+        [&](int acc, int place) { *reinterpret_cast<float2*>(map + place) = float2{S[acc], S[acc + 1]}; });
   }
 };
 

@@ -15,13 +15,13 @@ inline CUtensorMap token_map(TokenTensor const& x, CallShape const& shape, int h
                                                         : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
   std::uint64_t const size = wide ? 4 : 2;
   auto const bytes = [size](std::int64_t stride) { return static_cast<std::uint64_t>(stride) * size; };
-  constexpr std::uint32_t kBoxRowBytes = 128, kTokens = 64;
+  constexpr std::uint32_t kBoxRowBytes = 128;
   return make_tensor_map<4>(
       x.data, type,
       {.extent = {static_cast<std::uint64_t>(channels), static_cast<std::uint64_t>(heads),
                   static_cast<std::uint64_t>(shape.seqlen), static_cast<std::uint64_t>(shape.batch)},
        .stride_bytes = {bytes(x.stride_head), bytes(x.stride_token), bytes(x.stride_batch)},
-       .box = {static_cast<std::uint32_t>(kBoxRowBytes / size), 1, kTokens, 1}});
+       .box = {static_cast<std::uint32_t>(kBoxRowBytes / size), 1, kChunk, 1}});
 }
 
 }  // namespace gdn2

@@ -38,7 +38,8 @@ __device__ uint4 load_piece(Element const* row, int count) {
   return piece;
 }
 
-// dv = w*dX and dw = v*dX of a slice, and through the sigmoid of w: a thread has a piece of 8 columns of two rows.
+// dv = w*dX and dw = v*dX of a slice, and through the sigmoid of w: a thread has a piece of 8 columns of two
+// rows.
 template <class Cfg>
 struct ValueGradients {
   using Element = typename Cfg::Element;

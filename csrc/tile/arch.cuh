@@ -15,8 +15,8 @@ namespace gdn2 {
 constexpr int kWarpThreads = 32;
 constexpr int kWarpgroupThreads = 128;
 
-// The index of this thread's warpgroup in the block, the same value in a register of every lane, so that role branches
-// are uniform.
+// The index of this thread's warpgroup in the block, the same value in a register of every lane, so that role
+// branches are uniform.
 __device__ inline int warpgroup_index() {
   return __shfl_sync(0xffffffff, threadIdx.x / kWarpgroupThreads, 0);
 }

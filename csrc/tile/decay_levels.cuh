@@ -1,9 +1,10 @@
-// The decays between the tokens of a chunk, for a warp that holds 16 channels as product fragments do: lane l has channels
-// l/4 and l/4 + 8, and of every group j of 8 tokens the neighbours 8*j + 2*(l%4) and the next.
+// The decays between the tokens of a chunk, for a warp that holds 16 channels as product fragments do: lane l
+// has channels l/4 and l/4 + 8, and of every group j of 8 tokens the neighbours 8*j + 2*(l%4) and the next.
 //
-// exp(G[r]-G[s]) is D[r] U[s], split at the first row of the later of two neighbouring blocks of h rows (h = 1, 2, 4,
-// .., 32): both are products of alpha = exp(g) over rows inside the pair, in [0, 1] for any g <= 0. Inside a group of
-// eight they are products over neighbouring lanes, F and B below; beyond, those times products over whole groups.
+// exp(G[r]-G[s]) is D[r] U[s], split at the first row of the later of two neighbouring blocks of h rows (h =
+// 1, 2, 4, .., 32): both are products of alpha = exp(g) over rows inside the pair, in [0, 1] for any g <= 0.
+// Inside a group of eight they are products over neighbouring lanes, F and B below; beyond, those times
+// products over whole groups.
 #pragma once
 
 #include "tile/mma.cuh"
@@ -24,7 +25,8 @@ __device__ inline float from_quad_lane(float x, int index) {
   return __shfl_sync(0xffffffff, x, index, 4);
 }
 
-// Sums over the lanes of the four behind this one (kForward: before it), this one left out; `all` gets the whole sum.
+// Sums over the lanes of the four behind this one (kForward: before it), this one left out; `all` gets the
+// whole sum.
 template <bool kForward>
 __device__ float exclusive_sum(float x, float& all) {
   int const q = lane_index() % 4;
@@ -44,7 +46,8 @@ struct GroupDecay {
   float first, rest;
 };
 
-// From the chunk's start up to and with the group's first token, and from the group's last token to the chunk's end.
+// From the chunk's start up to and with the group's first token, and from the group's last token to the
+// chunk's end.
 struct GroupPlace {
   float before, after;
 };

@@ -1,13 +1,13 @@
-// The functions of activation.cuh to float32's own accuracy, where errors add up over thousands of tokens: a few more
-// instructions a channel, and none a state element.
+// The functions of activation.cuh to float32's own accuracy, where errors add up over thousands of tokens: a
+// few more instructions a channel, and none a state element.
 #pragma once
 
 #include "tile/arch.cuh"
 
 namespace gdn2 {
 
-// exp(x) for a decay x <= 0, within 0.7 units in the last place and without the bias of ex2.approx, which a slowly
-// decaying state would collect. exp(-inf) = 0; NaN stays NaN.
+// exp(x) for a decay x <= 0, within 0.7 units in the last place and without the bias of ex2.approx, which a
+// slowly decaying state would collect. exp(-inf) = 0; NaN stays NaN.
 __device__ inline float decay_factor(float x) {
   float const j = rintf(x * 1.4426950408889634f);
   // f = x - j ln(2), |f| <= ln(2) / 2, with ln(2) in two parts

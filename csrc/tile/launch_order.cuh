@@ -21,17 +21,17 @@ __device__ void pin(T*& address) {
   asm volatile("" : "+l"(address));
 }
 
-// Returns when the kernels before this one on the stream are done and what they wrote can be read. Every thread that
-// touches global memory comes here first; at once where the launch does not overlap. `addresses` are made before, while
-// the others still run: the compiler may not put that off.
+// Returns when the kernels before this one on the stream are done and what they wrote can be read. Every
+// thread that touches global memory comes here first; at once where the launch does not overlap. `addresses`
+// are made before, while the others still run: the compiler may not put that off.
 template <class... Address>
 __device__ void wait_for_earlier_kernels(Address*&... addresses) {
   (pin(addresses), ...);
   asm volatile("griddepcontrol.wait;\n" ::: "memory");
 }
 
-// Lets the next kernel's CTAs start where there is room, as soon as all CTAs of this one have come here. They wait, in
-// turn, for the end of this kernel, so nothing has to be written yet.
+// Lets the next kernel's CTAs start where there is room, as soon as all CTAs of this one have come here. They
+// wait, in turn, for the end of this kernel, so nothing has to be written yet.
 __device__ inline void let_next_kernel_start() {
   asm volatile("griddepcontrol.launch_dependents;\n" ::: "memory");
 }

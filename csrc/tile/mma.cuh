@@ -14,9 +14,9 @@ __device__ inline int lane_index() {
   return threadIdx.x % kWarpThreads;
 }
 
-// Four 8x8 matrices of 16-bit elements from a swizzled box: rows [row, row+16), 16-byte pieces [piece, piece+2).
-// r[0]: rows 0-7 of the first piece; r[1]: rows 8-15; r[2], r[3]: the same of the second piece. Lane l holds row l/4,
-// columns 2*(l%4) and the next.
+// Four 8x8 matrices of 16-bit elements from a swizzled box: rows [row, row+16), 16-byte pieces [piece,
+// piece+2). r[0]: rows 0-7 of the first piece; r[1]: rows 8-15; r[2], r[3]: the same of the second piece.
+// Lane l holds row l/4, columns 2*(l%4) and the next.
 __device__ inline void load_matrices(std::uint32_t (&r)[4], void const* smem_box, int row, int piece) {
   int const lane = lane_index();
   auto const address = static_cast<std::uint32_t>(__cvta_generic_to_shared(smem_box)) +
@@ -50,7 +50,8 @@ __device__ inline void store_matrices_transposed(std::uint32_t const (&r)[4], vo
                : "memory");
 }
 
-// acc [16, 8] += A [16, 16] B [16, 8]; a as load_matrices gives it, b0 and b1 the rows 0-7 and 8-15 of B, transposed.
+// acc [16, 8] += A [16, 16] B [16, 8]; a as load_matrices gives it, b0 and b1 the rows 0-7 and 8-15 of B,
+// transposed.
 template <class Element>
 __device__ void mma_16x8x16(float (&acc)[4], std::uint32_t const (&a)[4], std::uint32_t b0,
                             std::uint32_t b1) {
@@ -69,7 +70,8 @@ __device__ void mma_16x8x16(float (&acc)[4], std::uint32_t const (&a)[4], std::u
   }
 }
 
-// The same with eight steps: A [16, 8], a[0] the rows 0-7 and a[1] the rows 8-15; b the rows of B, transposed.
+// The same with eight steps: A [16, 8], a[0] the rows 0-7 and a[1] the rows 8-15; b the rows of B,
+// transposed.
 template <class Element>
 __device__ void mma_16x8x8(float (&acc)[4], std::uint32_t const (&a)[2], std::uint32_t b) {
   if constexpr (std::is_same_v<Element, __half>) {
@@ -85,13 +87,14 @@ __device__ void mma_16x8x8(float (&acc)[4], std::uint32_t const (&a)[2], std::ui
   }
 }
 
-// float32 as tf32, to nearest: the instruction itself cuts the last 13 bits, so half of what they hold is added first.
+// float32 as tf32, to nearest: the instruction itself cuts the last 13 bits, so half of what they hold is
+// added first.
 __device__ inline std::uint32_t to_tf32(float x) {
   return __float_as_uint(x) + 0x1000;
 }
 
-// acc [16, 8] += A [16, 8] B [8, 8] in tf32. a[0]: row l/4, step l%4; a[1]: row + 8; a[2], a[3]: the same, step + 4.
-// b[0]: step l%4, column l/4; b[1]: step + 4.
+// acc [16, 8] += A [16, 8] B [8, 8] in tf32. a[0]: row l/4, step l%4; a[1]: row + 8; a[2], a[3]: the same,
+// step + 4. b[0]: step l%4, column l/4; b[1]: step + 4.
 __device__ inline void mma_16x8x8_tf32(float (&acc)[4], std::uint32_t const (&a)[4],
                                        std::uint32_t const (&b)[2]) {
   asm volatile(

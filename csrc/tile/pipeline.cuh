@@ -1,6 +1,7 @@
 // A ring of shared-memory stages between a producer, which fills them by TMA, and consumers, which read them.
 //
-// full[stage] flips when every byte of the stage has arrived; empty[stage] flips when every consumer has let go of it.
+// full[stage] flips when every byte of the stage has arrived; empty[stage] flips when every consumer has let
+// go of it.
 #pragma once
 
 #include <cutlass/arch/barrier.h>
@@ -31,8 +32,8 @@ struct RingBarriers {
   FullBarrier full[kStages];
   EmptyBarrier empty[kStages];
 
-  // By one thread, before the block's first barrier; fence_barrier_init must follow. A stage that the copy engine
-  // fills has one producer arrival, begin_fill; one that warps fill has one for each of them, publish.
+  // By one thread, before the block's first barrier; fence_barrier_init must follow. A stage that the copy
+  // engine fills has one producer arrival, begin_fill; one that warps fill has one for each of them, publish.
   __device__ void init(int num_producer_arrivals, int num_consumer_arrivals) {
     for (int stage = 0; stage < kStages; ++stage) {
       full[stage].init(num_producer_arrivals);
@@ -40,8 +41,8 @@ struct RingBarriers {
     }
   }
 
-  // Producer: waits until the consumers are done with the stage's last content (a fresh ring passes at once), then
-  // announces how many bytes will arrive.
+  // Producer: waits until the consumers are done with the stage's last content (a fresh ring passes at once),
+  // then announces how many bytes will arrive.
   __device__ FullBarrier& begin_fill(RingPosition<kStages> at, std::uint32_t bytes) {
     empty[at.stage].wait(at.parity ^ 1);
     full[at.stage].arrive_and_expect_tx(bytes);

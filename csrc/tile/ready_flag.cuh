@@ -1,4 +1,5 @@
-// Flags in global memory by which a kernel tells another one, running beside it, that something has been written.
+// Flags in global memory by which a kernel tells another one, running beside it, that something has been
+// written.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +13,8 @@ __device__ inline void publish_ready(std::uint32_t* flag) {
   asm volatile("fence.acq_rel.gpu;\n\tst.release.gpu.global.u32 [%0], 1;\n" ::"l"(flag) : "memory");
 }
 
-// Returns when the flag is set. What was written before it may then be read, by this thread and by the copies it issues.
+// Returns when the flag is set. What was written before it may then be read, by this thread and by the copies
+// it issues.
 __device__ inline void wait_ready(std::uint32_t const* flag) {
   std::uint32_t ready;
   do {

@@ -1,7 +1,7 @@
 // Copies between global and shared memory by the bulk tensor copy engine (TMA), one thread a copy.
 //
-// Every tile lies in shared memory as boxes of 64 16-bit columns: rows of 128 bytes, their 16-byte pieces permuted by
-// the 128-byte swizzle, which ldmatrix and wgmma read without bank conflicts.
+// Every tile lies in shared memory as boxes of 64 16-bit columns: rows of 128 bytes, their 16-byte pieces
+// permuted by the 128-byte swizzle, which ldmatrix and wgmma read without bank conflicts.
 #pragma once
 
 #include <cutlass/arch/barrier.h>
@@ -19,7 +19,8 @@ __device__ inline void prefetch_tensor_map(CUtensorMap const& map) {
   cute::prefetch_tma_descriptor(reinterpret_cast<cute::TmaDescriptor const*>(&map));
 }
 
-// Loads the box whose first element has these coordinates (innermost first) and counts its bytes on the barrier.
+// Loads the box whose first element has these coordinates (innermost first) and counts its bytes on the
+// barrier.
 template <class... Coordinates>
 __device__ void tma_load(CUtensorMap const& map, cutlass::arch::ClusterTransactionBarrier& full, void* smem,
                          Coordinates... coordinates) {
@@ -45,7 +46,8 @@ __device__ inline void bulk_load_kept(void* smem, void const* global, std::uint3
       : "memory");
 }
 
-// The same to this CTA of a cluster of two and to the other one, at the same place of both, counted on the barriers of both.
+// The same to this CTA of a cluster of two and to the other one, at the same place of both, counted on the
+// barriers of both.
 __device__ inline void bulk_load_to_pair(void* smem, void const* global, std::uint32_t bytes,
                                          cutlass::arch::ClusterTransactionBarrier& full) {
   constexpr std::uint16_t kBoth = 3;
@@ -56,7 +58,8 @@ __device__ inline void bulk_load_to_pair(void* smem, void const* global, std::ui
       : "memory");
 }
 
-// Byte offset, inside a box that starts at a multiple of kSwizzleAtomBytes, of the 16-byte piece `piece` of `row`.
+// Byte offset, inside a box that starts at a multiple of kSwizzleAtomBytes, of the 16-byte piece `piece` of
+// `row`.
 __host__ __device__ constexpr std::uint32_t swizzled_offset(int row, int piece) {
   return row * kBoxRowBytes + ((piece ^ (row & 7)) << 4);
 }

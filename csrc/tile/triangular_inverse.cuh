@@ -1,9 +1,11 @@
 // A = (I + T)^-1 for a strictly lower triangular T [64, 64] in float32, in place, by one warpgroup.
 //
-// Blocks of 16 on the diagonal by forward substitution in float32, a warp each; then merged upward, for 16 and 32:
+// Blocks of 16 on the diagonal by forward substitution in float32, half a warp each; then merged upward, for
+// 16 and 32:
 //     A21 = -(A22 T21) A11
-// in tf32 with float32 accumulation. The accumulators of A22 T21 are the left operand of the second product where they
-// are: the order of the contraction is free, so step l%4 of an instruction is column 2*(l%4) and step l%4 + 4 the next.
+// in tf32 with float32 accumulation. The accumulators of A22 T21 are the left operand of the second product
+// where they are: the order of the contraction is free, so step l%4 of an instruction is column 2*(l%4) and
+// step l%4 + 4 the next.
 #pragma once
 
 #include <cutlass/arch/barrier.h>
@@ -25,9 +27,11 @@ namespace detail {
 
 constexpr int kInverseBlock = 16;
 
-// Row by row: x[r] = e[r] - sum_{s<r} T[r, s] x[s]; lane l solves column l % 16 of the inverse.
-__device__ inline void invert_diagonal_block(TriangularMatrix T, int first) {
-  int const column = lane_index() % kInverseBlock;
+// Two neighbours, from row `pair` on. Row by row: x[r] = e[r] - sum_{s<r} T[r, s] x[s]; lane l solves column
+// l % 16 of the inverse of block l / 16.
+__device__ inline void invert_diagonal_blocks(TriangularMatrix T, int pair) {
+  int const column = lane_index() % kInverseBlock,
+            first = pair + lane_index() / kInverseBlock * kInverseBlock;
   float x[kInverseBlock];
 #pragma unroll
   for (int r = 0; r < kInverseBlock; ++r) {
@@ -45,12 +49,10 @@ __device__ inline void invert_diagonal_block(TriangularMatrix T, int first) {
     }
     x[r] = sum;
   }
-  __syncwarp();  // every lane has read the block
-  if (lane_index() < kInverseBlock) {
+  __syncwarp();  // every lane has read its block
 #pragma unroll
-    for (int r = 0; r < kInverseBlock; ++r) {
-      T.at(first + r, first + column) = x[r];
-    }
+  for (int r = 0; r < kInverseBlock; ++r) {
+    T.at(first + r, first + column) = x[r];
   }
 }
 
@@ -74,8 +76,8 @@ __device__ void multiply_A22_T21(float (&W)[kColumns / 8][4], TriangularMatrix M
   }
 }
 
-// A21 [16, kColumns] = -W A11 for columns [column, column + kColumns), over the columns of W from kFirst on: those
-// before meet zeros of A11.
+// A21 [16, kColumns] = -W A11 for columns [column, column + kColumns), over the columns of W from kFirst on:
+// those before meet zeros of A11.
 template <int kColumns, int kFirst, int kDepthTiles>
 __device__ void multiply_W_A11(float (&A21)[kColumns / 8][4], float const (&W)[kDepthTiles][4],
                                TriangularMatrix M, int first1, int column) {
@@ -107,16 +109,16 @@ __device__ void store_block(float const (&block)[kColumns / 8][4], TriangularMat
 
 }  // namespace detail
 
-// T becomes A, the unit diagonal included; nothing above the 16x16 diagonal blocks is read or written. `barrier` is a named
-// barrier that these kWarpgroupThreads threads own; all of T must be visible to them on entry, A is on exit.
+// T becomes A, the unit diagonal included; nothing above the 16x16 diagonal blocks is read or written.
+// `barrier` is a named barrier that these kWarpgroupThreads threads own; all of T must be visible to them on
+// entry, A is on exit.
 __device__ inline void invert_unit_lower(TriangularMatrix T, std::uint32_t barrier) {
   using cutlass::arch::NamedBarrier;
   int const warp = threadIdx.x % kWarpgroupThreads / kWarpThreads;
-  detail::invert_diagonal_block(T, 16 * warp);
-  NamedBarrier::sync(kWarpgroupThreads, barrier);
-
-  if (warp < 2) {  // blocks (1, 0) and (3, 2)
+  if (warp < 2) {  // blocks 0, 1 and (1, 0), or 2, 3 and (3, 2)
     int const first1 = 32 * warp, first2 = first1 + 16;
+    detail::invert_diagonal_blocks(T, first1);
+    __syncwarp();
     float W[2][4] = {}, A21[2][4] = {};
     detail::multiply_A22_T21<16, 16>(W, T, first2, first2, first1);
     detail::multiply_W_A11<16, 0>(A21, W, T, first1, first1);

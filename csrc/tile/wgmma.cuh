@@ -1,9 +1,11 @@
-// Products on the tensor cores: D [64, kN] += A [64, 16] B [16, kN] a warpgroup and instruction, A in registers.
+// Products on the tensor cores: D [64, kN] += A [64, 16] B [16, kN] a warpgroup and instruction, A in
+// registers.
 //
 // Which element lies where, for lane l of warp i in the warpgroup:
 //     accumulator  acc[4*j + 2*half + c]      row 16*i + l/4 + 8*half      column 8*j + 2*(l%4) + c
 //     A fragment   a[2*kk + half] (c = 0, 1)   row 16*i + l/4 + 8*half      column 8*kk + 2*(l%4) + c,   kk = 0, 1
-// so the accumulators of 16 columns are, rounded and packed in pairs, the A fragment of the next product's 16 steps.
+// so the accumulators of 16 columns are, rounded and packed in pairs, the A fragment of the next product's 16
+// steps.
 #pragma once
 
 #include <cute/arch/mma_sm90_gmma.hpp>
@@ -42,9 +44,11 @@ struct AtomSS;
     using Type = cute::SM90::GMMA::MMA_64x##N##x16_F32##NAME##NAME##_SS<kMajorA, Major::K, ScaleIn::One, \
                                                                         ScaleIn::One>;                   \
   };
+GDN2_WGMMA_ATOM(__nv_bfloat16, BF16, 16)
 GDN2_WGMMA_ATOM(__nv_bfloat16, BF16, 32)
 GDN2_WGMMA_ATOM(__nv_bfloat16, BF16, 64)
 GDN2_WGMMA_ATOM(__nv_bfloat16, BF16, 128)
+GDN2_WGMMA_ATOM(__half, F16, 16)
 GDN2_WGMMA_ATOM(__half, F16, 32)
 GDN2_WGMMA_ATOM(__half, F16, 64)
 GDN2_WGMMA_ATOM(__half, F16, 128)
@@ -69,10 +73,10 @@ __device__ void fma(float (&acc)[kRegisters], std::uint64_t descriptor_a, std::u
 
 }  // namespace detail
 
-// The shared-memory descriptor of B, or of an A (K-major as B, or MN-major: [depth, 64]), for one instruction's 16
-// steps of depth. `smem` is where the first of them starts:
-// KMajor: boxes of 64 depth steps, `kN` rows each; 16 steps further is 32 bytes further inside a box.
-// MNMajor: boxes of 64 columns, `mn_box_bytes` apart; 16 steps further is 16 rows further inside every box.
+// The shared-memory descriptor of B, or of an A (K-major as B, or MN-major: [depth, 64]), for one
+// instruction's 16 steps of depth. `smem` is where the first of them starts: KMajor: boxes of 64 depth steps,
+// `kN` rows each; 16 steps further is 32 bytes further inside a box. MNMajor: boxes of 64 columns,
+// `mn_box_bytes` apart; 16 steps further is 16 rows further inside every box.
 template <Major kMajorB>
 __device__ std::uint64_t shared_descriptor(void const* smem, int mn_box_bytes = 0) {
   std::uint64_t const start = static_cast<std::uint64_t>(__cvta_generic_to_shared(smem)) >> 4;
@@ -82,8 +86,8 @@ __device__ std::uint64_t shared_descriptor(void const* smem, int mn_box_bytes = 
   return (start & 0x3fff) | (leading << 16) | (kStride << 32) | (kSwizzle128B << 62);
 }
 
-// acc = A B, or += where accumulate: issued, not waited for (see wgmma_fence, wgmma_commit, wgmma_wait). kSignA Neg
-// subtracts, at no cost.
+// acc = A B, or += where accumulate: issued, not waited for (see wgmma_fence, wgmma_commit, wgmma_wait).
+// kSignA Neg subtracts, at no cost.
 template <class Element, Major kMajorB, ScaleIn kSignA = ScaleIn::One, int kRegisters>
 __device__ void wgmma(float (&acc)[kRegisters], FragmentA const& a, std::uint64_t descriptor,
                       bool accumulate) {
@@ -106,7 +110,8 @@ __device__ inline void wgmma_fence() {
 __device__ inline void wgmma_commit() {
   cute::warpgroup_commit_batch();
 }
-// Returns when at most kPending committed groups are unfinished; accumulators of finished ones may then be read.
+// Returns when at most kPending committed groups are unfinished; accumulators of finished ones may then be
+// read.
 template <int kPending>
 __device__ void wgmma_wait() {
   cute::warpgroup_wait<kPending>();

@@ -131,6 +131,7 @@ class _Route(NamedTuple):
     theirs: Callable
     positional: tuple[str, ...]  # its parameters, in order
     shared: frozenset[str]  # what both functions have
+    flags: frozenset[str]  # which of those are true or false, or None there
     defaults: dict[str, object]  # of what only one of them has
 
 
@@ -174,7 +175,8 @@ def _route(module: ModuleType, name: str) -> _Route:
         shared |= frozenset(_THROUGH_KWARGS)
     defaults = {n: ours[n].default for n in ours if n not in shared}
     defaults |= {n: parameters[n].default for n in has if n not in shared}
-    return _Route(name, theirs, positional, shared, defaults)
+    flags = frozenset(n for n in shared if isinstance(ours[n].default, bool))
+    return _Route(name, theirs, positional, shared, flags, defaults)
 
 
 def _namespaces() -> list[dict]:
@@ -230,7 +232,7 @@ def _arguments(route: _Route, args: tuple, kwargs: dict) -> tuple[dict[str, obje
     arguments = {}
     for name, value in given.items():
         if name in route.shared:
-            arguments[name] = value
+            arguments[name] = False if value is None and name in route.flags else value
         elif not (value is None or _is_default(value, route.defaults.get(name))):
             return {}, f"its argument {name} is not one that gdn2_ext and flash-linear-attention share"
     if arguments.get("return_intermediate_states"):

@@ -10,6 +10,7 @@ from torch.nn import functional
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from ..autocast import in_autocast_dtype
+from ..layers import check_attention_mask
 from ..modules import fused_on_gpu, sequence_of_token
 from .cache import GatedDeltaNet2Cache
 
@@ -85,7 +86,10 @@ class SlidingWindowAttention(nn.Module):
         cu_seqlens_cpu: Tensor | None = None,
     ) -> tuple[Tensor, None, GatedDeltaNet2Cache | None]:
         """As `gdn2_ext.GatedDeltaNet2.forward`."""
-        seqlen, device = hidden_states.shape[1], hidden_states.device
+        batch, seqlen, _ = hidden_states.shape
+        device = hidden_states.device
+        if attention_mask is not None:
+            check_attention_mask(attention_mask, batch, seqlen)
         hidden_states = in_autocast_dtype(hidden_states)
         q, k, v = (
             project(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from transformers import PretrainedConfig
 
+from ..layers import check_layer_options
+
 RECURRENT, SLIDING = "linear_attention", "sliding_attention"
 
 # By name, for GatedDeltaNet2Config.named. Those of 1.3 billion parameters follow the paper: 16 heads of
@@ -26,7 +28,7 @@ class GatedDeltaNet2Config(PretrainedConfig):
 
     Args:
         intermediate_size: of the MLP; None: 8/3 of hidden_size, up to a multiple of 128.
-        attention_every: every so-manieth layer is attention, 0: none. Shorthand for `layer_types`.
+        attention_every: n makes every n-th layer attention, 0 none. Shorthand for `layer_types`.
         layer_types: "linear_attention" (recurrent) or "sliding_attention" for every layer.
         num_attention_heads, num_key_value_heads: of attention layers; None: hidden_size / 128, and the same.
         sliding_window: tokens that attention sees, the current one included.
@@ -72,6 +74,18 @@ class GatedDeltaNet2Config(PretrainedConfig):
         tie_word_embeddings: bool = False,
         **kwargs,
     ):
+        check_layer_options(
+            hidden_size, expand_v, head_dim, num_heads, num_v_heads, conv_size, gate_activation, variant,
+            backend,
+        )  # fmt: skip
+        for name, size in (("vocab_size", vocab_size), ("num_hidden_layers", num_hidden_layers)):
+            if size < 1:
+                raise ValueError(f"{name}: expected at least 1, got {size}")
+        if not 0 <= attention_every <= num_hidden_layers:
+            raise ValueError(
+                f"attention_every: expected up to {num_hidden_layers} layers, or 0 for none with attention, "
+                f"got {attention_every}"
+            )
         if layer_types is None:
             layer_types = [
                 SLIDING if attention_every and (layer + 1) % attention_every == 0 else RECURRENT

@@ -10,10 +10,20 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from ..autocast import in_autocast_dtype
 from ..layers import GatedDeltaNet2
-from ..modules import fused_on_gpu
+from ..modules import GatedRMSNorm, ShortConvolution, fused_on_gpu
 from .attention import SlidingWindowAttention
 from .cache import GatedDeltaNet2Cache
 from .configuration import SLIDING, GatedDeltaNet2Config
+
+# What callers written for other models pass along: nothing follows from it here, or what cu_seqlens says.
+_KNOWN = frozenset(
+    ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+    + ("position_ids", "cache_position", "output_attentions", "token_type_ids")
+)
+
+
+def _offsets(cu_seqlens: Tensor | None, others: dict) -> Tensor | None:
+    return others.get("cu_seq_lens_q") if cu_seqlens is None else cu_seqlens
 
 
 class SwiGLU(nn.Module):
@@ -79,16 +89,21 @@ class GatedDeltaNet2PreTrainedModel(PreTrainedModel):
                 nn.init.zeros_(module.bias)
         elif isinstance(module, nn.RMSNorm):
             nn.init.ones_(module.weight)
-        elif isinstance(module, GatedDeltaNet2) and not _is_loaded(module):
-            module.reset_parameters()
+        elif isinstance(module, (GatedDeltaNet2, GatedRMSNorm, ShortConvolution)):
+            _reset_what_is_not_loaded(module)
 
     @classmethod
     def _supports_default_dynamic_cache(cls, *_: object) -> bool:
         return False
 
 
-def _is_loaded(layer: GatedDeltaNet2) -> bool:
-    return any(getattr(x, "_is_hf_initialized", False) for x in layer.parameters(recurse=False))
+def _reset_what_is_not_loaded(module: nn.Module) -> None:
+    parameters = list(module.parameters(recurse=False))
+    loaded = {x: x.clone() for x in parameters if getattr(x, "_is_hf_initialized", False)}
+    if len(loaded) < len(parameters):
+        module.reset_parameters()
+        for parameter, value in loaded.items():
+            parameter.copy_(value)
 
 
 class GatedDeltaNet2Model(GatedDeltaNet2PreTrainedModel):
@@ -120,20 +135,32 @@ class GatedDeltaNet2Model(GatedDeltaNet2PreTrainedModel):
         *,
         cu_seqlens: Tensor | None = None,
         cu_seqlens_cpu: Tensor | None = None,
-        **_: object,
+        **others: object,
     ) -> BaseModelOutputWithPast | tuple:
         """
         Args:
             input_ids: [B, T]; or inputs_embeds: [B, T, hidden_size].
-            attention_mask: [B, T] or longer, 0 at padding.
+            attention_mask: [B, T] or longer, 0 at padding. A single token that goes on from a cache counts as
+                one, whatever the mask says of it.
             past_key_values: a `GatedDeltaNet2Cache`; one is made where use_cache asks for it.
             use_cache: None: config.use_cache, but not in training or with cu_seqlens.
-            cu_seqlens: [N+1], offsets of sequences packed in one row; cu_seqlens_cpu: the same on the CPU.
+            cu_seqlens: [N+1], offsets of sequences packed in one row, also as cu_seq_lens_q (Hugging Face's
+                flattening collator); cu_seqlens_cpu: the same on the CPU.
+            others: position_ids and cache_position tell the model nothing; TypeError for unknown names.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("expected either input_ids or inputs_embeds")
+        cu_seqlens = _offsets(cu_seqlens, others)
+        if unknown := sorted(name for name in others if name not in _KNOWN):
+            raise TypeError(f"{', '.join(unknown)}: not an argument of {type(self).__name__}.forward")
+        checkpointing = self.gradient_checkpointing and self.training
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training and cu_seqlens is None
+        elif use_cache and checkpointing:
+            raise ValueError("use_cache: expected False with gradient checkpointing, got True")
+        if not isinstance(past_key_values, (GatedDeltaNet2Cache, type(None))):
+            kind = type(past_key_values).__name__
+            raise TypeError(f"past_key_values: expected a GatedDeltaNet2Cache or None, got {kind}")
         x = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache and past_key_values is None:
             past_key_values = GatedDeltaNet2Cache(self.config)
@@ -146,7 +173,7 @@ class GatedDeltaNet2Model(GatedDeltaNet2PreTrainedModel):
         hidden_states = []
         for layer in self.layers:
             hidden_states.append(x)
-            if self.gradient_checkpointing and self.training:
+            if checkpointing:
                 x = self._gradient_checkpointing_func(layer.__call__, x, **options)
             else:
                 x = layer(x, **options)
@@ -209,7 +236,8 @@ class GatedDeltaNet2ForCausalLM(GatedDeltaNet2PreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast | tuple:
         """
         Args:
-            labels: [B, T] token ids, shifted in here; -100 is left out of the loss.
+            labels: [B, T] token ids, shifted in here. The loss leaves out -100, and first tokens of packed
+                sequences.
             logits_to_keep: of the last so many tokens, or of these; 0: of all.
             num_items_in_batch: what the sum of the losses is divided by; None: the labels that count.
 
@@ -231,7 +259,10 @@ class GatedDeltaNet2ForCausalLM(GatedDeltaNet2PreTrainedModel, GenerationMixin):
         if labels is not None:
             if logits is not None and logits.shape[1] != x.shape[1]:
                 raise ValueError("logits_to_keep: expected 0 with labels")
-            loss = self._loss(x, logits, labels, num_items_in_batch)
+            if labels.shape != x.shape[:2]:
+                raise ValueError(f"labels: expected {tuple(x.shape[:2])}, got {tuple(labels.shape)}")
+            cu_seqlens = _offsets(options.get("cu_seqlens"), options)
+            loss = self._loss(x, logits, labels, num_items_in_batch, cu_seqlens)
         output = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -241,10 +272,13 @@ class GatedDeltaNet2ForCausalLM(GatedDeltaNet2PreTrainedModel, GenerationMixin):
         return output.to_tuple() if return_dict is False else output
 
     def _loss(
-        self, x: Tensor, logits: Tensor | None, labels: Tensor, num_items: int | Tensor | None
-    ) -> Tensor:
+        self, x: Tensor, logits: Tensor | None, labels: Tensor, num_items: int | Tensor | None,
+        cu_seqlens: Tensor | None,
+    ) -> Tensor:  # fmt: skip
         """Cross entropy of the next token, from logits [B, T, vocabulary] or in pieces from x."""
         targets = functional.pad(labels[:, 1:], (0, 1), value=-100).flatten().to(x.device)
+        if cu_seqlens is not None:  # -1, before an empty sequence, is the last token of all
+            targets[cu_seqlens[1:-1].to(x.device, torch.long) - 1] = -100
         reduction = "mean" if num_items is None else "sum"
         if logits is not None:
             loss = functional.cross_entropy(logits.float().flatten(0, 1), targets, reduction=reduction)

@@ -1,0 +1,268 @@
+// T and P in `prepare`, level by level: operands from a thread's registers to shared memory, products, and
+// the entries of matching pairs.
+#pragma once
+
+#include "sm90/prepare_parts.cuh"
+#include "tile/convert.cuh"
+#include "tile/wgmma.cuh"
+
+namespace gdn2::prepare {
+
+// The index of a row among the 32 later (or earlier) rows of level h: the bit h taken out.
+__host__ __device__ constexpr int compressed_row(int row, int h) {
+  return row / (2 * h) * h + row % h;
+}
+__host__ __device__ constexpr int later_row(int index, int h) {
+  return index / h * 2 * h + h + index % h;
+}
+__host__ __device__ constexpr int earlier_row(int index, int h) {
+  return index / h * 2 * h + index % h;
+}
+
+// Where a lane has its channels of a level, from a row on.
+struct LevelRows {
+  LaneRows<std::uint32_t> later, earlier;
+
+  template <class Cfg>
+  __device__ LevelRows(LevelOperands<Cfg> const& operands, ThreadPlace at, int first_row)
+      : later(pairs_of(operands.later[at.box], first_row, at.lane)),
+        earlier(pairs_of(operands.earlier[at.box], first_row, at.lane)) {}
+};
+
+// E*D and q*D of token i, to row `index` of the later halves. The factor is rounded once for both: that costs
+// less accuracy than the rounding of P does, and saves a third of the level's instructions.
+template <class Cfg>
+__device__ void store_later(LevelRows const& out, ThreadInputs<Cfg> const& x, int i, int index,
+                            float const (&D)[2]) {
+  using Element = typename Cfg::Element;
+  std::uint32_t const factor = pack<Element>(D[0], D[1]);
+  store_pair(out.later[index], multiply_pairs<Element>(x.E[i], factor));
+  store_pair(out.later[32 + index], multiply_pairs<Element>(x.q[i], factor));
+}
+
+template <class Cfg>
+__device__ void store_earlier(LevelRows const& out, ThreadInputs<Cfg> const& x, int i, int index,
+                              float const (&U)[2]) {
+  using Element = typename Cfg::Element;
+  store_pair(out.earlier[index], multiply_pairs<Element>(x.k[i], pack<Element>(U[0], U[1])));
+}
+
+// Levels whose pairs lie inside a thread's 16 tokens.
+template <int h, class Cfg>
+__device__ void build_inner_level(LevelRows const& out, ThreadInputs<Cfg> const& x) {
+  static_assert(2 * h <= kBlock);
+#pragma unroll
+  for (int first = 0; first < kBlock; first += 2 * h) {
+    int const index = first / 2;
+    store_pair(out.later[index], x.E[first + h]);  // D = 1
+    store_pair(out.later[32 + index], x.q[first + h]);
+    float D[2] = {1.f, 1.f};
+#pragma unroll
+    for (int i = 1; i < h; ++i) {
+      D[0] *= x.alpha[first + h + i][0];
+      D[1] *= x.alpha[first + h + i][1];
+      store_later(out, x, first + h + i, index + i, D);
+    }
+    float U[2] = {1.f, 1.f};
+#pragma unroll
+    for (int i = h - 1; i >= 0; --i) {
+      U[0] *= x.alpha[first + i + 1][0];
+      U[1] *= x.alpha[first + i + 1][1];
+      store_earlier(out, x, first + i, index + i, U);
+    }
+  }
+}
+
+// Decay over whole blocks, per channel: alpha of a block's first token, and the product over its other 15.
+template <class Cfg>
+struct BlockProducts {
+  float2 first[kNumBlocks], rest[kNumBlocks];
+
+  __device__ BlockProducts(SharedStorage<Cfg> const& smem, int channel) {
+#pragma unroll
+    for (int block = 0; block < kNumBlocks; ++block) {
+      first[block] = *reinterpret_cast<float2 const*>(&smem.block_first[block][channel]);
+      rest[block] = *reinterpret_cast<float2 const*>(&smem.block_rest[block][channel]);
+    }
+  }
+};
+
+// Levels 16 and 32: a block is later or earlier as a whole. `carry` is the decay between this block and the
+// pair's middle: from the later half's first row to this block's first, or from this block's last row to it.
+template <class Cfg>
+__device__ void build_outer_level(LevelRows const& out, ThreadInputs<Cfg> const& x, bool later,
+                                  float2 carry) {
+  float F[2] = {carry.x, carry.y};
+  if (later) {
+#pragma unroll
+    for (int i = 0; i < kBlock; ++i) {
+      if (i > 0) {
+        F[0] *= x.alpha[i][0];
+        F[1] *= x.alpha[i][1];
+      }
+      store_later(out, x, i, i, F);
+    }
+  } else {
+#pragma unroll
+    for (int i = kBlock - 1; i >= 0; --i) {
+      if (i < kBlock - 1) {
+        F[0] *= x.alpha[i + 1][0];
+        F[1] *= x.alpha[i + 1][1];
+      }
+      store_earlier(out, x, i, i, F);
+    }
+  }
+}
+
+template <int h, class Cfg>
+__device__ void build_level(LevelOperands<Cfg>& out, SharedStorage<Cfg>& smem, ThreadInputs<Cfg> const& x,
+                            ThreadPlace at) {
+  if constexpr (2 * h <= kBlock) {
+    build_inner_level<h>(LevelRows(out, at, at.block * (kBlock / 2)), x);
+  } else {
+    BlockProducts<Cfg> const blocks(smem, at.channel());
+    float2 const one{1.f, 1.f};
+    float2 carry;
+    bool later;
+    if constexpr (h == 16) {
+      later = at.block % 2 == 1;
+      carry = later ? one : (at.block == 0 ? blocks.first[1] : blocks.first[3]);
+    } else {
+      later = at.block >= 2;
+      carry = at.block == 2   ? one
+              : at.block == 3 ? blocks.rest[2] * blocks.first[3]
+              : at.block == 1 ? blocks.first[2]
+                              : blocks.first[1] * blocks.rest[1] * blocks.first[2];
+    }
+    build_outer_level(LevelRows(out, at, compressed_row(at.block * kBlock, h)), x, later, carry);
+  }
+}
+
+// Two entries of row r of T or P side by side (one, where the level's pairs are single rows), scaled, to
+// shared memory.
+template <int h, class Cfg>
+struct EntryStore {
+  SharedStorage<Cfg>& smem;
+  bool is_P, normalize;
+  int r;
+  float row_scale = is_P ? smem.q_scale[r] : normalize ? smem.k_scale[r] : 1.f;
+
+  __device__ void operator()(int earlier, float x, float y) const {
+    using Element = typename Cfg::Element;
+    int const s0 = earlier_row(earlier, h), s1 = earlier_row(earlier + 1, h);
+    x *= row_scale, y *= row_scale;
+    if (normalize) {
+      float2 const scale = h > 1 ? *reinterpret_cast<float2 const*>(&smem.k_scale[s0])
+                                 : float2{smem.k_scale[s0], smem.k_scale[s1]};
+      x *= scale.x, y *= scale.y;
+    }
+    bool const has_x = h > 1 || r == s0 + 1, has_y = h > 1 || r == s1 + 1;
+    if (is_P) {
+      auto* const row = smem.P + swizzled_offset(r, s0 / 8);
+      if constexpr (h > 1) {
+        *reinterpret_cast<std::uint32_t*>(row + s0 % 8 * sizeof(Element)) = pack<Element>(x, y);
+      } else {
+        if (has_x)
+          *reinterpret_cast<Element*>(row + s0 % 8 * sizeof(Element)) = round_to<Element>(x);
+        if (has_y)
+          *reinterpret_cast<Element*>(row + s1 % 8 * sizeof(Element)) = round_to<Element>(y);
+      }
+    } else {
+      float* const row = smem.T + r * TriangularMatrix::kStride;
+      if constexpr (h > 1) {
+        *reinterpret_cast<float2*>(row + s0) = float2{x, y};
+      } else {
+        if (has_x)
+          row[s0] = x;
+        if (has_y)
+          row[s1] = y;
+      }
+    }
+  }
+};
+
+// The entries of matching pairs, from the accumulators of a warpgroup, columns [first_column, first_column +
+// 2*kSize): its warps 0 and 1 hold rows of T, 2 and 3 of P.
+template <int h, class Cfg, int kSize>
+__device__ void store_level(SharedStorage<Cfg>& smem, float const (&acc)[kSize], int first_column,
+                            bool normalize) {
+  constexpr bool kHalf = kSize == 8;  // of the 32 columns
+  int const warp = threadIdx.x % kWarpgroupThreads / kWarpThreads, lane = lane_index();
+  bool const upper = warp % 2 == 1;  // later rows 16-31
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    EntryStore<h, Cfg> const store{smem, warp >= 2, normalize,
+                                   later_row(16 * (warp % 2) + 8 * half + lane / 4, h)};
+    // Rows 16-31 meet columns from 16 on, and the others those before.
+    auto const own = [&](int i) { return !kHalf && upper ? acc[(i + 8) % kSize] : acc[i]; };
+    bool const has_own = !kHalf || first_column == 16 * (warp % 2);
+    if constexpr (h == 32) {
+#pragma unroll
+      for (int j = 0; j < kSize / 4; ++j) {
+        store(first_column + 8 * j + 2 * (lane % 4), acc[4 * j + 2 * half], acc[4 * j + 2 * half + 1]);
+      }
+    } else if constexpr (h == 16) {
+#pragma unroll
+      for (int j = 0; j < 2 && has_own; ++j) {
+        store(16 * (warp % 2) + 8 * j + 2 * (lane % 4), own(4 * j + 2 * half), own(4 * j + 2 * half + 1));
+      }
+    } else if (has_own && (h == 1 || lane / 4 / h == 2 * (lane % 4) / h)) {
+      // Eight later rows meet their own eight earlier ones, and among them row groups of h.
+      store(16 * (warp % 2) + 8 * half + 2 * (lane % 4), own(6 * half), own(6 * half + 1));
+    }
+  }
+}
+
+// [E*D; q*D] (k*U)^T of one level, 2*kSize columns from first_column on, by one warpgroup.
+template <int kLevel, int kSize, class Cfg>
+__device__ void multiply_level(SharedStorage<Cfg>& smem, int first_column, bool normalize) {
+  LevelOperands<Cfg> const& operands = smem.operands[kLevel % 3];
+  float acc[kSize];
+  auto const later = shared_descriptor<Major::K>(operands.later);
+  auto const earlier = shared_descriptor<Major::K>(operands.earlier[0] + first_column * kBoxRowBytes);
+  wgmma_fence();
+#pragma unroll
+  for (int step = 0; step < Cfg::kDimK / 16; ++step) {
+    int const piece = step % 4 * 32;
+    wgmma_shared<typename Cfg::Element>(acc, later + ((step / 4 * kBoxBytes + piece) >> 4),
+                                        earlier + ((step / 4 * kBoxBytes / 2 + piece) >> 4), step > 0);
+  }
+  wgmma_commit();
+  wgmma_wait<0>();
+  store_level<1 << kLevel>(smem, acc, first_column, normalize);
+}
+
+// Every thread's operands of one level.
+template <int kLevel, class Cfg>
+__device__ void build(SharedStorage<Cfg>& smem, ThreadInputs<Cfg> const& x) {
+  if (phase_begins_if_crowded<Cfg>()) {
+    build_level<1 << kLevel>(smem.operands[kLevel % 3], smem, x, thread_place<Cfg>());
+  }
+}
+
+// What has been built may be multiplied, and what has been multiplied may be overwritten.
+template <class Cfg>
+__device__ void meet_at_operands() {
+  cutlass::arch::fence_view_async_shared();  // ordinary stores, which wgmma reads
+  sync_team<Cfg>();
+}
+
+// The products of three levels: two warpgroups have one each and a half of the third one's columns.
+template <int kLevel, class Cfg>
+__device__ void multiply_three_levels(SharedStorage<Cfg>& smem, bool normalize) {
+  if constexpr (Cfg::kWarpgroups == 1) {
+    multiply_level<kLevel, 16>(smem, 0, normalize);
+    multiply_level<kLevel + 1, 16>(smem, 0, normalize);
+    multiply_level<kLevel + 2, 16>(smem, 0, normalize);
+  } else {
+    int const warpgroup = thread_of_team<Cfg>() / kWarpgroupThreads;
+    if (warpgroup == 0) {
+      multiply_level<kLevel, 16>(smem, 0, normalize);
+    } else {
+      multiply_level<kLevel + 1, 16>(smem, 0, normalize);
+    }
+    multiply_level<kLevel + 2, 8>(smem, 16 * warpgroup, normalize);
+  }
+}
+
+}  // namespace gdn2::prepare
