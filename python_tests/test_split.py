@@ -8,18 +8,19 @@ import pytest
 import torch
 
 from gdn2_ext import cuda_launch
-from gdn2_ext.sequence_split import MAX_SEGMENTS, num_segments
+from gdn2_ext.sequence_split import MAX_SEGMENTS, Gpu, num_segments
 
-H200_SMS = 132
+H200 = Gpu(num_sms=132, memory_bandwidth=4916)
+H100 = Gpu(num_sms=132, memory_bandwidth=3352)
 needs_extension = pytest.mark.skipif(
     cuda_launch._C is None, reason="needs an install with kernels (GDN2_CUDA=ON)"
 )
 
 
-def automatic(seqlen: int, heads: int, sequences: int = 1, num_sms: int = H200_SMS, **changes) -> int:
+def automatic(seqlen: int, heads: int, sequences: int = 1, gpu: Gpu = H200, **changes) -> int:
     call = {
         "requested": 0, "seqlen": seqlen, "num_sequences": sequences, "gate_heads": heads,
-        "value_heads": heads, "dim_k": 128, "dim_v": 128, "packed": False, "num_sms": num_sms,
+        "value_heads": heads, "dim_k": 128, "dim_v": 128, "packed": False, "gpu": gpu,
     }  # fmt: skip
     return num_segments(**call | changes)
 
@@ -50,7 +51,7 @@ def test_what_fills_the_chip_or_is_short_is_not(seqlen, heads, sequences):
 def test_the_number_is_bounded_and_what_was_asked_for_is_given():
     assert automatic(1 << 24, 1) <= MAX_SEGMENTS
     assert automatic(0, 1) == 1
-    assert automatic(128, 1, num_sms=1000) <= 2
+    assert automatic(128, 1, gpu=Gpu(1000, 4916)) <= 2
     assert [automatic(64, 64, requested=n) for n in (1, 2, 64)] == [1, 2, 64]
 
 
@@ -62,7 +63,7 @@ def test_packed_sequences_count_as_long_as_the_average():
 
 def beside(seqlen: int, heads: int, batch: int = 1, dim: int = 128, packed: bool = False) -> int:
     """On how many SMs prepare runs beside scan."""
-    return cuda_launch._C.sms_beside_scan(seqlen, batch, heads, heads, dim, dim, packed, H200_SMS)
+    return cuda_launch._C.sms_beside_scan(seqlen, batch, heads, heads, dim, dim, packed, *H200)
 
 
 BESIDE = [
@@ -77,7 +78,7 @@ BESIDE = [
 def test_prepare_runs_beside_walks_that_leave_it_sms():
     for batch, seqlen, heads, dim in BESIDE:
         walks = batch * heads * dim // 64
-        sms = min(H200_SMS - walks, 16 + 4 * batch * heads)
+        sms = min(H200.num_sms - walks, 16 + 4 * batch * heads)
         assert beside(seqlen, heads, batch, dim) == sms > 0, (batch, seqlen, heads, dim)
     assert beside(8192, 40) == beside(0, 8) == beside(8192, 16, packed=True) == beside(256, 1) == 0
 

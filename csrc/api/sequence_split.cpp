@@ -13,7 +13,7 @@ constexpr std::int64_t kColumns = 64;  // value columns of a walk
 constexpr std::int64_t kMostSegments = 64;
 // In microseconds, fitted to calls with every number of segments and with prepare before and beside scan, on
 // an H200 (docs/kernels.md). Walks at the same time share the memory: a chunk takes no less than their number
-// times their share.
+// times their share, which is of the memory.
 constexpr double kCallTime = 14.0, kBesideCallTime = 22.2;  // of what does not depend on the shape
 constexpr double kPrepareTime = 6.44;                       // of a chunk and head, on one SM
 constexpr double kScanTime = 0.917, kScanShare = 0.0107;    // of a chunk of a walk
@@ -22,6 +22,7 @@ constexpr double kSplitTime = 3.7;                          // of what only a sp
 constexpr double kStateTime = 2.3;                          // of every segment's first state
 // Beside each other: of a chunk of a walk, and what every chunk and head of prepare adds to it; of a chunk
 // and head of prepare, on one SM, where the walks wait for it.
+constexpr double kMemoryBandwidth = 4917;  // of an H200, GB/s by its clock and bus
 constexpr double kBesideScanTime = 0.871, kBesideTileTime = 0.0108, kBesidePrepareTime = 5.96;
 // On how many SMs prepare keeps just ahead of the walks: some, and these for every head. On more it would run
 // so far ahead that its tiles have left the L2 cache when the walks take them.
@@ -40,7 +41,8 @@ class Estimate {
         walks_(call.num_sequences * call.num_value_heads * ceil_div(call.dim_v, kColumns)),
         heads_(call.num_sequences * call.num_gate_heads),
         matrices_(heads_ * ceil_div(call.dim_k, kColumns)),
-        tiles_(static_cast<double>(heads_) * static_cast<double>(chunks_)) {}
+        tiles_(static_cast<double>(heads_) * static_cast<double>(chunks_)),
+        memory_time_(call.gpu.memory_bandwidth > 0 ? kMemoryBandwidth / call.gpu.memory_bandwidth : 1.0) {}
 
   std::int64_t chunks() const { return chunks_; }
 
@@ -61,25 +63,27 @@ class Estimate {
   SplitChoice const& call_;
   std::int64_t chunks_, walks_, heads_, matrices_;
   double tiles_;
+  double memory_time_;  // of a byte, an H200's is 1
 
   // Lengths of packed sequences are not known here.
-  bool may_run_beside() const { return !call_.packed && chunks_ > 0 && 2 * walks_ <= call_.num_sms; }
+  bool may_run_beside() const { return !call_.packed && chunks_ > 0 && 2 * walks_ <= call_.gpu.num_sms; }
   int other_sms() const {
-    return static_cast<int>(std::min(call_.num_sms - walks_, kBesideSms + kBesideSmsOfHead * heads_));
+    return static_cast<int>(std::min(call_.gpu.num_sms - walks_, kBesideSms + kBesideSmsOfHead * heads_));
   }
 
   double prepare_then_scan(std::int64_t segments) const {
-    return kCallTime + kPrepareTime * tiles_ / call_.num_sms +
+    return kCallTime + kPrepareTime * tiles_ / call_.gpu.num_sms +
            walk(segments * walks_, segments, kScanTime, kScanShare);
   }
   double beside() const {
-    double const scan = kBesideScanTime * static_cast<double>(chunks_) + kBesideTileTime * tiles_;
+    double const scan =
+        kBesideScanTime * static_cast<double>(chunks_) + kBesideTileTime * memory_time_ * tiles_;
     return kBesideCallTime + std::max(scan, kBesidePrepareTime * tiles_ / other_sms());
   }
   double walk(std::int64_t number, std::int64_t segments, double chunk, double share) const {
-    std::int64_t const steps = ceil_div(number, call_.num_sms) * ceil_div(chunks_, segments);
-    std::int64_t const at_once = std::min<std::int64_t>(number, call_.num_sms);
-    return static_cast<double>(steps) * std::max(chunk, share * static_cast<double>(at_once));
+    std::int64_t const steps = ceil_div(number, call_.gpu.num_sms) * ceil_div(chunks_, segments);
+    std::int64_t const at_once = std::min<std::int64_t>(number, call_.gpu.num_sms);
+    return static_cast<double>(steps) * std::max(chunk, share * memory_time_ * static_cast<double>(at_once));
   }
 };
 
