@@ -120,11 +120,14 @@ demo: $(INSTALLED)
 test: $(INSTALLED) $(TEST_TOOLS)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(TEST_JOBS) --timeout $(TEST_TIMEOUT) $(PYTEST_ARGS)
 
+# Without such a GPU all tests would skip, and pass.
+NEEDS_HOPPER = @$(BIN)/python -I -c 'import sys, torch; \
+	hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0); \
+	sys.exit(not hopper and "$@ needs a GPU of compute capability 9.0, and torch sees none")'
+
 # One process: GPU tests share one device, and their timings and memory readings want it for themselves.
 gpu-test: $(INSTALLED) $(TEST_TOOLS)
-	@$(BIN)/python -I -c 'import sys, torch; \
-	hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0); \
-	sys.exit(not hopper and "gpu-test needs a GPU of compute capability 9.0, and torch sees none")'
+	$(NEEDS_HOPPER)
 	$(BIN)/pytest python_tests -m gpu --timeout $(TEST_TIMEOUT) --record bench/results/gpu_tests.json $(PYTEST_ARGS)
 
 # An access outside a tensor is seen where every tensor is an allocation by itself, which graphs cannot do with.
@@ -132,6 +135,7 @@ gpu-test: $(INSTALLED) $(TEST_TOOLS)
 MEMCHECK := compute-sanitizer --tool memcheck --kernel-name kns=gdn2 --target-processes all --error-exitcode 1 \
             $(BIN)/pytest python_tests --numpy-reference --timeout $(TEST_TIMEOUT) $(PYTEST_ARGS)
 memcheck: $(INSTALLED) $(TEST_TOOLS)
+	$(NEEDS_HOPPER)
 	PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(MEMCHECK) -n $(TEST_JOBS) -m "gpu and not slow"
 	$(MEMCHECK) -m caching_allocator
 
