@@ -3,10 +3,13 @@
 // (see scan.cu).
 #pragma once
 
+#include <cute/arch/cluster_sm90.hpp>
+
 #include "params.h"
 #include "sm90/token_map.h"
 #include "tile/activation.cuh"
 #include "tile/convert.cuh"
+#include "tile/launch_order.cuh"
 #include "tile/mma.cuh"
 #include "tile/pipeline.cuh"
 #include "tile/tma.cuh"
@@ -146,8 +149,6 @@ __device__ void make_values(Storage& smem, GateParams const& gates, Work const& 
     }
     smem.ring_values.release(at_values);
     smem.ring_Z.publish(at_Z);
-    at_values.advance();
-    at_Z.advance();
   }
 }
 
@@ -165,6 +166,54 @@ __device__ void load_values(Storage& smem, Maps const& maps, Work const& work) {
       tma_load(maps.v, full, values.v[wg], column, work.value_head, token, work.batch);
       tma_load(maps.w, full, values.w[wg], column, work.value_head, token, work.batch);
     }
+  }
+}
+
+// ---- factors, which all value columns need: CTAs of two slices may be a pair, a cluster ---------------------
+
+// A tile of factors: of two paired CTAs, each loads a half for both.
+template <class Cfg>
+__device__ void load_factors(void* smem, void const* global, int bytes, FullBarrier& full) {
+  if constexpr (Cfg::kPaired) {
+    int const half = bytes / 2, first = cute::block_rank_in_cluster() * half;
+    bulk_load_to_pair(static_cast<std::uint8_t*>(smem) + first,
+                      static_cast<std::uint8_t const*>(global) + first, half, full);
+  } else {
+    bulk_load(smem, global, bytes, full);
+  }
+}
+
+template <class Cfg, class Ring, class Position>
+__device__ void release_factors(Ring& ring, Position& at) {
+  if constexpr (Cfg::kPaired) {
+    ring.release_to_pair(at);
+  } else {
+    ring.release(at);
+  }
+}
+
+// Warps that let go of a stage of factors.
+template <class Cfg>
+constexpr int kFactorReaders = (Cfg::kPaired ? 2 : 1) * Cfg::kWarpgroups * (kWarpgroupThreads / kWarpThreads);
+
+// Of all threads, once the barriers are there, before anybody uses them.
+template <class Cfg>
+__device__ void sync_before_loads() {
+  if constexpr (Cfg::kPaired) {
+    cute::cluster_arrive();
+    cute::cluster_wait();
+  } else {
+    __syncthreads();
+  }
+}
+
+// Of all threads, last of all: neither of a pair goes while the other one may still write to it.
+template <class Cfg>
+__device__ void leave_together() {
+  if constexpr (Cfg::kPaired) {
+    __syncwarp();
+    cute::cluster_arrive();
+    cute::cluster_wait();
   }
 }
 
