@@ -11,18 +11,19 @@ namespace {
 
 constexpr std::int64_t kColumns = 64;  // value columns of a walk
 constexpr std::int64_t kMostSegments = 64;
-// In microseconds, fitted to calls with every number of segments and with prepare before and beside scan, on
-// an H200 (docs/kernels.md). Walks at the same time share the memory: a chunk takes no less than their number
-// times their share, which is of the memory.
+// In microseconds, fitted to calls with every number of segments, and with prepare before and beside scan, on
+// an H100 (docs/kernels.md). What waits for the memory is given for an H200's.
+constexpr double kMemoryBandwidth = 4917;                   // of an H200, GB/s by its clock and bus
 constexpr double kCallTime = 14.0, kBesideCallTime = 22.2;  // of what does not depend on the shape
-constexpr double kPrepareTime = 6.44;                       // of a chunk and head, on one SM
-constexpr double kScanTime = 0.917, kScanShare = 0.0107;    // of a chunk of a walk
-constexpr double kMapsTime = 0.813, kMapsShare = 0.0074;    // the same of the walks that make maps
-constexpr double kSplitTime = 3.7;                          // of what only a split needs
-constexpr double kStateTime = 2.3;                          // of every segment's first state
+// Of a chunk and head, on one SM: no less than its share of the memory.
+constexpr double kPrepareTime = 6.4, kPrepareShare = 5.2;
+// Of a chunk of a walk: no less than the share of all walks at the same time.
+constexpr double kScanTime = 0.9, kScanShare = 0.0115;
+constexpr double kMapsTime = 0.895, kMapsShare = 0.004;  // the same of the walks that make maps
+constexpr double kSplitTime = 1.3;                       // of what only a split needs
+constexpr double kStateTime = 1.8;                       // of every segment's first state
 // Beside each other: of a chunk of a walk, and what every chunk and head of prepare adds to it; of a chunk
 // and head of prepare, on one SM, where the walks wait for it.
-constexpr double kMemoryBandwidth = 4917;  // of an H200, GB/s by its clock and bus
 constexpr double kBesideScanTime = 0.871, kBesideTileTime = 0.0108, kBesidePrepareTime = 5.96;
 // On how many SMs prepare keeps just ahead of the walks: some, and these for every head. On more it would run
 // so far ahead that its tiles have left the L2 cache when the walks take them.
@@ -72,7 +73,7 @@ class Estimate {
   }
 
   double prepare_then_scan(std::int64_t segments) const {
-    return kCallTime + kPrepareTime * tiles_ / call_.gpu.num_sms +
+    return kCallTime + std::max(kPrepareTime, kPrepareShare * memory_time_) * tiles_ / call_.gpu.num_sms +
            walk(segments * walks_, segments, kScanTime, kScanShare);
   }
   double beside() const {
