@@ -196,14 +196,13 @@ __device__ void release_factors(Ring& ring, Position& at) {
 template <class Cfg>
 constexpr int kFactorReaders = (Cfg::kPaired ? 2 : 1) * Cfg::kWarpgroups * (kWarpgroupThreads / kWarpThreads);
 
-// Of all threads, once the barriers are there, before anybody uses them.
+// Of all threads, once the barriers are there (and fence_barrier_init), before anybody uses them.
 template <class Cfg>
 __device__ void sync_before_loads() {
+  __syncthreads();
   if constexpr (Cfg::kPaired) {
-    cute::cluster_arrive();
+    cute::cluster_arrive_relaxed();  // no fence: nothing but the barriers is the other CTA's to see
     cute::cluster_wait();
-  } else {
-    __syncthreads();
   }
 }
 
