@@ -230,13 +230,6 @@ struct Walk {
   RingPosition<1> at_O;
   float S[Cfg::kDimK / 2], X[32], O[32];
 
-  // Z^T of the next chunk into X.
-  __device__ void begin_Z() {
-    smem.ring_Z.wait_full(at_Z);
-    read_Z(X, smem.Z[at_Z.stage][wg]);
-    smem.ring_Z.release(at_Z);
-  }
-
   // O^T, rounded, to the tile that the store role empties.
   __device__ void finish_O() {
     FragmentA O_rounded[4];
@@ -299,7 +292,7 @@ struct Walk {
     if (work.num_chunks == 0) {
       return;
     }
-    begin_Z();
+    take_Z(X, smem, at_Z, wg);
     {
       if constexpr (Cfg::kStoreStates) {
         store_chunk_state(0);
@@ -313,7 +306,7 @@ struct Walk {
       FragmentA R_rounded[4];
       round_fragments<Element>(R_rounded, X);
       issue_S_and_O(R_rounded);
-      begin_Z();
+      take_Z(X, smem, at_Z, wg);
       if constexpr (Cfg::kStoreStates) {
         wgmma_wait<0>();
         store_chunk_state(chunk);

@@ -153,13 +153,6 @@ struct Recompute {
   RingPosition<Cfg::kStagesKt> at_Kt;
   float S[Cfg::kDimK / 2], X[32];
 
-  // Z^T of the next chunk into X.
-  __device__ void begin_Z() {
-    smem.ring_Z.wait_full(at_Z);
-    read_Z(X, smem.Z[at_Z.stage][wg]);
-    smem.ring_Z.release(at_Z);
-  }
-
   // X^T = Z^T - S^T (gamma*E)^T: issued, and behind it S goes on as S Diag(gamma[C-1]).
   __device__ void issue_X(FragmentA (&S_rounded)[Cfg::kSteps]) {
     smem.ring_E.wait_full(at_E);
@@ -202,7 +195,7 @@ struct Recompute {
     if (work.num_chunks == 0) {
       return;
     }
-    begin_Z();
+    take_Z(X, smem, at_Z, wg);
     {
       FragmentA S_rounded[Cfg::kSteps];
       issue_X(S_rounded);
@@ -214,7 +207,7 @@ struct Recompute {
       FragmentA R_rounded[4], S_rounded[Cfg::kSteps];
       round_fragments<Element>(R_rounded, X);
       issue_S(R_rounded);
-      begin_Z();
+      take_Z(X, smem, at_Z, wg);
       wait_S();
       issue_X(S_rounded);
       stager.put_rows(R_rounded);  // of the last chunk

@@ -216,16 +216,19 @@ __device__ void leave_together() {
   }
 }
 
-// This thread's accumulators Z^T.
-__device__ inline void read_Z(float (&acc)[32], FragmentsZ const& Z) {
+// Z^T of the next chunk, this thread's accumulators of it, from the ring of Z.
+template <class Storage, class Position>
+__device__ void take_Z(float (&acc)[32], Storage& smem, Position& at, int wg) {
+  smem.ring_Z.wait_full(at);
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
-    float4 const z = Z[i][threadIdx.x % kWarpgroupThreads];
+    float4 const z = smem.Z[at.stage][wg][i][threadIdx.x % kWarpgroupThreads];
     acc[4 * i] = z.x;
     acc[4 * i + 1] = z.y;
     acc[4 * i + 2] = z.z;
     acc[4 * i + 3] = z.w;
   }
+  smem.ring_Z.release(at);
 }
 
 // ---- math steps: one warpgroup, 64 value columns ----------------------------------------------------------

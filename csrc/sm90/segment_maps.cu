@@ -157,9 +157,7 @@ struct Walk {
       }
       return;
     }
-    smem.ring_Z.wait_full(at_Z);
-    read_Z(X, smem.Z[at_Z.stage][0]);
-    smem.ring_Z.release(at_Z);
+    take_Z(X, smem, at_Z, 0);
   }
 
   // X^T = Z^T - S^T (gamma*E)^T, and behind it S goes on as S Diag(gamma[C-1]).
