@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 import gdn2_ext
-from gdn2_ext.sequence_split import num_segments
+from gdn2_ext.sequence_split import Gpu, gpu, num_segments
 
 from . import records, sweep, timing
 from .records import number
@@ -29,18 +29,18 @@ BATCHES = (1, 2, 4)
 HEADS = (1, 2, 4, 8, 16, 32)
 
 
-def segments(shape: Shape, num_sms: int) -> int:
+def segments(shape: Shape, card: Gpu) -> int:
     """1 where it is not cut."""
     heads, dims = (shape.heads, shape.heads), (shape.dim_k, shape.dim_v)
-    return num_segments(0, shape.seqlen, shape.batch, *heads, *dims, False, num_sms)
+    return num_segments(0, shape.seqlen, shape.batch, *heads, *dims, False, card)
 
 
-def cut_shapes(num_sms: int) -> list[Shape]:
+def cut_shapes(card: Gpu) -> list[Shape]:
     shapes = [Shape(batch, seqlen, heads) for heads in HEADS for batch in BATCHES for seqlen in sweep.LENGTHS]
-    return [shape for shape in shapes if segments(shape, num_sms) > 1]
+    return [shape for shape in shapes if segments(shape, card) > 1]
 
 
-def measure(shape: Shape, which: str, num_sms: int, repeats: int) -> dict:
+def measure(shape: Shape, which: str, card: Gpu, repeats: int) -> dict:
     inputs = sweep.Inputs(shape, group=1)
     tensors = [inputs.q, inputs.k, inputs.v, inputs.g, inputs.b, inputs.w]
     for x in tensors:
@@ -57,7 +57,7 @@ def measure(shape: Shape, which: str, num_sms: int, repeats: int) -> dict:
     best = graph if len(graph) == 2 else eager
     return {
         "shape": shape.label, "batch": shape.batch, "seqlen": shape.seqlen, "heads": shape.heads,
-        "segments": segments(shape, num_sms), "pass": which,
+        "segments": segments(shape, card), "pass": which,
         "whole_ms": eager["whole"].median, "chosen_ms": eager["chosen"].median,
         "whole_graph_ms": graph["whole"].median if "whole" in graph else None,
         "chosen_graph_ms": graph["chosen"].median if "chosen" in graph else None,
@@ -116,13 +116,13 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     budget = records.Budget(options.budget)
     print(f"{torch.cuda.get_device_name()}\n{HEADER}")
-    num_sms = torch.cuda.get_device_properties(0).multi_processor_count
+    card = gpu(torch.cuda.current_device())
     rows = records.Rows(options.out, "split", ("shape", "pass"), options.again)
-    for shape in cut_shapes(num_sms):
+    for shape in cut_shapes(card):
         for which in sweep.PASSES:
             if rows.has(shape.label, which) or budget.spent():
                 continue
-            row = measure(shape, which, num_sms, options.repeats)
+            row = measure(shape, which, card, options.repeats)
             print(line(row), flush=True)
             rows.add([row])
         torch.cuda.empty_cache()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from . import cuda_launch
 from .cuda_launch import MAKE_TENSORS, READ_TENSORS, are_plain, nobody_traces
-from .sequence_split import num_segments
+from .sequence_split import gpu, num_segments
 from .torch_backend import CHUNK, GateOptions, Gradients, PackedTokens, num_chunk_slots
 
 MAX_DIM_K = 128
@@ -89,11 +88,6 @@ def kept_size(
     return _Sizes.of(q, v, g, cu_seqlens).kept_size(num_segments, keep_tiles, use_qk_l2norm)
 
 
-@functools.cache
-def _num_multiprocessors(index: int | None) -> int:
-    return torch.cuda.get_device_properties(index).multi_processor_count
-
-
 class _Sizes(NamedTuple):
     """The dimensions of a call that its memory depends on."""
 
@@ -131,7 +125,7 @@ class _Sizes(NamedTuple):
             return 1
         return num_segments(
             requested, self.seqlen, self.num_sequences, self.num_gate_heads, self.num_value_heads, self.dim_k,
-            self.dim_v, self.packed, _num_multiprocessors(device.index),
+            self.dim_v, self.packed, gpu(device.index),
         )  # fmt: skip
 
     def kept_size(self, num_segments: int, keep_tiles: bool, use_qk_l2norm: bool) -> int:

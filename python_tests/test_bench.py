@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))
 
 from bench import fla_tuning, records, split, sweep  # noqa: E402
+from gdn2_ext.sequence_split import Gpu  # noqa: E402
 
 ABOUT = ("what", "who")
 
@@ -271,7 +272,8 @@ def test_no_sweep_to_plot(out, capsys):
 
 
 def test_shapes_that_are_cut_are_few_heads():
-    shapes = split.cut_shapes(num_sms=132)
+    h200 = Gpu(num_sms=132, memory_bandwidth=4916)
+    shapes = split.cut_shapes(h200)
     assert len(set(shapes)) == len(shapes) > 10
-    assert all(split.segments(shape, 132) > 1 for shape in shapes)
+    assert all(split.segments(shape, h200) > 1 for shape in shapes)
     assert max(shape.batch * shape.heads for shape in shapes) < 132

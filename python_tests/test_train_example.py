@@ -538,6 +538,7 @@ def test_configurations_by_file_and_folder_with_changes(train, inputs, tmp_path)
 # ---- on a GPU ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.gpu
 @pytest.mark.parametrize("config, processes", [("tiny", 0), ("hybrid.json", 1)], ids=["alone", "torchrun"])
 def test_a_run_on_a_gpu_learns_and_goes_on_with_the_same_bits(inputs, tmp_path, config, processes):

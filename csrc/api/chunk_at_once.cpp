@@ -98,7 +98,7 @@ bool takes(Parameters& parameters, ChunkCall& call, View const& q, bool split) {
   if (!parameters.fill(call) || shape.seqlen == 0 || !is_current_hopper(q.device)) {
     return false;
   }
-  call.num_sms = num_multiprocessors(q.device);
+  call.gpu = gpu(q.device);
   if (!split) {
     call.num_segments = 1;
   } else if (call.num_segments == 0) {

@@ -17,7 +17,7 @@ int recomputed_at_first(ChunkCall const& call) {
       std::int64_t{shape.num_sequences} * shape.num_value_heads * ((shape.dim_v + kSlice - 1) / kSlice);
   std::int64_t const reverse_walks = call.num_segments - 1;
   return static_cast<int>(std::clamp<std::int64_t>(
-      call.num_sms / std::max<std::int64_t>(ctas, 1) - reverse_walks, 0, call.num_segments));
+      call.gpu.num_sms / std::max<std::int64_t>(ctas, 1) - reverse_walks, 0, call.num_segments));
 }
 
 }  // namespace
@@ -50,7 +50,7 @@ void chunk_backward(ChunkBackwardParams const& params, cudaStream_t stream) {
                            .segment_N = nullptr,
                            .first_recomputed = 0,
                            .num_recomputed = only_initial_state ? 0 : call.num_segments,
-                           .num_sms = call.num_sms};
+                           .num_sms = call.gpu.num_sms};
   if (call.num_segments > 1) {
     walks.segment_N = params.segment_N;
     walks.num_recomputed = only_initial_state ? 0 : recomputed_at_first(call);

@@ -89,7 +89,7 @@ bool launch(Arguments& from, View Views::* const (&order)[kNumViews],
     return false;
   }
   take_all_room(room, params, x);
-  params.call.num_sms = num_multiprocessors();
+  params.call.gpu = gpu(current_device());
   pybind11::gil_scoped_release const release;  // a full queue makes a launch wait
   run(params, stream);
   return true;
@@ -140,11 +140,11 @@ PyObject* workspace_bytes(PyObject*, PyObject* const* arguments, Py_ssize_t numb
   return PyLong_FromLongLong(room.size());
 }
 
-// (seqlen, num_sequences, gate heads, value heads, K, V, packed, SMs) to what choose makes of them.
+// (seqlen, num_sequences, gate heads, value heads, K, V, packed, SMs, memory bandwidth) to what choose makes of them.
 template <int (*choose)(SplitChoice const&)>
 PyObject* choice_of_python(PyObject*, PyObject* const* arguments, Py_ssize_t number) {
-  if (number != 8) {
-    return PyErr_Format(PyExc_TypeError, "expected 8 arguments, got %zd", number);
+  if (number != 9) {
+    return PyErr_Format(PyExc_TypeError, "expected 9 arguments, got %zd", number);
   }
   Arguments from(arguments);
   SplitChoice const call{.seqlen = from.integer(),
@@ -154,8 +154,16 @@ PyObject* choice_of_python(PyObject*, PyObject* const* arguments, Py_ssize_t num
                          .dim_k = from.integer(),
                          .dim_v = from.integer(),
                          .packed = from.flag(),
-                         .num_sms = static_cast<int>(from.integer())};
+                         .gpu = {.num_sms = static_cast<int>(from.integer()),
+                                 .memory_bandwidth = static_cast<int>(from.integer())}};
   return PyErr_Occurred() ? nullptr : PyLong_FromLong(choose(call));
+}
+
+PyObject* gpu_of_python(PyObject*, PyObject* const* arguments, Py_ssize_t number) {
+  return call_kernel("gpu", arguments, number, 1, [](Arguments& from) {
+    Gpu const found = gpu(static_cast<int>(from.integer()));
+    return pybind11::object(pybind11::make_tuple(found.num_sms, found.memory_bandwidth));
+  });
 }
 
 template <ChunkOrder kOrder>
@@ -201,6 +209,7 @@ PyMethodDef methods[] = {
         "The chunk backward on the current device. False, and nothing launched, where an argument is not as the "
         "kernels need it."),
     method("chunk_workspace_bytes", &workspace_bytes, "The least size of the workspace of either."),
+    method("gpu", &gpu_of_python, "(number of SMs, memory bandwidth in GB/s) of a device."),
     method("num_segments", &choice_of_python<num_segments>,
            "Into how many segments sequences are cut by default."),
     method("sms_beside_scan", &choice_of_python<sms_beside_scan>,

@@ -10,7 +10,7 @@ SplitChoice split_choice(ChunkCall const& call) {
           .dim_k = call.shape.dim_k,
           .dim_v = call.shape.dim_v,
           .packed = call.cu_seqlens != nullptr,
-          .num_sms = call.num_sms};
+          .gpu = call.gpu};
 }
 
 void plan(ChunkCall const& call, cudaStream_t stream) {

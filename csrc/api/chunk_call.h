@@ -23,7 +23,7 @@ struct ChunkCall {
   int num_segments;      // of a sequence, in the forward
   float const* initial_state;
   bool state_v_first;
-  int num_sms;  // of the device
+  Gpu gpu;
 };
 
 SplitChoice split_choice(ChunkCall const& call);

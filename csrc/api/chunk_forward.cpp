@@ -45,7 +45,7 @@ void chunk_forward(ChunkForwardParams const& params, cudaStream_t stream) {
             .num_segments = call.num_segments,
             .segment_states = params.segment_states,
             .state_v_first = call.state_v_first,
-            .num_sms = call.num_sms},
+            .num_sms = call.gpu.num_sms},
            stream);
 }
 

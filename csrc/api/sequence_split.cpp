@@ -11,15 +11,17 @@ namespace {
 
 constexpr std::int64_t kColumns = 64;  // value columns of a walk
 constexpr std::int64_t kMostSegments = 64;
-// In microseconds, fitted to calls with every number of segments and with prepare before and beside scan, on
-// an H200 (docs/kernels.md). Walks at the same time share the memory: a chunk takes no less than their number
-// times their share.
+// In microseconds, fitted to calls with every number of segments, and with prepare before and beside scan, on
+// an H100 (docs/kernels.md). What waits for the memory is given for an H200's.
+constexpr double kMemoryBandwidth = 4917;                   // of an H200, GB/s by its clock and bus
 constexpr double kCallTime = 14.0, kBesideCallTime = 22.2;  // of what does not depend on the shape
-constexpr double kPrepareTime = 6.44;                       // of a chunk and head, on one SM
-constexpr double kScanTime = 0.917, kScanShare = 0.0107;    // of a chunk of a walk
-constexpr double kMapsTime = 0.813, kMapsShare = 0.0074;    // the same of the walks that make maps
-constexpr double kSplitTime = 3.7;                          // of what only a split needs
-constexpr double kStateTime = 2.3;                          // of every segment's first state
+// Of a chunk and head, on one SM: no less than its share of the memory.
+constexpr double kPrepareTime = 6.4, kPrepareShare = 5.2;
+// Of a chunk of a walk: no less than the share of all walks at the same time.
+constexpr double kScanTime = 0.9, kScanShare = 0.0115;
+constexpr double kMapsTime = 0.895, kMapsShare = 0.004;  // the same of the walks that make maps
+constexpr double kSplitTime = 1.3;                       // of what only a split needs
+constexpr double kStateTime = 1.8;                       // of every segment's first state
 // Beside each other: of a chunk of a walk, and what every chunk and head of prepare adds to it; of a chunk
 // and head of prepare, on one SM, where the walks wait for it.
 constexpr double kBesideScanTime = 0.871, kBesideTileTime = 0.0108, kBesidePrepareTime = 5.96;
@@ -40,7 +42,8 @@ class Estimate {
         walks_(call.num_sequences * call.num_value_heads * ceil_div(call.dim_v, kColumns)),
         heads_(call.num_sequences * call.num_gate_heads),
         matrices_(heads_ * ceil_div(call.dim_k, kColumns)),
-        tiles_(static_cast<double>(heads_) * static_cast<double>(chunks_)) {}
+        tiles_(static_cast<double>(heads_) * static_cast<double>(chunks_)),
+        memory_time_(call.gpu.memory_bandwidth > 0 ? kMemoryBandwidth / call.gpu.memory_bandwidth : 1.0) {}
 
   std::int64_t chunks() const { return chunks_; }
 
@@ -61,25 +64,27 @@ class Estimate {
   SplitChoice const& call_;
   std::int64_t chunks_, walks_, heads_, matrices_;
   double tiles_;
+  double memory_time_;  // of a byte, an H200's is 1
 
   // Lengths of packed sequences are not known here.
-  bool may_run_beside() const { return !call_.packed && chunks_ > 0 && 2 * walks_ <= call_.num_sms; }
+  bool may_run_beside() const { return !call_.packed && chunks_ > 0 && 2 * walks_ <= call_.gpu.num_sms; }
   int other_sms() const {
-    return static_cast<int>(std::min(call_.num_sms - walks_, kBesideSms + kBesideSmsOfHead * heads_));
+    return static_cast<int>(std::min(call_.gpu.num_sms - walks_, kBesideSms + kBesideSmsOfHead * heads_));
   }
 
   double prepare_then_scan(std::int64_t segments) const {
-    return kCallTime + kPrepareTime * tiles_ / call_.num_sms +
+    return kCallTime + std::max(kPrepareTime, kPrepareShare * memory_time_) * tiles_ / call_.gpu.num_sms +
            walk(segments * walks_, segments, kScanTime, kScanShare);
   }
   double beside() const {
-    double const scan = kBesideScanTime * static_cast<double>(chunks_) + kBesideTileTime * tiles_;
+    double const scan =
+        kBesideScanTime * static_cast<double>(chunks_) + kBesideTileTime * memory_time_ * tiles_;
     return kBesideCallTime + std::max(scan, kBesidePrepareTime * tiles_ / other_sms());
   }
   double walk(std::int64_t number, std::int64_t segments, double chunk, double share) const {
-    std::int64_t const steps = ceil_div(number, call_.num_sms) * ceil_div(chunks_, segments);
-    std::int64_t const at_once = std::min<std::int64_t>(number, call_.num_sms);
-    return static_cast<double>(steps) * std::max(chunk, share * static_cast<double>(at_once));
+    std::int64_t const steps = ceil_div(number, call_.gpu.num_sms) * ceil_div(chunks_, segments);
+    std::int64_t const at_once = std::min<std::int64_t>(number, call_.gpu.num_sms);
+    return static_cast<double>(steps) * std::max(chunk, share * memory_time_ * static_cast<double>(at_once));
   }
 };
 

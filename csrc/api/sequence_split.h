@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "api/device.h"
 #include "params.h"
 
 namespace gdn2 {
@@ -56,7 +57,7 @@ struct SplitChoice {
   std::int64_t seqlen;  // of a dense sequence, or of all packed ones
   std::int64_t num_sequences, num_gate_heads, num_value_heads, dim_k, dim_v;
   bool packed;
-  int num_sms;  // of the GPU
+  Gpu gpu;
 };
 
 // The quickest; 1 for sequences that stay whole.

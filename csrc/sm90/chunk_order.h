@@ -15,8 +15,10 @@ enum class ChunkOrder { kUp, kDown, kInwards, kOutwards };
 // its chunks come first, or last where ranks come towards the start.
 class DenseChunks {
  public:
+  // Of far more tiles than the cache holds, too few are found there for what jumps between segments cost.
   DenseChunks(CallShape const& shape, int num_segments)
-      : DenseChunks(shape.batch, shape.num_slots / shape.batch, num_segments) {}
+      : DenseChunks(shape.batch, shape.num_slots / shape.batch,
+                    shape.num_slots * shape.num_gate_heads <= kTilesForJumps ? num_segments : 1) {}
   DenseChunks(int batch, int num_chunks, int num_segments)
       : num_chunks_(num_chunks),
         segment_chunks_(num_chunks < 1 ? 1 : (num_chunks + num_segments - 1) / num_segments),
@@ -45,6 +47,8 @@ class DenseChunks {
   }
 
  private:
+  static constexpr int kTilesForJumps = 2048;  // 134 MB
+
   int num_chunks_, segment_chunks_, num_equal_;
   cutlass::FastDivmod left_, walks_, segments_;
   int num_left_;

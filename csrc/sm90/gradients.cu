@@ -440,9 +440,8 @@ void launch(GradientsParams const& params, cudaStream_t stream) {
   throw_on_error(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSmemBytes),
                  "gradients: shared memory");
   unsigned const boxes = shape.dim_k > kChannels ? 2 : 1;
-  cudaLaunchAttribute attributes[2] = {overlapping_launch()};
-  attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim = {Cfg::kFused && params.gates.use_qk_l2norm ? boxes : 1, 1, 1};
+  bool const pair = Cfg::kFused && params.gates.use_qk_l2norm;
+  cudaLaunchAttribute attributes[] = {overlapping_launch(), cluster_launch(pair ? boxes : 1)};
   cudaLaunchConfig_t config{};
   config.gridDim = static_cast<unsigned>(shape.num_slots) * shape.num_gate_heads * boxes;
   config.blockDim = kThreads;

@@ -26,7 +26,6 @@
 //     X 256        | O = S q 256        | R 128        |         | S' 256    | O += R P 128
 //     last O out   | round X            |              | round R | Z of c+1  | round and decay S
 #include <cutlass/arch/barrier.h>
-#include <cute/arch/cluster_sm90.hpp>
 
 #include "api/chunk_forward.h"
 #include "api/cuda_error.h"
@@ -86,12 +85,11 @@ struct SharedStorage {
   __device__ void init_barriers() {
     constexpr int kCopyEngine = 1, kWarpgroupWarps = kWarpgroupThreads / kWarpThreads;
     constexpr int kMathWarps = Cfg::kWarpgroups * kWarpgroupWarps;
-    constexpr int kFactorReaders = Cfg::kPaired ? 2 * kMathWarps : kMathWarps;
     ring_values.init(kCopyEngine, kWarpgroupWarps);
     ring_Z.init(kWarpgroupWarps, kMathWarps);
-    ring_E.init(kCopyEngine, kFactorReaders);
-    ring_q.init(kCopyEngine, kFactorReaders);
-    ring_k.init(kCopyEngine, kFactorReaders);
+    ring_E.init(kCopyEngine, kFactorReaders<Cfg>);
+    ring_q.init(kCopyEngine, kFactorReaders<Cfg>);
+    ring_k.init(kCopyEngine, kFactorReaders<Cfg>);
     for (auto& ring : ring_O) {
       ring.init(kWarpgroupWarps, 1);
     }
@@ -102,28 +100,6 @@ struct SharedStorage {
 struct TensorMaps {
   CUtensorMap v, w, o;
 };
-
-// A tile of factors, which all value columns need: of two paired CTAs, each loads a half for both.
-template <class Cfg>
-__device__ void load_factors(void* smem, void const* global, int bytes, FullBarrier& full) {
-  if constexpr (Cfg::kPaired) {
-    int const half = bytes / 2, first = cute::block_rank_in_cluster() * half;
-    bulk_load_to_pair(static_cast<std::uint8_t*>(smem) + first,
-                      static_cast<std::uint8_t const*>(global) + first, half, full);
-  } else {
-    bulk_load(smem, global, bytes, full);
-  }
-}
-
-template <class Cfg, class Ring, class Position>
-__device__ void release_factors(Ring& ring, Position& at) {
-  if constexpr (Cfg::kPaired) {
-    ring.release_to_pair(at);
-  } else {
-    ring.release(at);
-  }
-  at.advance();
-}
 
 // ---- load role --------------------------------------------------------------------------------------------
 
@@ -210,7 +186,7 @@ __device__ void store_outputs(SharedStorage<Cfg>& smem, ScanParams const& params
                               Work const& work, int wg) {
   RingPosition<1> at;
   int const column = work.first_column + wg * kColumns;
-  for (int chunk = 0; chunk < work.num_chunks; ++chunk, at.advance()) {
+  for (int chunk = 0; chunk < work.num_chunks; ++chunk) {
     smem.ring_O[wg].wait_full(at);
     store_rows<Cfg>(smem.O[wg], params, maps, work, column, chunk);
     smem.ring_O[wg].release(at);
@@ -254,14 +230,6 @@ struct Walk {
   RingPosition<1> at_O;
   float S[Cfg::kDimK / 2], X[32], O[32];
 
-  // Z^T of the next chunk into X.
-  __device__ void begin_Z() {
-    smem.ring_Z.wait_full(at_Z);
-    read_Z(X, smem.Z[at_Z.stage][wg]);
-    smem.ring_Z.release(at_Z);
-    at_Z.advance();
-  }
-
   // O^T, rounded, to the tile that the store role empties.
   __device__ void finish_O() {
     FragmentA O_rounded[4];
@@ -269,7 +237,6 @@ struct Walk {
     smem.ring_O[wg].wait_empty(at_O);
     store_token_rows(O_rounded, smem.O[wg]);
     smem.ring_O[wg].publish(at_O);
-    at_O.advance();
   }
 
   // X^T = Z^T - S^T (gamma*E)^T: issued. S goes on as S Diag(gamma[C-1]): the compiler lets nobody touch
@@ -325,7 +292,7 @@ struct Walk {
     if (work.num_chunks == 0) {
       return;
     }
-    begin_Z();
+    take_Z(X, smem, at_Z, wg);
     {
       if constexpr (Cfg::kStoreStates) {
         store_chunk_state(0);
@@ -339,7 +306,7 @@ struct Walk {
       FragmentA R_rounded[4];
       round_fragments<Element>(R_rounded, X);
       issue_S_and_O(R_rounded);
-      begin_Z();
+      take_Z(X, smem, at_Z, wg);
       if constexpr (Cfg::kStoreStates) {
         wgmma_wait<0>();
         store_chunk_state(chunk);
@@ -385,11 +352,6 @@ __device__ void compute(SharedStorage<Cfg>& smem, ScanParams const& params, Work
   }
 }
 
-__device__ void sync_pair() {
-  cute::cluster_arrive();
-  cute::cluster_wait();
-}
-
 template <class Cfg>
 __global__ void __launch_bounds__(Cfg::kThreads, 1)
     scan_kernel(__grid_constant__ ScanParams const params, __grid_constant__ TensorMaps const maps) {
@@ -400,11 +362,7 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
   if (threadIdx.x == 0) {
     smem.init_barriers();
   }
-  if constexpr (Cfg::kPaired) {
-    sync_pair();  // both have barriers now
-  } else {
-    __syncthreads();
-  }
+  sync_before_loads<Cfg>();
   int const wg = warpgroup_index();
   if (wg < Cfg::kWarpgroups) {
     claim_registers<Cfg::kMathRegisters>();
@@ -428,10 +386,7 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
       load_values<Cfg>(smem, maps, work);
     }
   }
-  if constexpr (Cfg::kPaired) {
-    __syncwarp();
-    sync_pair();  // neither is written to any more
-  }
+  leave_together<Cfg>();
 }
 
 template <class Cfg>
@@ -454,10 +409,7 @@ void launch(ScanParams const& params, cudaStream_t stream) {
   constexpr int kColumnsPerCta = Cfg::kWarpgroups * kColumns;
   dim3 const grid(static_cast<unsigned>(shape.num_sequences) * params.num_segments * shape.num_value_heads,
                   (shape.dim_v + kColumnsPerCta - 1) / kColumnsPerCta);
-  cudaLaunchAttribute attributes[2] = {};
-  attributes[0].id = cudaLaunchAttributeClusterDimension;
-  attributes[0].val.clusterDim = {1, Cfg::kPaired ? 2u : 1u, 1};
-  attributes[1] = overlapping_launch();
+  cudaLaunchAttribute attributes[] = {cluster_launch(1, Cfg::kPaired ? 2 : 1), overlapping_launch()};
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = dim3(Cfg::kThreads);

@@ -11,7 +11,7 @@
 // each product is the rounded accumulator of the one before it, in the registers where it is.
 //
 // Grid: one CTA for a sequence, walk, segment, value head and kWarpgroups * 64 value columns; longer
-// sequences first, of each the reverse walks first. A sequence is one segment, or several whose first states
+// sequences first, of each the reverse walks first. CTAs of neighbouring columns are pairs, as in scan. A sequence is one segment, or several whose first states
 // are known. Those take two launches: reverse walks from zero, and those from their last gradients, which
 // then are known; walks of the recomputation are beside either.
 // Roles: kWarpgroups math warpgroups of 64 value columns each (S or dS 64, X or dR 32 accumulators; 32
@@ -77,17 +77,17 @@ __device__ void load(RecomputeStorage<Cfg>& smem, ScanBackwardParams const& para
     ChunkFactors<Cfg> const factors(params.tiles, work, chunk);
 
     FullBarrier& full_E = smem.ring_E.begin_fill(at_E, Cfg::kTileBytes + Cfg::kGammaBytes);
-    bulk_load(smem.gamma_E[at_E.stage], factors.gamma_E, Cfg::kTileBytes, full_E);
-    bulk_load(smem.gamma_last[at_E.stage], factors.gamma_last, Cfg::kGammaBytes, full_E);
+    load_factors<Cfg>(smem.gamma_E[at_E.stage], factors.gamma_E, Cfg::kTileBytes, full_E);
+    load_factors<Cfg>(smem.gamma_last[at_E.stage], factors.gamma_last, Cfg::kGammaBytes, full_E);
     at_E.advance();
 
     FullBarrier& full_A = smem.ring_A.begin_fill(at_A, kBoxBytes);
-    bulk_load(smem.A_minus_I[at_A.stage], factors.A_minus_I, kBoxBytes, full_A);
+    load_factors<Cfg>(smem.A_minus_I[at_A.stage], factors.A_minus_I, kBoxBytes, full_A);
     at_A.advance();
 
     if (chunk + 1 < work.num_chunks) {  // nobody needs the state after the last chunk
       FullBarrier& full_Kt = smem.ring_Kt.begin_fill(at_Kt, Cfg::kTileBytes);
-      bulk_load(smem.Kt[at_Kt.stage], factors.Kt, Cfg::kTileBytes, full_Kt);
+      load_factors<Cfg>(smem.Kt[at_Kt.stage], factors.Kt, Cfg::kTileBytes, full_Kt);
       at_Kt.advance();
     }
   }
@@ -104,19 +104,19 @@ __device__ void load(ReverseStorage<Cfg>& smem, ScanBackwardParams const& params
 
     auto& factors_k = smem.factors_k[at_k.stage];
     FullBarrier& full_k = smem.ring_k.begin_fill(at_k, sizeof(factors_k) + Cfg::kGammaBytes);
-    bulk_load(factors_k.P, factors.P, kBoxBytes, full_k);
-    bulk_load(smem.gamma_last[at_k.stage], factors.gamma_last, Cfg::kGammaBytes, full_k);
-    bulk_load(factors_k.Kt, factors.Kt, Cfg::kTileBytes, full_k);
+    load_factors<Cfg>(factors_k.P, factors.P, kBoxBytes, full_k);
+    load_factors<Cfg>(smem.gamma_last[at_k.stage], factors.gamma_last, Cfg::kGammaBytes, full_k);
+    load_factors<Cfg>(factors_k.Kt, factors.Kt, Cfg::kTileBytes, full_k);
     at_k.advance();
 
     auto& factors_q = smem.factors_q[at_q.stage];
     FullBarrier& full_q = smem.ring_q.begin_fill(at_q, sizeof(factors_q));
-    bulk_load(factors_q.gamma_q, factors.gamma_q, Cfg::kTileBytes, full_q);
-    bulk_load(factors_q.A_minus_I, factors.A_minus_I, kBoxBytes, full_q);
+    load_factors<Cfg>(factors_q.gamma_q, factors.gamma_q, Cfg::kTileBytes, full_q);
+    load_factors<Cfg>(factors_q.A_minus_I, factors.A_minus_I, kBoxBytes, full_q);
     at_q.advance();
 
     FullBarrier& full_E = smem.ring_E.begin_fill(at_E, Cfg::kTileBytes);
-    bulk_load(smem.gamma_E[at_E.stage], factors.gamma_E, Cfg::kTileBytes, full_E);
+    load_factors<Cfg>(smem.gamma_E[at_E.stage], factors.gamma_E, Cfg::kTileBytes, full_E);
     at_E.advance();
   }
 }
@@ -140,7 +140,7 @@ __device__ void load_dO(ReverseStorage<Cfg>& smem, TensorMaps const& maps, Work 
 
 // One tile, to global memory unless `wanted` is false; its shared memory is free again on return.
 __device__ void store_tile(void const* tile, void* image, int bytes, bool wanted, RingBarriers<1>& ring,
-                           RingPosition<1> at) {
+                           RingPosition<1>& at) {
   ring.wait_full(at);
   if (wanted && elect_one()) {
     // The math warps' ordinary stores, seen through the barrier, before the copy engine reads them. Here and
@@ -161,16 +161,16 @@ __device__ void store(Outgoing<Cfg> const& outgoing, OutgoingRings<Cfg>& rings, 
   int const slice = work.first_column / kColumns + wg;
   // The last CTA's second warpgroup may have no columns.
   bool const wanted = slice < slices && states != nullptr;
-  RingPosition<1> at;
-  for (int step = 0; step < work.num_chunks; ++step, at.advance()) {
+  RingPosition<1> at_state, at_rows;
+  for (int step = 0; step < work.num_chunks; ++step) {
     int const chunk = forwards ? step : work.num_chunks - 1 - step;
     std::int64_t const head =
         static_cast<std::int64_t>(work.first_slot + chunk) * shape.num_value_heads + work.value_head;
     std::int64_t const tile = head * slices + slice;
     store_tile(outgoing.state[wg], static_cast<std::uint8_t*>(states) + tile * Cfg::kTileBytes,
-               Cfg::kTileBytes, wanted, rings.state[wg], at);
+               Cfg::kTileBytes, wanted, rings.state[wg], at_state);
     store_tile(outgoing.rows[wg], static_cast<std::uint8_t*>(rows) + tile * kBoxBytes, kBoxBytes, wanted,
-               rings.rows[wg], at);
+               rings.rows[wg], at_rows);
   }
 }
 
@@ -256,7 +256,7 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
     take_segment(work, find_segment(params), params.num_segments);
     forwards ? recompute.init_barriers() : reverse.init_barriers();
   }
-  __syncthreads();
+  sync_before_loads<Cfg>();
   let_next_kernel_start();
   int const wg = warpgroup_index();
   if (wg < Cfg::kWarpgroups) {
@@ -289,6 +289,7 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
       forwards ? load_values<Cfg>(recompute, maps, work) : load_dO<Cfg>(reverse, maps, work);
     }
   }
+  leave_together<Cfg>();
 }
 
 template <class Cfg>
@@ -306,26 +307,31 @@ void launch(ScanBackwardParams const& params, cudaStream_t stream) {
   constexpr int kColumnsPerCta = Cfg::kWarpgroups * kColumns;
   dim3 const grid(static_cast<unsigned>(shape.num_sequences) * num_walks(params) * shape.num_value_heads,
                   (shape.dim_v + kColumnsPerCta - 1) / kColumnsPerCta);
-  cudaLaunchAttribute overlap = overlapping_launch();
+  cudaLaunchAttribute attributes[] = {cluster_launch(1, Cfg::kPaired ? 2 : 1), overlapping_launch()};
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = dim3(Cfg::kThreads);
   config.dynamicSmemBytes = kSharedBytes<Cfg>;
   config.stream = stream;
-  config.attrs = &overlap;
-  config.numAttrs = params.follows_prepare && shape.seqlen > 0 ? 1 : 0;
+  config.attrs = attributes;
+  config.numAttrs = params.follows_prepare && shape.seqlen > 0 ? 2 : 1;
   throw_on_error(cudaLaunchKernelEx(&config, kernel, params, maps), "scan_backward: launch");
 }
 
 template <class Element, int kDimK>
 void dispatch(ScanBackwardParams const& params, cudaStream_t stream) {
-  // As in scan: two warpgroups share the factors that they load, at half the number of CTAs.
+  // As in scan: two warpgroups share the factors that they load, or two CTAs.
   CallShape const& shape = params.shape;
   std::int64_t const slices = (shape.dim_v + kColumns - 1) / kColumns;
   std::int64_t const walks = std::int64_t{shape.num_sequences} * shape.num_value_heads * num_walks(params);
   bool const share = slices > 1 && walks * slices > params.num_sms;
-  share ? launch<Config<Element, kDimK, 2>>(params, stream)
-        : launch<Config<Element, kDimK, 1>>(params, stream);
+  if (share) {
+    launch<Config<Element, kDimK, 2, false>>(params, stream);
+  } else if (slices % 2 == 0) {
+    launch<Config<Element, kDimK, 1, true>>(params, stream);
+  } else {
+    launch<Config<Element, kDimK, 1, false>>(params, stream);
+  }
 }
 
 }  // namespace

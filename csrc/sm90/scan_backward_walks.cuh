@@ -9,11 +9,12 @@ namespace gdn2::scan_backward {
 
 constexpr int kWarpgroupWarps = kWarpgroupThreads / kWarpThreads;
 
-template <class Element_, int kDimK_, int kWarpgroups_>
+template <class Element_, int kDimK_, int kWarpgroups_, bool kPaired_>
 struct Config {
   using Element = Element_;
   static constexpr int kDimK = kDimK_;
   static constexpr int kWarpgroups = kWarpgroups_;
+  static constexpr bool kPaired = kPaired_;  // with the CTA of the neighbouring value columns
   static constexpr int kTileBytes = kDimK / kBoxColumns * kBoxBytes;
   static constexpr int kGammaBytes = kDimK * sizeof(float);
   static constexpr int kSteps = kDimK / 16;  // fragments of a rounded state
@@ -76,9 +77,9 @@ struct RecomputeStorage {
     rings_outgoing.init();
     ring_values.init(kCopyEngine, kWarpgroupWarps);
     ring_Z.init(kWarpgroupWarps, Cfg::kMathWarps);
-    ring_E.init(kCopyEngine, Cfg::kMathWarps);
-    ring_A.init(kCopyEngine, Cfg::kMathWarps);
-    ring_Kt.init(kCopyEngine, Cfg::kMathWarps);
+    ring_E.init(kCopyEngine, kFactorReaders<Cfg>);
+    ring_A.init(kCopyEngine, kFactorReaders<Cfg>);
+    ring_Kt.init(kCopyEngine, kFactorReaders<Cfg>);
     cutlass::arch::fence_barrier_init();  // orders the inits before the copy engine's use of them
   }
 };
@@ -108,9 +109,9 @@ struct ReverseStorage {
     constexpr int kCopyEngine = 1;
     rings_outgoing.init();
     ring_dO.init(kCopyEngine, Cfg::kMathWarps);
-    ring_k.init(kCopyEngine, Cfg::kMathWarps);
-    ring_q.init(kCopyEngine, Cfg::kMathWarps);
-    ring_E.init(kCopyEngine, Cfg::kMathWarps);
+    ring_k.init(kCopyEngine, kFactorReaders<Cfg>);
+    ring_q.init(kCopyEngine, kFactorReaders<Cfg>);
+    ring_E.init(kCopyEngine, kFactorReaders<Cfg>);
     cutlass::arch::fence_barrier_init();  // orders the inits before the copy engine's use of them
   }
 };
@@ -129,14 +130,12 @@ struct Stager {
     rings.state[wg].wait_empty(at_state);
     store_state_rows(state, outgoing.state[wg]);
     rings.state[wg].publish(at_state);
-    at_state.advance();
   }
 
   __device__ void put_rows(FragmentA const (&rows)[4]) {
     rings.rows[wg].wait_empty(at_rows);
     store_token_rows(rows, outgoing.rows[wg]);
     rings.rows[wg].publish(at_rows);
-    at_rows.advance();
   }
 };
 
@@ -154,14 +153,6 @@ struct Recompute {
   RingPosition<Cfg::kStagesKt> at_Kt;
   float S[Cfg::kDimK / 2], X[32];
 
-  // Z^T of the next chunk into X.
-  __device__ void begin_Z() {
-    smem.ring_Z.wait_full(at_Z);
-    read_Z(X, smem.Z[at_Z.stage][wg]);
-    smem.ring_Z.release(at_Z);
-    at_Z.advance();
-  }
-
   // X^T = Z^T - S^T (gamma*E)^T: issued, and behind it S goes on as S Diag(gamma[C-1]).
   __device__ void issue_X(FragmentA (&S_rounded)[Cfg::kSteps]) {
     smem.ring_E.wait_full(at_E);
@@ -174,8 +165,7 @@ struct Recompute {
   // R^T = X^T + X^T (A-I)^T: issued.
   __device__ void finish_X_and_issue_R() {
     wgmma_wait<0>();  // X
-    smem.ring_E.release(at_E);
-    at_E.advance();
+    release_factors<Cfg>(smem.ring_E, at_E);
     FragmentA X_rounded[4];
     round_fragments<Element>(X_rounded, X);
     smem.ring_A.wait_full(at_A);
@@ -185,8 +175,7 @@ struct Recompute {
 
   __device__ void wait_R() {
     wgmma_wait<0>();
-    smem.ring_A.release(at_A);
-    at_A.advance();
+    release_factors<Cfg>(smem.ring_A, at_A);
   }
 
   // S'^T = S^T Diag(gamma[C-1]) + R^T Kt: issued.
@@ -198,8 +187,7 @@ struct Recompute {
 
   __device__ void wait_S() {
     wgmma_wait<0>();
-    smem.ring_Kt.release(at_Kt);
-    at_Kt.advance();
+    release_factors<Cfg>(smem.ring_Kt, at_Kt);
   }
 
   // No product is in flight between iterations: the compiler would have to wait for it.
@@ -207,7 +195,7 @@ struct Recompute {
     if (work.num_chunks == 0) {
       return;
     }
-    begin_Z();
+    take_Z(X, smem, at_Z, wg);
     {
       FragmentA S_rounded[Cfg::kSteps];
       issue_X(S_rounded);
@@ -219,7 +207,7 @@ struct Recompute {
       FragmentA R_rounded[4], S_rounded[Cfg::kSteps];
       round_fragments<Element>(R_rounded, X);
       issue_S(R_rounded);
-      begin_Z();
+      take_Z(X, smem, at_Z, wg);
       wait_S();
       issue_X(S_rounded);
       stager.put_rows(R_rounded);  // of the last chunk
@@ -267,7 +255,6 @@ struct Reverse {
       dO[t] = {r[0], r[2], r[1], r[3]};
     }
     smem.ring_dO.release(at_dO);
-    at_dO.advance();
   }
 
   // dR^T = dO^T P: issued.
@@ -292,8 +279,7 @@ struct Reverse {
   // dX^T = dR^T + dR^T (A-I): issued, while dO^T (scale*gamma*q) may still run.
   __device__ void finish_dR_and_issue_dX() {
     wgmma_wait<1>();  // dR
-    smem.ring_k.release(at_k);
-    at_k.advance();
+    release_factors<Cfg>(smem.ring_k, at_k);
     FragmentA dR_rounded[4];
     round_fragments<Element>(dR_rounded, dR);
     wgmma_fence();
@@ -302,8 +288,7 @@ struct Reverse {
 
   __device__ void wait_dX() {
     wgmma_wait<0>();
-    smem.ring_q.release(at_q);
-    at_q.advance();
+    release_factors<Cfg>(smem.ring_q, at_q);
   }
 
   // dS^T -= dX^T (gamma*E): issued.
@@ -313,10 +298,7 @@ struct Reverse {
     multiply<Element, ScaleIn::Neg>(dS, dX_rounded, smem.gamma_E[at_E.stage], true);
   }
 
-  __device__ void release_gamma_E() {
-    smem.ring_E.release(at_E);
-    at_E.advance();
-  }
+  __device__ void release_gamma_E() { release_factors<Cfg>(smem.ring_E, at_E); }
 
   // No product is in flight between iterations: the compiler would have to wait for it.
   __device__ void run() {

@@ -3,10 +3,13 @@
 // (see scan.cu).
 #pragma once
 
+#include <cute/arch/cluster_sm90.hpp>
+
 #include "params.h"
 #include "sm90/token_map.h"
 #include "tile/activation.cuh"
 #include "tile/convert.cuh"
+#include "tile/launch_order.cuh"
 #include "tile/mma.cuh"
 #include "tile/pipeline.cuh"
 #include "tile/tma.cuh"
@@ -146,8 +149,6 @@ __device__ void make_values(Storage& smem, GateParams const& gates, Work const& 
     }
     smem.ring_values.release(at_values);
     smem.ring_Z.publish(at_Z);
-    at_values.advance();
-    at_Z.advance();
   }
 }
 
@@ -168,16 +169,66 @@ __device__ void load_values(Storage& smem, Maps const& maps, Work const& work) {
   }
 }
 
-// This thread's accumulators Z^T.
-__device__ inline void read_Z(float (&acc)[32], FragmentsZ const& Z) {
+// ---- factors, which all value columns need: CTAs of two slices may be a pair, a cluster ---------------------
+
+// A tile of factors: of two paired CTAs, each loads a half for both.
+template <class Cfg>
+__device__ void load_factors(void* smem, void const* global, int bytes, FullBarrier& full) {
+  if constexpr (Cfg::kPaired) {
+    int const half = bytes / 2, first = cute::block_rank_in_cluster() * half;
+    bulk_load_to_pair(static_cast<std::uint8_t*>(smem) + first,
+                      static_cast<std::uint8_t const*>(global) + first, half, full);
+  } else {
+    bulk_load(smem, global, bytes, full);
+  }
+}
+
+template <class Cfg, class Ring, class Position>
+__device__ void release_factors(Ring& ring, Position& at) {
+  if constexpr (Cfg::kPaired) {
+    ring.release_to_pair(at);
+  } else {
+    ring.release(at);
+  }
+}
+
+// Warps that let go of a stage of factors.
+template <class Cfg>
+constexpr int kFactorReaders = (Cfg::kPaired ? 2 : 1) * Cfg::kWarpgroups * (kWarpgroupThreads / kWarpThreads);
+
+// Of all threads, once the barriers are there (and fence_barrier_init), before anybody uses them.
+template <class Cfg>
+__device__ void sync_before_loads() {
+  __syncthreads();
+  if constexpr (Cfg::kPaired) {
+    cute::cluster_arrive_relaxed();  // no fence: nothing but the barriers is the other CTA's to see
+    cute::cluster_wait();
+  }
+}
+
+// Of all threads, last of all: neither of a pair goes while the other one may still write to it.
+template <class Cfg>
+__device__ void leave_together() {
+  if constexpr (Cfg::kPaired) {
+    __syncwarp();
+    cute::cluster_arrive();
+    cute::cluster_wait();
+  }
+}
+
+// Z^T of the next chunk, this thread's accumulators of it, from the ring of Z.
+template <class Storage, class Position>
+__device__ void take_Z(float (&acc)[32], Storage& smem, Position& at, int wg) {
+  smem.ring_Z.wait_full(at);
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
-    float4 const z = Z[i][threadIdx.x % kWarpgroupThreads];
+    float4 const z = smem.Z[at.stage][wg][i][threadIdx.x % kWarpgroupThreads];
     acc[4 * i] = z.x;
     acc[4 * i + 1] = z.y;
     acc[4 * i + 2] = z.z;
     acc[4 * i + 3] = z.w;
   }
+  smem.ring_Z.release(at);
 }
 
 // ---- math steps: one warpgroup, 64 value columns ----------------------------------------------------------

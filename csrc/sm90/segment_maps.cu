@@ -8,7 +8,7 @@
 // has it. M is that of a gate head, for all of its value heads.
 //
 // Grid: one CTA for 64 columns of N (of a sequence and value head) or of M (of a sequence and gate head), and
-// a segment; the last segment of a sequence needs none.
+// a segment; the last segment of a sequence needs none. CTAs of neighbouring columns are pairs, as in scan.
 // Roles: a math warpgroup (S 64, X 32 accumulators; 32 rounded S, 16 rounded X or R a thread); one that makes
 // Z (idle for M); one whose first warp loads factors, and whose second one loads v and w.
 // Shared memory (K 128): v and w 2 x 16 KB, Z 2 x 16 KB, gamma*E and gamma[C-1] 3 x 16.5 KB, A-I 3 x 8 KB, Kt
@@ -26,11 +26,12 @@
 namespace gdn2 {
 namespace {
 
-template <class Element_, int kDimK_>
+template <class Element_, int kDimK_, bool kPaired_>
 struct Config {
   using Element = Element_;
   static constexpr int kDimK = kDimK_;
-  static constexpr int kWarpgroups = 1;  // of math
+  static constexpr int kWarpgroups = 1;      // of math
+  static constexpr bool kPaired = kPaired_;  // with the CTA of the neighbouring columns
   static constexpr int kTileBytes = kDimK / kBoxColumns * kBoxBytes;
   static constexpr int kGammaBytes = kDimK * sizeof(float);
   static constexpr int kSteps = kDimK / 16;  // fragments of a rounded state
@@ -72,23 +73,26 @@ struct SharedStorage {
     constexpr int kCopyEngine = 1, kWarpgroupWarps = kWarpgroupThreads / kWarpThreads;
     ring_values.init(kCopyEngine, kWarpgroupWarps);
     ring_Z.init(kWarpgroupWarps, kWarpgroupWarps);
-    ring_E.init(kCopyEngine, kWarpgroupWarps);
-    ring_A.init(kCopyEngine, kWarpgroupWarps);
-    ring_Kt.init(kCopyEngine, kWarpgroupWarps);
+    ring_E.init(kCopyEngine, kFactorReaders<Cfg>);
+    ring_A.init(kCopyEngine, kFactorReaders<Cfg>);
+    ring_Kt.init(kCopyEngine, kFactorReaders<Cfg>);
     cutlass::arch::fence_barrier_init();  // orders the inits before the copy engine's use of them
   }
 };
 
+__host__ __device__ int num_slices(int columns) {
+  return (columns + kColumns - 1) / kColumns;
+}
+
 __device__ MapWork find_map(SegmentMapsParams const& params) {
   CallShape const& shape = params.shape;
-  int const slices = (shape.dim_v + kColumns - 1) / kColumns;
-  int const num_N = shape.num_sequences * shape.num_value_heads * slices;
+  int const num_N = shape.num_sequences * shape.num_value_heads * num_slices(shape.dim_v);
   bool const is_M = static_cast<int>(blockIdx.x) >= num_N;
-  // Columns slowest, as in scan.
+  // Columns fastest: two slices may be a pair.
   int const index = blockIdx.x - (is_M ? num_N : 0);
   int const heads = is_M ? shape.num_gate_heads : shape.num_value_heads;
-  int const lane = index % (shape.num_sequences * heads),
-            column = index / (shape.num_sequences * heads) * kColumns;
+  int const slices = is_M ? num_slices(shape.dim_k) : num_slices(shape.dim_v);
+  int const lane = index / slices, column = index % slices * kColumns;
   int const group = shape.num_value_heads / shape.num_gate_heads;
   MapWork work;
   static_cast<Work&>(work) =
@@ -113,17 +117,19 @@ __device__ void load(SharedStorage<Cfg>& smem, SegmentMapsParams const& params, 
     auto const* const factors = static_cast<std::uint8_t const*>(tiles.factors) + tile * 3 * Cfg::kTileBytes;
 
     FullBarrier& full_E = smem.ring_E.begin_fill(at_E, Cfg::kTileBytes + Cfg::kGammaBytes);
-    bulk_load(smem.gamma_E[at_E.stage], factors + 2 * Cfg::kTileBytes, Cfg::kTileBytes, full_E);
-    bulk_load(smem.gamma_last[at_E.stage], tiles.gamma_last + tile * Cfg::kDimK, Cfg::kGammaBytes, full_E);
+    load_factors<Cfg>(smem.gamma_E[at_E.stage], factors + 2 * Cfg::kTileBytes, Cfg::kTileBytes, full_E);
+    load_factors<Cfg>(smem.gamma_last[at_E.stage], tiles.gamma_last + tile * Cfg::kDimK, Cfg::kGammaBytes,
+                      full_E);
     at_E.advance();
 
     FullBarrier& full_A = smem.ring_A.begin_fill(at_A, kBoxBytes);
-    bulk_load(smem.A_minus_I[at_A.stage],
-              static_cast<std::uint8_t const*>(tiles.A_minus_I) + tile * kBoxBytes, kBoxBytes, full_A);
+    load_factors<Cfg>(smem.A_minus_I[at_A.stage],
+                      static_cast<std::uint8_t const*>(tiles.A_minus_I) + tile * kBoxBytes, kBoxBytes,
+                      full_A);
     at_A.advance();
 
     FullBarrier& full_Kt = smem.ring_Kt.begin_fill(at_Kt, Cfg::kTileBytes);
-    bulk_load(smem.Kt[at_Kt.stage], factors + Cfg::kTileBytes, Cfg::kTileBytes, full_Kt);
+    load_factors<Cfg>(smem.Kt[at_Kt.stage], factors + Cfg::kTileBytes, Cfg::kTileBytes, full_Kt);
     at_Kt.advance();
   }
 }
@@ -151,10 +157,7 @@ struct Walk {
       }
       return;
     }
-    smem.ring_Z.wait_full(at_Z);
-    read_Z(X, smem.Z[at_Z.stage][0]);
-    smem.ring_Z.release(at_Z);
-    at_Z.advance();
+    take_Z(X, smem, at_Z, 0);
   }
 
   // X^T = Z^T - S^T (gamma*E)^T, and behind it S goes on as S Diag(gamma[C-1]).
@@ -166,8 +169,7 @@ struct Walk {
     wgmma_fence();
     multiply_transposed<Element, ScaleIn::Neg>(X, S_rounded, smem.gamma_E[at_E.stage], true);
     wgmma_wait<0>();
-    smem.ring_E.release(at_E);
-    at_E.advance();
+    release_factors<Cfg>(smem.ring_E, at_E);
   }
 
   // R^T = X^T + X^T (A-I)^T
@@ -178,8 +180,7 @@ struct Walk {
     wgmma_fence();
     multiply_transposed<Element, ScaleIn::One>(X, X_rounded, smem.A_minus_I[at_A.stage], true);
     wgmma_wait<0>();
-    smem.ring_A.release(at_A);
-    at_A.advance();
+    release_factors<Cfg>(smem.ring_A, at_A);
   }
 
   // S'^T = S^T Diag(gamma[C-1]) + R^T Kt, while Z of the next chunk comes.
@@ -193,8 +194,7 @@ struct Walk {
       begin_Z();
     }
     wgmma_wait<0>();
-    smem.ring_Kt.release(at_Kt);
-    at_Kt.advance();
+    release_factors<Cfg>(smem.ring_Kt, at_Kt);
   }
 
   __device__ void run(SegmentMapsParams const& params) {
@@ -246,7 +246,7 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
     work = find_map(params);
     smem.init_barriers();
   }
-  __syncthreads();
+  sync_before_loads<Cfg>();
   let_next_kernel_start();
   if (work.is_M && work.segment == 0) {
     return;
@@ -272,6 +272,7 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
       load_values<Cfg>(smem, maps, work);
     }
   }
+  leave_together<Cfg>();
 }
 
 template <class Cfg>
@@ -283,24 +284,29 @@ void launch(SegmentMapsParams const& params, cudaStream_t stream) {
   static_assert(kSmemBytes <= 227 * 1024);
   throw_on_error(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSmemBytes),
                  "segment_maps: shared memory");
-  auto const slices = [](int columns) { return (columns + kColumns - 1) / kColumns; };
-  int const maps_of_a_segment = shape.num_sequences * (shape.num_value_heads * slices(shape.dim_v) +
-                                                       shape.num_gate_heads * slices(shape.dim_k));
-  cudaLaunchAttribute overlap = overlapping_launch();
+  int const maps_of_a_segment = shape.num_sequences * (shape.num_value_heads * num_slices(shape.dim_v) +
+                                                       shape.num_gate_heads * num_slices(shape.dim_k));
+  cudaLaunchAttribute attributes[] = {cluster_launch(Cfg::kPaired ? 2 : 1), overlapping_launch()};
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(maps_of_a_segment, params.num_segments - 1);
   config.blockDim = dim3(Cfg::kThreads);
   config.dynamicSmemBytes = kSmemBytes;
   config.stream = stream;
-  config.attrs = &overlap;
-  config.numAttrs = 1;
+  config.attrs = attributes;
+  config.numAttrs = 2;
   throw_on_error(cudaLaunchKernelEx(&config, kernel, params, maps), "segment_maps: launch");
 }
 
 template <class Element>
 void dispatch(SegmentMapsParams const& params, cudaStream_t stream) {
-  params.shape.dim_k > 64 ? launch<Config<Element, 128>>(params, stream)
-                          : launch<Config<Element, 64>>(params, stream);
+  bool const pair = num_slices(params.shape.dim_k) % 2 == 0 && num_slices(params.shape.dim_v) % 2 == 0;
+  if (params.shape.dim_k <= 64) {
+    launch<Config<Element, 64, false>>(params, stream);
+  } else if (pair) {
+    launch<Config<Element, 128, true>>(params, stream);
+  } else {
+    launch<Config<Element, 128, false>>(params, stream);
+  }
 }
 
 }  // namespace

@@ -118,7 +118,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   } else {
     float accumulators[Config::kColumns / 2] = {};
     Position at;
-    for (int step = 0; step < num_steps; ++step, at.advance()) {
+    for (int step = 0; step < num_steps; ++step) {
       smem.ring.wait_full(at);
       multiply<kMajorB>(accumulators, smem.A[at.stage], smem.B[at.stage]);
       smem.ring.release(at);

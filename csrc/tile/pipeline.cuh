@@ -52,21 +52,28 @@ struct RingBarriers {
   // Producing warps: waits until the stage may be written.
   __device__ void wait_empty(RingPosition<kStages> at) { empty[at.stage].wait(at.parity ^ 1); }
 
-  // Producing warps: the warp's ordinary stores to the stage are done.
-  __device__ void publish(RingPosition<kStages> at) { arrive_once_a_warp(full[at.stage]); }
+  // Producing warps: the warp's ordinary stores to the stage are done, the next one comes.
+  __device__ void publish(RingPosition<kStages>& at) {
+    arrive_once_a_warp(full[at.stage]);
+    at.advance();
+  }
 
   // Consumers: waits until the stage is full.
   __device__ void wait_full(RingPosition<kStages> at) { full[at.stage].wait(at.parity); }
 
-  // Consuming warps: the warp reads the stage no more.
-  __device__ void release(RingPosition<kStages> at) { arrive_once_a_warp(empty[at.stage]); }
+  // Consuming warps: the warp reads the stage no more, the next one comes.
+  __device__ void release(RingPosition<kStages>& at) {
+    arrive_once_a_warp(empty[at.stage]);
+    at.advance();
+  }
 
   // The same where two CTAs fill both of their stages at once: both are told.
-  __device__ void release_to_pair(RingPosition<kStages> at) {
+  __device__ void release_to_pair(RingPosition<kStages>& at) {
     __syncwarp();
     if (threadIdx.x % kWarpThreads < 2) {
       empty[at.stage].arrive(threadIdx.x % kWarpThreads);
     }
+    at.advance();
   }
 
  private:
