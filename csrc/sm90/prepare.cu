@@ -33,12 +33,12 @@
 #include <stdexcept>
 
 #include "api/chunk_forward.h"
-#include "api/cuda_error.h"
 #include "sm90/gate_tiles.cuh"
 #include "sm90/prepare_levels.cuh"
 #include "sm90/token_map.h"
 #include "tile/activation.cuh"
 #include "tile/convert.cuh"
+#include "tile/launch.h"
 #include "tile/launch_order.cuh"
 #include "tile/mma.cuh"
 #include "tile/ready_flag.cuh"
@@ -485,16 +485,15 @@ void launch(PrepareParams const& params, cudaStream_t stream) {
   if (reinterpret_cast<std::uintptr_t>(params.tiles.factors) % kBoxRowBytes != 0) {
     throw std::runtime_error("prepare: tiles have to lie at multiples of 128 bytes");
   }
-  auto const kernel = prepare_kernel<Cfg>;
   constexpr int kSmemBytes = Cfg::kTeams * sizeof(SharedStorage<Cfg>);
   static_assert(Cfg::kCtasPerSm * (kSmemBytes + 1024) <= 228 * 1024);
-  throw_on_error(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSmemBytes),
-                 "prepare: shared memory");
   int const tiles = shape.num_slots * shape.num_gate_heads;
-  unsigned const num_ctas = Cfg::kStays ? std::min(tiles, params.num_sms) : tiles;
-  kernel<<<num_ctas, Cfg::kThreads, kSmemBytes, stream>>>(params, ChunkDivisors(shape, params.num_segments),
-                                                          maps);
-  throw_on_error(cudaGetLastError(), "prepare: launch");
+  launch_kernel<prepare_kernel<Cfg>>({.name = "prepare",
+                                      .grid = dim3(Cfg::kStays ? std::min(tiles, params.num_sms) : tiles),
+                                      .num_threads = Cfg::kThreads,
+                                      .shared_bytes = kSmemBytes,
+                                      .stream = stream},
+                                     params, ChunkDivisors(shape, params.num_segments), maps);
 }
 
 template <class Element, bool kFactorsOnly, bool kWholeSm>

@@ -28,8 +28,8 @@
 #include <cutlass/arch/barrier.h>
 
 #include "api/chunk_forward.h"
-#include "api/cuda_error.h"
 #include "sm90/scan_parts.cuh"
+#include "tile/launch.h"
 #include "tile/launch_order.cuh"
 #include "tile/ready_flag.cuh"
 #include "tile/tensor_map.h"
@@ -401,23 +401,19 @@ void launch(ScanParams const& params, cudaStream_t stream) {
     std::int64_t const row = static_cast<std::int64_t>(shape.num_value_heads) * shape.dim_v;
     maps.o = value_map({params.o, shape.seqlen * row, row, shape.dim_v}, shape);
   }
-  auto const kernel = scan_kernel<Cfg>;
   constexpr int kSmemBytes = sizeof(SharedStorage<Cfg>);
   static_assert(kSmemBytes <= 227 * 1024);
-  throw_on_error(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSmemBytes),
-                 "scan: shared memory");
   constexpr int kColumnsPerCta = Cfg::kWarpgroups * kColumns;
-  dim3 const grid(static_cast<unsigned>(shape.num_sequences) * params.num_segments * shape.num_value_heads,
-                  (shape.dim_v + kColumnsPerCta - 1) / kColumnsPerCta);
-  cudaLaunchAttribute attributes[] = {cluster_launch(1, Cfg::kPaired ? 2 : 1), overlapping_launch()};
-  cudaLaunchConfig_t config{};
-  config.gridDim = grid;
-  config.blockDim = dim3(Cfg::kThreads);
-  config.dynamicSmemBytes = kSmemBytes;
-  config.stream = stream;
-  config.attrs = attributes;
-  config.numAttrs = shape.seqlen > 0 ? 2 : 1;  // without tokens there has been no prepare
-  throw_on_error(cudaLaunchKernelEx(&config, kernel, params, maps), "scan: launch");
+  launch_kernel<scan_kernel<Cfg>>(
+      {.name = "scan",
+       .grid = dim3(static_cast<unsigned>(shape.num_sequences) * params.num_segments * shape.num_value_heads,
+                    (shape.dim_v + kColumnsPerCta - 1) / kColumnsPerCta),
+       .num_threads = Cfg::kThreads,
+       .shared_bytes = kSmemBytes,
+       .stream = stream,
+       .cluster = dim3(1, Cfg::kPaired ? 2 : 1),
+       .overlaps = shape.seqlen > 0},  // without tokens there has been no prepare
+      params, maps);
 }
 
 template <class Element, int kDimK>

@@ -11,9 +11,10 @@
 // each product is the rounded accumulator of the one before it, in the registers where it is.
 //
 // Grid: one CTA for a sequence, walk, segment, value head and kWarpgroups * 64 value columns; longer
-// sequences first, of each the reverse walks first. CTAs of neighbouring columns are pairs, as in scan. A sequence is one segment, or several whose first states
-// are known. Those take two launches: reverse walks from zero, and those from their last gradients, which
-// then are known; walks of the recomputation are beside either.
+// sequences first, of each the reverse walks first. CTAs of neighbouring columns are pairs, as in scan. A
+// sequence is one segment, or several whose first states are known. Those take two launches: reverse walks
+// from zero, and those from their last gradients, which then are known; walks of the recomputation are beside
+// either.
 // Roles: kWarpgroups math warpgroups of 64 value columns each (S or dS 64, X or dR 32 accumulators; 32
 // rounded S or dS', 16 rounded R or dX, 16 rounded X or dR, 16 dO a thread; 240 registers, 216 where there
 // are two); one warpgroup that makes Z (idle in the reverse walk); one whose first warp loads factors, whose
@@ -34,8 +35,8 @@
 #include <algorithm>
 
 #include "api/chunk_backward.h"
-#include "api/cuda_error.h"
 #include "sm90/scan_backward_walks.cuh"
+#include "tile/launch.h"
 #include "tile/launch_order.cuh"
 #include "tile/tensor_map.h"
 
@@ -300,22 +301,18 @@ void launch(ScanBackwardParams const& params, cudaStream_t stream) {
     maps = {
         .v = value_map(params.v, shape), .w = value_map(params.w, shape), .dO = value_map(params.dO, shape)};
   }
-  auto const kernel = scan_backward_kernel<Cfg>;
   static_assert(kSharedBytes<Cfg> <= 227 * 1024);
-  throw_on_error(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes<Cfg>),
-                 "scan_backward: shared memory");
   constexpr int kColumnsPerCta = Cfg::kWarpgroups * kColumns;
-  dim3 const grid(static_cast<unsigned>(shape.num_sequences) * num_walks(params) * shape.num_value_heads,
-                  (shape.dim_v + kColumnsPerCta - 1) / kColumnsPerCta);
-  cudaLaunchAttribute attributes[] = {cluster_launch(1, Cfg::kPaired ? 2 : 1), overlapping_launch()};
-  cudaLaunchConfig_t config{};
-  config.gridDim = grid;
-  config.blockDim = dim3(Cfg::kThreads);
-  config.dynamicSmemBytes = kSharedBytes<Cfg>;
-  config.stream = stream;
-  config.attrs = attributes;
-  config.numAttrs = params.follows_prepare && shape.seqlen > 0 ? 2 : 1;
-  throw_on_error(cudaLaunchKernelEx(&config, kernel, params, maps), "scan_backward: launch");
+  launch_kernel<scan_backward_kernel<Cfg>>(
+      {.name = "scan_backward",
+       .grid = dim3(static_cast<unsigned>(shape.num_sequences) * num_walks(params) * shape.num_value_heads,
+                    (shape.dim_v + kColumnsPerCta - 1) / kColumnsPerCta),
+       .num_threads = Cfg::kThreads,
+       .shared_bytes = kSharedBytes<Cfg>,
+       .stream = stream,
+       .cluster = dim3(1, Cfg::kPaired ? 2 : 1),
+       .overlaps = params.follows_prepare && shape.seqlen > 0},
+      params, maps);
 }
 
 template <class Element, int kDimK>

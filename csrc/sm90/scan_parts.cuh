@@ -9,7 +9,6 @@
 #include "sm90/token_map.h"
 #include "tile/activation.cuh"
 #include "tile/convert.cuh"
-#include "tile/launch_order.cuh"
 #include "tile/mma.cuh"
 #include "tile/pipeline.cuh"
 #include "tile/tma.cuh"
@@ -169,7 +168,7 @@ __device__ void load_values(Storage& smem, Maps const& maps, Work const& work) {
   }
 }
 
-// ---- factors, which all value columns need: CTAs of two slices may be a pair, a cluster ---------------------
+// ---- factors, which all value columns need: CTAs of two slices may be a pair -------------------------------
 
 // A tile of factors: of two paired CTAs, each loads a half for both.
 template <class Cfg>

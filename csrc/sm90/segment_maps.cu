@@ -17,9 +17,9 @@
 // Tensor cores, one chunk: X 256 | R 128 | S' 256 cycles, one after the other.
 #include <cutlass/arch/barrier.h>
 
-#include "api/cuda_error.h"
 #include "api/sequence_split.h"
 #include "sm90/scan_parts.cuh"
+#include "tile/launch.h"
 #include "tile/launch_order.cuh"
 #include "tile/tensor_map.h"
 
@@ -279,22 +279,18 @@ template <class Cfg>
 void launch(SegmentMapsParams const& params, cudaStream_t stream) {
   CallShape const& shape = params.shape;
   TensorMaps const maps{.v = value_map(params.v, shape), .w = value_map(params.w, shape)};
-  auto const kernel = segment_maps_kernel<Cfg>;
   constexpr int kSmemBytes = sizeof(SharedStorage<Cfg>);
   static_assert(kSmemBytes <= 227 * 1024);
-  throw_on_error(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSmemBytes),
-                 "segment_maps: shared memory");
   int const maps_of_a_segment = shape.num_sequences * (shape.num_value_heads * num_slices(shape.dim_v) +
                                                        shape.num_gate_heads * num_slices(shape.dim_k));
-  cudaLaunchAttribute attributes[] = {cluster_launch(Cfg::kPaired ? 2 : 1), overlapping_launch()};
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(maps_of_a_segment, params.num_segments - 1);
-  config.blockDim = dim3(Cfg::kThreads);
-  config.dynamicSmemBytes = kSmemBytes;
-  config.stream = stream;
-  config.attrs = attributes;
-  config.numAttrs = 2;
-  throw_on_error(cudaLaunchKernelEx(&config, kernel, params, maps), "segment_maps: launch");
+  launch_kernel<segment_maps_kernel<Cfg>>({.name = "segment_maps",
+                                           .grid = dim3(maps_of_a_segment, params.num_segments - 1),
+                                           .num_threads = Cfg::kThreads,
+                                           .shared_bytes = kSmemBytes,
+                                           .stream = stream,
+                                           .cluster = dim3(Cfg::kPaired ? 2 : 1),
+                                           .overlaps = true},
+                                          params, maps);
 }
 
 template <class Element>

@@ -13,9 +13,9 @@
 // Shared memory (K 128): two stages of M 128 KB, S 9 KB, sums of the other half 8 KB.
 #include <cutlass/arch/barrier.h>
 
-#include "api/cuda_error.h"
 #include "api/sequence_split.h"
 #include "tile/convert.cuh"
+#include "tile/launch.h"
 #include "tile/launch_order.cuh"
 #include "tile/mma.cuh"
 #include "tile/pipeline.cuh"
@@ -213,20 +213,16 @@ __global__ void __launch_bounds__(Cfg::kWarps* kWarpThreads)
 template <class Cfg>
 void launch(SegmentStatesParams const& params, cudaStream_t stream) {
   CallShape const& shape = params.shape;
-  auto const kernel = segment_states_kernel<Cfg>;
   constexpr int kSmemBytes = sizeof(SharedStorage<Cfg>);
   static_assert(kSmemBytes <= 227 * 1024);
-  throw_on_error(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSmemBytes),
-                 "segment_states: shared memory");
-  cudaLaunchAttribute overlap = overlapping_launch();
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(shape.num_sequences * shape.num_value_heads, (shape.dim_v + kColumns - 1) / kColumns);
-  config.blockDim = dim3(Cfg::kWarps * kWarpThreads);
-  config.dynamicSmemBytes = kSmemBytes;
-  config.stream = stream;
-  config.attrs = &overlap;
-  config.numAttrs = 1;
-  throw_on_error(cudaLaunchKernelEx(&config, kernel, params), "segment_states: launch");
+  launch_kernel<segment_states_kernel<Cfg>>(
+      {.name = "segment_states",
+       .grid = dim3(shape.num_sequences * shape.num_value_heads, (shape.dim_v + kColumns - 1) / kColumns),
+       .num_threads = Cfg::kWarps * kWarpThreads,
+       .shared_bytes = kSmemBytes,
+       .stream = stream,
+       .overlaps = true},
+      params);
 }
 
 template <bool kReverse>
