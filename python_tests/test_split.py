@@ -127,7 +127,9 @@ def test_split_sequences_meet_the_bar_of_their_regime(hopper, regime, split, see
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("v_first", [False, True])
-@pytest.mark.parametrize(("dim_k", "dim_v"), [(128, 128), (64, 256), (48, 40), (80, 33), (64, 7)])
+@pytest.mark.parametrize(
+    ("dim_k", "dim_v"), [(128, 128), (64, 256), (128, 192), (72, 256), (48, 40), (80, 33), (64, 7)]
+)
 @pytest.mark.parametrize("split", [2, 3, 7])
 def test_states_groups_and_sizes(hopper, split, dim_k, dim_v, v_first, seed):
     sizes = {"heads": 2, "value_heads": 4, "dim_k": dim_k, "dim_v": dim_v}
