@@ -2,7 +2,8 @@
 
 Between `<!-- bench.NAME -->` and `<!-- /bench.NAME -->` stands what is made of the newest of
 bench/results/*/NAME.json, which are one a GPU, and nothing where there is none; for the op also what is made
-of the others. `--check` changes nothing and exits with 1 where README differs.
+of the others. What was measured with other sources than the newest record of all is called so. `--check`
+changes nothing and exits with 1 where README differs.
 """
 
 from __future__ import annotations
@@ -41,11 +42,14 @@ def paragraph(text: str) -> str:
 
 
 class Result(NamedTuple):
-    """A record, the GPU's folder that it lies in, and those of other GPUs, the newest first."""
+    """A record, the GPU's folder that it lies in, whether its sources are older than those of the newest
+    record of all, and the records of other GPUs, the newest first.
+    """
 
     name: str
     folder: str
     record: dict
+    is_older: bool
     others: list[Result]
 
     def path(self, ending: str) -> str:
@@ -53,7 +57,8 @@ class Result(NamedTuple):
 
     @property
     def link(self) -> str:
-        return f"[{self.path('json')}]({self.path('json')})"
+        older = ", measured with older sources" if self.is_older else ""
+        return f"[{self.path('json')}]({self.path('json')}){older}"
 
     @property
     def gpu(self) -> str:
@@ -62,10 +67,23 @@ class Result(NamedTuple):
 
 def newest(folder: Path, name: str) -> Result | None:
     """By the date in the record; None where no GPU has one."""
-    paths = sorted(folder.glob(f"*/{name}.json"))
-    found = [Result(name, path.parent.name, records.load(path.parent, name), []) for path in paths]
-    found.sort(key=lambda x: x.record.get("date", ""), reverse=True)
+    everything = [record for x in BLOCKS for record in of_gpus(folder, x).values()]
+    latest = max(everything, key=date, default={}).get("digest")
+    found = [
+        Result(name, gpu, record, record.get("digest") != latest, [])
+        for gpu, record in of_gpus(folder, name).items()
+    ]
+    found.sort(key=lambda x: date(x.record), reverse=True)
     return found[0]._replace(others=found[1:]) if found else None
+
+
+def of_gpus(folder: Path, name: str) -> dict[str, dict]:
+    paths = sorted(folder.glob(f"*/{name}.json"))
+    return {path.parent.name: records.load(path.parent, name) for path in paths}
+
+
+def date(record: dict) -> str:
+    return record.get("date", "")
 
 
 def by_shape(rows: Iterable[dict], *about: str) -> dict[tuple, dict[str, dict]]:
@@ -93,9 +111,7 @@ def op(result: Result) -> str:
         *op_tables(record),
     ]
     for other in result.others:
-        older = " with older sources" if other.record["digest"] != record["digest"] else ""
-        day = other.record["date"][:10]
-        parts += [f"On {other.gpu}, measured {day}{older} ({other.link}):", *op_tables(other.record)]
+        parts += [f"On {other.gpu} ({other.link}):", *op_tables(other.record)]
     return "\n\n".join(parts)
 
 
@@ -186,7 +202,10 @@ def variants(result: Result) -> str:
     ]  # fmt: skip
     header = ("topic", "pass", "call", "ms, eager / graph", "relative to the first", "ns a token and head")
     about = paragraph(
-        f"What options and sizes cost on {result.gpu} (`python -m bench.variants`, {result.link}):"
+        f"What options and sizes cost on {result.gpu} (`python -m bench.variants`, {result.link}), at "
+        "B4 T4096 H16, K = V = 128 unless said. fused: norms, decay gate and gate sigmoids inside the call, "
+        "or outside in PyTorch; keep: disable_recompute; groups: 4 value heads a key head (H4, HV16), or q, "
+        "k, g and b repeated for them; linear: B1."
     )
     return f"{about}\n\n{table(header, lines)}"
 
@@ -209,9 +228,12 @@ def recall(result: Result) -> str:
         [task, str(n), *(cell(by_name.get(name)) for name in names)]
         for (task, n), by_name in sorted(scores.items())
     ]
+    seeds = len({run["seed"] for run in result.record["runs"]})
+    asked = result.record["options"]
     about = paragraph(
-        "Recall, accuracy in percent over seeds, by the number of pairs or needles n, trained on one "
-        f"{result.record['device']} (`python examples/recall.py`, {result.link}):"
+        f"Recall, accuracy in percent over {seeds} seeds, by the number of pairs or needles n, of models of "
+        f"{asked['layers']} layers, width {asked['width']}, trained on one {result.record['device']} "
+        f"(`python examples/recall.py`, {result.link}):"
     )
     plot = f"![accuracy against pairs and needles]({result.path('png')})"
     return f"{about}\n\n{table(('task', 'n', *names), lines)}\n\n{plot}"
@@ -233,9 +255,14 @@ def split(result: Result) -> str:
         times.setdefault(row["pass"].replace("+", " + "), []).append(row["times_faster"])
     ranges = ", ".join(f"{which} {min(x):.2f} to {max(x):.2f} times" for which, x in times.items())
     shapes = len({row["shape"] for row in rows})
+    eager = [row["whole_ms"] / row["chosen_ms"] for row in rows]
+    slower = sum(x < 0.995 for x in eager)
     about = paragraph(
         f"Sequences cut into segments, where that is chosen, against whole ones on {result.gpu}, "
-        f"over {shapes} shapes: {ranges} faster (`python -m bench.split`, {result.link}):"
+        f"over {shapes} shapes, in CUDA graphs: {ranges} faster (`python -m bench.split`, {result.link}). "
+        f"{slower} of {len(eager)} eager calls are slower, at worst {min(eager):.2f} times as fast: with the "
+        "backward short sequences wait for the host, which launches more kernels for a split; "
+        "`sequence_split=1` turns it off."
     )
     return f"{about}\n\n![times faster than whole, over lengths]({result.path('png')})"
 

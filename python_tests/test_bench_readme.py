@@ -79,10 +79,13 @@ CONTENT = {
         ]
     },
     "recall": {
-        "runs": [{"task": "mqar", "variant": "gdn2", "accuracy": {"16": 0.5}}], "device": "NVIDIA H100"
+        "runs": [{"task": "mqar", "variant": "gdn2", "accuracy": {"16": 0.5}, "seed": 0}],
+        "options": {"layers": 2, "width": 128}, "device": "NVIDIA H100",
     },
     "sweep": {"rows": []},
-    "split": {"rows": [{"shape": "B1", "pass": "forward", "times_faster": 1.5}]},
+    "split": {
+        "rows": [{"shape": "B1", "pass": "forward", "times_faster": 1.5, "whole_ms": 4.0, "chosen_ms": 5.0}]
+    },
 }  # fmt: skip
 PLOTS = ("recall", "sweep", "split")
 
@@ -137,12 +140,23 @@ def test_the_op_on_other_gpus_follows(results):
     text = block(results, "op")
     newest = text.index("On one NVIDIA H200, bfloat16")
     link = "[bench/results/h100/op.json](bench/results/h100/op.json)"
-    second = text.index(f"On one NVIDIA H100, measured 2026-03-01 with older sources ({link}):")
-    third = text.index("On one NVIDIA H20, measured 2026-02-01 ([bench/results/h20/op.json]")
+    second = text.index(f"On one NVIDIA H100 ({link}, measured with older sources):")
+    third = text.index("On one NVIDIA H20 ([bench/results/h20/op.json](bench/results/h20/op.json)):")
     assert newest < second < third and "h200/op.json" in text[newest:second]
     for part, faster in ((text[newest:second], "2.0"), (text[second:third], "4.0"), (text[third:], "8.0")):
         assert f"| 1.00 / 1.00 | {faster} / {faster} |" in part and part.count("| B1 T64 H4 |") == 1
     assert text.count("byte floor of the first shape") == 3 and "L2 norm" not in text
+
+
+@pytest.mark.parametrize("name", [name for name in readme.BLOCKS if name != "decode"])
+def test_what_was_measured_with_other_sources_than_the_newest_says_so(results, name):
+    record(results, name, date="2026-03-01T12:00:00+00:00", digest="older", **CONTENT[name])
+    run(results)
+    assert "older sources" not in block(results, name)
+    record(results, "decode", date="2026-03-02T12:00:00+00:00", **CONTENT["decode"])
+    run(results)
+    assert "measured with older sources" in block(results, name)
+    assert "older sources" not in block(results, "decode")
 
 
 def test_the_op_with_the_l2_norm_inside(results):
@@ -200,14 +214,17 @@ def test_variants(results):
 def test_splits_are_summed_up(results):
     times = {"forward": (2.5, 1.0, 6.0), "forward+backward": (3.0, 0.95, 2.0)}
     rows = [
-        {"shape": f"B{n}", "pass": which, "times_faster": x}
+        {"shape": f"B{n}", "pass": which, "times_faster": x, "whole_ms": 4.0, "chosen_ms": 5.0 / x}
         for which, values in times.items()
         for n, x in enumerate(values)
     ]
     record(results, "split", rows=rows)
     run(results)
     text = block(results, "split")
-    assert "over 3 shapes: forward 1.00 to 6.00 times, forward + backward 0.95 to 3.00 times faster" in text
+    assert (
+        "over 3 shapes, in CUDA graphs: forward 1.00 to 6.00 times, forward + backward 0.95 to 3.00" in text
+    )
+    assert "2 of 6 eager calls are slower, at worst 0.76 times as fast" in text
     assert "|" not in text
 
 
@@ -219,13 +236,13 @@ def test_lines_are_short_and_commands_whole(results):
 
 def test_recall_is_mean_and_deviation_over_seeds(results):
     runs = [
-        {"task": "mqar", "variant": variant, "accuracy": {"16": score, "128": 1.0}}
-        for variant, score in (("kda", 0.5), ("gdn2", 0.9), ("gdn2", 0.7))
+        {"task": "mqar", "variant": variant, "seed": seed, "accuracy": {"16": score, "128": 1.0}}
+        for variant, seed, score in (("kda", 0, 0.5), ("gdn2", 0, 0.9), ("gdn2", 1, 0.7))
     ]
-    record(results, "recall", runs=runs, device="some GPU")
+    record(results, "recall", runs=runs, device="some GPU", options={"layers": 2, "width": 128})
     run(results)
     text = (results / "README.md").read_text()
-    assert "some GPU" in text and "| task | n | gdn2 | kda |" in text
+    assert "some GPU" in text and "over 2 seeds" in text and "| task | n | gdn2 | kda |" in text
     assert text.index("| mqar | 16 | 80.0 ± 14.1 | 50.0 ± 0.0 |") < text.index("| mqar | 128 | 100.0 ± 0.0 |")
 
 
