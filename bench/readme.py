@@ -42,7 +42,7 @@ def paragraph(text: str) -> str:
 
 
 class Result(NamedTuple):
-    """A record, the GPU's folder that it lies in, whether its sources are older than those of the newest
+    """A record, the GPU's folder that it lies in, whether it was measured with other sources than the newest
     record of all, and the records of other GPUs, the newest first.
     """
 
@@ -57,29 +57,34 @@ class Result(NamedTuple):
 
     @property
     def link(self) -> str:
-        older = ", measured with older sources" if self.is_older else ""
-        return f"[{self.path('json')}]({self.path('json')}){older}"
+        return f"[{self.path('json')}]({self.path('json')})"
+
+    @property
+    def measured(self) -> str:
+        """When, and with older sources if so."""
+        older = "with older sources" if self.is_older else ""
+        return " ".join(x for x in ("measured", date(self.record)[:10], older) if x)
+
+    @property
+    def source(self) -> str:
+        return f"{self.link}, {self.measured}" if self.is_older else self.link
 
     @property
     def gpu(self) -> str:
         return f"one {self.record['gpu']}"
 
 
-def newest(folder: Path, name: str) -> Result | None:
-    """By the date in the record; None where no GPU has one."""
-    everything = [record for x in BLOCKS for record in of_gpus(folder, x).values()]
-    latest = max(everything, key=date, default={}).get("digest")
-    found = [
-        Result(name, gpu, record, record.get("digest") != latest, [])
-        for gpu, record in of_gpus(folder, name).items()
-    ]
-    found.sort(key=lambda x: date(x.record), reverse=True)
-    return found[0]._replace(others=found[1:]) if found else None
-
-
-def of_gpus(folder: Path, name: str) -> dict[str, dict]:
-    paths = sorted(folder.glob(f"*/{name}.json"))
-    return {path.parent.name: records.load(path.parent, name) for path in paths}
+def newest(folder: Path) -> dict[str, Result]:
+    """Of every benchmark that was run, by the date in the record."""
+    paths = [path for name in BLOCKS for path in sorted(folder.glob(f"*/{name}.json"))]
+    found = [(path, records.load(path.parent, path.stem)) for path in paths]
+    found.sort(key=lambda x: date(x[1]), reverse=True)
+    results: dict[str, list[Result]] = {}
+    for path, record in found:
+        is_older = record.get("digest") != found[0][1].get("digest")
+        result = Result(path.stem, path.parent.name, record, is_older, [])
+        results.setdefault(path.stem, []).append(result)
+    return {name: first._replace(others=others) for name, (first, *others) in results.items()}
 
 
 def date(record: dict) -> str:
@@ -106,12 +111,12 @@ def op(result: Result) -> str:
     parts = [
         paragraph(
             f"On {result.gpu}, bfloat16, float32 g, K = V = 128, milliseconds, eager / CUDA graph; medians, "
-            f"both in one process on the same inputs (`python -m bench.op`, {result.link}){against}:"
+            f"both in one process on the same inputs (`python -m bench.op`, {result.source}){against}:"
         ),
         *op_tables(record),
     ]
     for other in result.others:
-        parts += [f"On {other.gpu} ({other.link}):", *op_tables(other.record)]
+        parts += [f"On {other.gpu}, {other.measured} ({other.link}):", *op_tables(other.record)]
     return "\n\n".join(parts)
 
 
@@ -169,8 +174,8 @@ def decode(result: Result) -> str:
     header = ("batch", "graph: new states / pool in place", "Triton", "eager, pool in place", "Triton")
     about = paragraph(
         f"Decoding one token on {result.gpu}, H16, K = V = 128, float32 states, microseconds "
-        f"(`python -m bench.decode`, {result.link}): a graph of 100 calls on 100 sets of states, divided by "
-        "100, and an eager call:"
+        f"(`python -m bench.decode`, {result.source}): a graph of 100 calls on 100 sets of states, divided "
+        "by 100, and an eager call:"
     )
     return f"{about}\n\n{table(header, lines)}"
 
@@ -188,7 +193,7 @@ def model(result: Result) -> str:
     about = paragraph(
         f"Training steps on {result.gpu}, eager: the layer alone (hidden size 2048, 16 heads, bfloat16, "
         "forward and backward), and the paper's models with AdamW under bfloat16 autocast, with this op and "
-        f"with Triton's in the same model (`python -m bench.model`, {result.link}):"
+        f"with Triton's in the same model (`python -m bench.model`, {result.source}):"
     )
     return f"{about}\n\n{table(header, lines)}"
 
@@ -202,7 +207,7 @@ def variants(result: Result) -> str:
     ]  # fmt: skip
     header = ("topic", "pass", "call", "ms, eager / graph", "relative to the first", "ns a token and head")
     about = paragraph(
-        f"What options and sizes cost on {result.gpu} (`python -m bench.variants`, {result.link}), at "
+        f"What options and sizes cost on {result.gpu} (`python -m bench.variants`, {result.source}), at "
         "B4 T4096 H16, K = V = 128 unless said. fused: norms, decay gate and gate sigmoids inside the call, "
         "or outside in PyTorch; keep: disable_recompute; groups: 4 value heads a key head (H4, HV16), or q, "
         "k, g and b repeated for them; linear: B1."
@@ -233,7 +238,7 @@ def recall(result: Result) -> str:
     about = paragraph(
         f"Recall, accuracy in percent over {seeds} seeds, by the number of pairs or needles n, of models of "
         f"{asked['layers']} layers, width {asked['width']}, trained on one {result.record['device']} "
-        f"(`python examples/recall.py`, {result.link}):"
+        f"(`python examples/recall.py`, {result.source}):"
     )
     plot = f"![accuracy against pairs and needles]({result.path('png')})"
     return f"{about}\n\n{table(('task', 'n', *names), lines)}\n\n{plot}"
@@ -242,7 +247,7 @@ def recall(result: Result) -> str:
 def sweep(result: Result) -> str:
     about = paragraph(
         f"Over lengths and heads on {result.gpu}, beside Kimi Delta Attention (Triton) and PyTorch's causal "
-        f"attention (`python -m bench.sweep`, {result.link}):"
+        f"attention (`python -m bench.sweep`, {result.source}):"
     )
     plot = f"![time a token, share of the byte floor, times faster than Triton]({result.path('png')})"
     return f"{about}\n\n{plot}"
@@ -259,7 +264,7 @@ def split(result: Result) -> str:
     slower = sum(x < 0.995 for x in eager)
     about = paragraph(
         f"Sequences cut into segments, where that is chosen, against whole ones on {result.gpu}, "
-        f"over {shapes} shapes, in CUDA graphs: {ranges} faster (`python -m bench.split`, {result.link}). "
+        f"over {shapes} shapes, in CUDA graphs: {ranges} faster (`python -m bench.split`, {result.source}). "
         f"{slower} of {len(eager)} eager calls are slower, at worst {min(eager):.2f} times as fast: with the "
         "backward short sequences wait for the host, which launches more kernels for a split; "
         "`sequence_split=1` turns it off."
@@ -280,9 +285,9 @@ BLOCKS = {
 
 def render(text: str, folder: Path = records.RESULTS) -> str:
     """README's text with the blocks of the results in the folder."""
+    results = newest(folder)
     for name, block in BLOCKS.items():
-        result = newest(folder, name)
-        content = "" if result is None else f"\n{block(result)}\n\n"
+        content = f"\n{block(results[name])}\n\n" if name in results else ""
         begin, end = f"<!-- bench.{name} -->\n", f"<!-- /bench.{name} -->"
         pattern = re.compile(f"({re.escape(begin)}).*?({re.escape(end)})", re.DOTALL)
         text, found = pattern.subn(lambda marks, x=content: f"{marks[1]}{x}{marks[2]}", text)

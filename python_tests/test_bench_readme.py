@@ -140,8 +140,8 @@ def test_the_op_on_other_gpus_follows(results):
     text = block(results, "op")
     newest = text.index("On one NVIDIA H200, bfloat16")
     link = "[bench/results/h100/op.json](bench/results/h100/op.json)"
-    second = text.index(f"On one NVIDIA H100 ({link}, measured with older sources):")
-    third = text.index("On one NVIDIA H20 ([bench/results/h20/op.json](bench/results/h20/op.json)):")
+    second = text.index(f"On one NVIDIA H100, measured 2026-03-01 with older sources ({link}):")
+    third = text.index("On one NVIDIA H20, measured 2026-02-01 ([bench/results/h20/op.json]")
     assert newest < second < third and "h200/op.json" in text[newest:second]
     for part, faster in ((text[newest:second], "2.0"), (text[second:third], "4.0"), (text[third:], "8.0")):
         assert f"| 1.00 / 1.00 | {faster} / {faster} |" in part and part.count("| B1 T64 H4 |") == 1
@@ -155,7 +155,7 @@ def test_what_was_measured_with_other_sources_than_the_newest_says_so(results, n
     assert "older sources" not in block(results, name)
     record(results, "decode", date="2026-03-02T12:00:00+00:00", **CONTENT["decode"])
     run(results)
-    assert "measured with older sources" in block(results, name)
+    assert ", measured 2026-03-01 with older sources" in block(results, name)
     assert "older sources" not in block(results, "decode")
 
 
@@ -221,9 +221,8 @@ def test_splits_are_summed_up(results):
     record(results, "split", rows=rows)
     run(results)
     text = block(results, "split")
-    assert (
-        "over 3 shapes, in CUDA graphs: forward 1.00 to 6.00 times, forward + backward 0.95 to 3.00" in text
-    )
+    assert "over 3 shapes, in CUDA graphs: " in text
+    assert "graphs: forward 1.00 to 6.00 times, forward + backward 0.95 to 3.00 times faster" in text
     assert "2 of 6 eager calls are slower, at worst 0.76 times as fast" in text
     assert "|" not in text
 
