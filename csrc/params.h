@@ -84,8 +84,8 @@ struct CallShape {
 struct ChunkTiles {
   void* factors;      // [num_slots, num_gate_heads, 3, kDimK / 64, 64, 64]: scale*gamma*q, Kt, gamma*E
   float* gamma_last;  // [num_slots, num_gate_heads, kDimK]: gamma[C-1]
-  void* A_minus_I;    // [num_slots, num_gate_heads, 64, 64]
-  void* P;            // [num_slots, num_gate_heads, 64, 64]
+  void* A_minus_I;    // [num_slots, num_gate_heads, 10, 16 * 16]: tile/triangle.h
+  void* P;            // the same
 };
 
 struct PrepareParams {

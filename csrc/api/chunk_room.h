@@ -6,6 +6,7 @@
 
 #include "api/chunk_backward.h"
 #include "api/chunk_forward.h"
+#include "tile/triangle.h"
 
 namespace gdn2 {
 
@@ -101,7 +102,7 @@ inline void take_room(Workspace& room, ChunkForwardParams& params, bool packed, 
   ChunkCall& call = params.call;
   take_call_room(room, call, packed, params.keeps_tiles);
   if (!kept.matrices) {
-    std::int64_t const bytes = num_gate_tiles(call.shape) * kChunk * kChunk * kElementBytes;
+    std::int64_t const bytes = num_gate_tiles(call.shape) * kTriangleBytes;
     call.tiles.A_minus_I = room.take(bytes);
     call.tiles.P = room.take(bytes);
   }

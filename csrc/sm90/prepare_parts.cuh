@@ -8,6 +8,7 @@
 #include "sm90/chunk_work.h"
 #include "tile/pipeline.cuh"
 #include "tile/tma.cuh"
+#include "tile/triangle.h"
 #include "tile/triangular_inverse.cuh"
 
 namespace gdn2::prepare {
@@ -65,7 +66,7 @@ struct SharedStorage {
     } in;
     LevelOperands<Cfg> operands[3];  // when the inputs are in registers
   };
-  std::uint8_t P[kBoxBytes];
+  alignas(16) std::uint8_t P[kTriangleBytes];
   float T[kChunk * TriangularMatrix::kStride];
   // Of every block of 16 tokens and channel: alpha of its first token, and the product over the others.
   float block_first[kNumBlocks][Cfg::kDimK], block_rest[kNumBlocks][Cfg::kDimK];

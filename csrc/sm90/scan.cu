@@ -62,10 +62,10 @@ struct SharedStorage {
     std::uint8_t v[Cfg::kWarpgroups][kBoxBytes], w[Cfg::kWarpgroups][kBoxBytes];
   };
   struct FactorsQ {
-    std::uint8_t gamma_q[Cfg::kTileBytes], A_minus_I[kBoxBytes];
+    std::uint8_t gamma_q[Cfg::kTileBytes], A_minus_I[kTriangleImageBytes];
   };
   struct FactorsK {
-    std::uint8_t Kt[Cfg::kTileBytes], P[kBoxBytes];
+    std::uint8_t Kt[Cfg::kTileBytes], P[kTriangleImageBytes];
   };
   alignas(kSwizzleAtomBytes) Values values[Cfg::kStagesValues];
   std::uint8_t gamma_E[Cfg::kStagesE][Cfg::kTileBytes];
@@ -80,6 +80,16 @@ struct SharedStorage {
   RingBarriers<Cfg::kStagesQ> ring_q;
   RingBarriers<Cfg::kStagesK> ring_k;
   RingBarriers<1> ring_O[Cfg::kWarpgroups];
+
+  // By all threads.
+  __device__ void clear_above_triangles() {
+    for (auto& factors : factors_q) {
+      clear_above_triangle(factors.A_minus_I, threadIdx.x, Cfg::kThreads);
+    }
+    for (auto& factors : factors_k) {
+      clear_above_triangle(factors.P, threadIdx.x, Cfg::kThreads);
+    }
+  }
 
   // By one thread.
   __device__ void init_barriers() {
@@ -127,18 +137,15 @@ __device__ void load(SharedStorage<Cfg>& smem, ScanParams const& params, Work co
     at_E.advance();
 
     auto& factors_q = smem.factors_q[at_q.stage];
-    FullBarrier& full_q = smem.ring_q.begin_fill(at_q, sizeof(factors_q));
+    FullBarrier& full_q = smem.ring_q.begin_fill(at_q, kTile + kTriangleBytes);
     load_factors<Cfg>(factors_q.gamma_q, factors, kTile, full_q);
-    load_factors<Cfg>(factors_q.A_minus_I,
-                      static_cast<std::uint8_t const*>(tiles.A_minus_I) + tile * kBoxBytes, kBoxBytes,
-                      full_q);
+    load_triangle<Cfg>(factors_q.A_minus_I, tiles.A_minus_I, tile, full_q);
     at_q.advance();
 
     auto& factors_k = smem.factors_k[at_k.stage];
-    FullBarrier& full_k = smem.ring_k.begin_fill(at_k, sizeof(factors_k));
+    FullBarrier& full_k = smem.ring_k.begin_fill(at_k, kTile + kTriangleBytes);
     load_factors<Cfg>(factors_k.Kt, factors + kTile, kTile, full_k);
-    load_factors<Cfg>(factors_k.P, static_cast<std::uint8_t const*>(tiles.P) + tile * kBoxBytes, kBoxBytes,
-                      full_k);
+    load_triangle<Cfg>(factors_k.P, tiles.P, tile, full_k);
     at_k.advance();
   }
   if (params.ready != nullptr) {
@@ -261,7 +268,7 @@ struct Walk {
     FragmentA X_rounded[4];
     round_fragments<Element>(X_rounded, X);
     wgmma_fence();
-    multiply_transposed<Element, ScaleIn::One>(X, X_rounded, factors.A_minus_I, true);
+    multiply_triangle_transposed<Element>(X, X_rounded, factors.A_minus_I, true);
   }
 
   __device__ void wait_R() {
@@ -275,7 +282,7 @@ struct Walk {
     auto const& factors = smem.factors_k[at_k.stage];
     wgmma_fence();
     multiply<Element, ScaleIn::One>(S, R_rounded, factors.Kt, true);
-    multiply_transposed<Element, ScaleIn::One>(O, R_rounded, factors.P, true);
+    multiply_triangle_transposed<Element>(O, R_rounded, factors.P, true);
   }
 
   __device__ void release_factors_k() { release_factors<Cfg>(smem.ring_k, at_k); }
@@ -362,6 +369,7 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
   if (threadIdx.x == 0) {
     smem.init_barriers();
   }
+  smem.clear_above_triangles();
   sync_before_loads<Cfg>();
   int const wg = warpgroup_index();
   if (wg < Cfg::kWarpgroups) {

@@ -54,16 +54,15 @@ struct TensorMaps {
 // Where a chunk's tiles lie.
 template <class Cfg>
 struct ChunkFactors {
-  std::uint8_t const *gamma_q, *Kt, *gamma_E, *A_minus_I, *P;
+  std::uint8_t const *gamma_q, *Kt, *gamma_E;
   float const* gamma_last;
+  std::int64_t tile;
 
-  __device__ ChunkFactors(ChunkTiles const& tiles, Work const& work, int chunk) {
-    std::int64_t const tile = work.first_tile + static_cast<std::int64_t>(chunk) * work.tile_stride;
+  __device__ ChunkFactors(ChunkTiles const& tiles, Work const& work, int chunk)
+      : tile(work.first_tile + static_cast<std::int64_t>(chunk) * work.tile_stride) {
     gamma_q = static_cast<std::uint8_t const*>(tiles.factors) + tile * 3 * Cfg::kTileBytes;
     Kt = gamma_q + Cfg::kTileBytes;
     gamma_E = Kt + Cfg::kTileBytes;
-    A_minus_I = static_cast<std::uint8_t const*>(tiles.A_minus_I) + tile * kBoxBytes;
-    P = static_cast<std::uint8_t const*>(tiles.P) + tile * kBoxBytes;
     gamma_last = tiles.gamma_last + tile * Cfg::kDimK;
   }
 };
@@ -82,8 +81,8 @@ __device__ void load(RecomputeStorage<Cfg>& smem, ScanBackwardParams const& para
     load_factors<Cfg>(smem.gamma_last[at_E.stage], factors.gamma_last, Cfg::kGammaBytes, full_E);
     at_E.advance();
 
-    FullBarrier& full_A = smem.ring_A.begin_fill(at_A, kBoxBytes);
-    load_factors<Cfg>(smem.A_minus_I[at_A.stage], factors.A_minus_I, kBoxBytes, full_A);
+    FullBarrier& full_A = smem.ring_A.begin_fill(at_A, kTriangleBytes);
+    load_triangle<Cfg>(smem.A_minus_I[at_A.stage], params.tiles.A_minus_I, factors.tile, full_A);
     at_A.advance();
 
     if (chunk + 1 < work.num_chunks) {  // nobody needs the state after the last chunk
@@ -104,16 +103,16 @@ __device__ void load(ReverseStorage<Cfg>& smem, ScanBackwardParams const& params
     ChunkFactors<Cfg> const factors(params.tiles, work, chunk);
 
     auto& factors_k = smem.factors_k[at_k.stage];
-    FullBarrier& full_k = smem.ring_k.begin_fill(at_k, sizeof(factors_k) + Cfg::kGammaBytes);
-    load_factors<Cfg>(factors_k.P, factors.P, kBoxBytes, full_k);
+    FullBarrier& full_k = smem.ring_k.begin_fill(at_k, Cfg::kTileBytes + kTriangleBytes + Cfg::kGammaBytes);
+    load_triangle<Cfg>(factors_k.P, params.tiles.P, factors.tile, full_k);
     load_factors<Cfg>(smem.gamma_last[at_k.stage], factors.gamma_last, Cfg::kGammaBytes, full_k);
     load_factors<Cfg>(factors_k.Kt, factors.Kt, Cfg::kTileBytes, full_k);
     at_k.advance();
 
     auto& factors_q = smem.factors_q[at_q.stage];
-    FullBarrier& full_q = smem.ring_q.begin_fill(at_q, sizeof(factors_q));
+    FullBarrier& full_q = smem.ring_q.begin_fill(at_q, Cfg::kTileBytes + kTriangleBytes);
     load_factors<Cfg>(factors_q.gamma_q, factors.gamma_q, Cfg::kTileBytes, full_q);
-    load_factors<Cfg>(factors_q.A_minus_I, factors.A_minus_I, kBoxBytes, full_q);
+    load_triangle<Cfg>(factors_q.A_minus_I, params.tiles.A_minus_I, factors.tile, full_q);
     at_q.advance();
 
     FullBarrier& full_E = smem.ring_E.begin_fill(at_E, Cfg::kTileBytes);
@@ -257,6 +256,7 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
     take_segment(work, find_segment(params), params.num_segments);
     forwards ? recompute.init_barriers() : reverse.init_barriers();
   }
+  forwards ? recompute.clear_above_triangles() : reverse.clear_above_triangles();
   sync_before_loads<Cfg>();
   let_next_kernel_start();
   int const wg = warpgroup_index();

@@ -60,7 +60,7 @@ struct RecomputeStorage {
   alignas(kSwizzleAtomBytes) Outgoing<Cfg> outgoing;
   Values values[Cfg::kStagesValues];
   std::uint8_t gamma_E[Cfg::kStagesRecomputeE][Cfg::kTileBytes];
-  std::uint8_t A_minus_I[Cfg::kStagesA][kBoxBytes];
+  std::uint8_t A_minus_I[Cfg::kStagesA][kTriangleImageBytes];
   std::uint8_t Kt[Cfg::kStagesKt][Cfg::kTileBytes];
   FragmentsZ Z[Cfg::kStagesZ][Cfg::kWarpgroups];
   float gamma_last[Cfg::kStagesRecomputeE][Cfg::kDimK];  // in the ring of gamma_E
@@ -70,6 +70,13 @@ struct RecomputeStorage {
   RingBarriers<Cfg::kStagesRecomputeE> ring_E;
   RingBarriers<Cfg::kStagesA> ring_A;
   RingBarriers<Cfg::kStagesKt> ring_Kt;
+
+  // By all threads.
+  __device__ void clear_above_triangles() {
+    for (auto& image : A_minus_I) {
+      clear_above_triangle(image, threadIdx.x, Cfg::kThreads);
+    }
+  }
 
   // By one thread.
   __device__ void init_barriers() {
@@ -87,10 +94,10 @@ struct RecomputeStorage {
 template <class Cfg>
 struct ReverseStorage {
   struct FactorsK {
-    std::uint8_t Kt[Cfg::kTileBytes], P[kBoxBytes];
+    std::uint8_t Kt[Cfg::kTileBytes], P[kTriangleImageBytes];
   };
   struct FactorsQ {
-    std::uint8_t gamma_q[Cfg::kTileBytes], A_minus_I[kBoxBytes];
+    std::uint8_t gamma_q[Cfg::kTileBytes], A_minus_I[kTriangleImageBytes];
   };
   alignas(kSwizzleAtomBytes) Outgoing<Cfg> outgoing;
   std::uint8_t dO[Cfg::kStagesO][Cfg::kWarpgroups][kBoxBytes];
@@ -103,6 +110,16 @@ struct ReverseStorage {
   RingBarriers<Cfg::kStagesK> ring_k;
   RingBarriers<Cfg::kStagesQ> ring_q;
   RingBarriers<Cfg::kStagesE> ring_E;
+
+  // By all threads.
+  __device__ void clear_above_triangles() {
+    for (auto& factors : factors_k) {
+      clear_above_triangle(factors.P, threadIdx.x, Cfg::kThreads);
+    }
+    for (auto& factors : factors_q) {
+      clear_above_triangle(factors.A_minus_I, threadIdx.x, Cfg::kThreads);
+    }
+  }
 
   // By one thread.
   __device__ void init_barriers() {
@@ -170,7 +187,7 @@ struct Recompute {
     round_fragments<Element>(X_rounded, X);
     smem.ring_A.wait_full(at_A);
     wgmma_fence();
-    multiply_transposed<Element, ScaleIn::One>(X, X_rounded, smem.A_minus_I[at_A.stage], true);
+    multiply_triangle_transposed<Element>(X, X_rounded, smem.A_minus_I[at_A.stage], true);
   }
 
   __device__ void wait_R() {
@@ -261,7 +278,7 @@ struct Reverse {
   __device__ void begin_dR(FragmentA const (&dO)[4]) {
     smem.ring_k.wait_full(at_k);
     wgmma_fence();
-    multiply<Element, ScaleIn::One>(dR, dO, smem.factors_k[at_k.stage].P, false);
+    multiply_triangle<Element>(dR, dO, smem.factors_k[at_k.stage].P, false);
   }
 
   // dR^T += dS'^T Kt^T, then dS^T = dS'^T Diag(gamma[C-1]) + dO^T (scale*gamma*q): issued. dS decays behind
@@ -283,7 +300,7 @@ struct Reverse {
     FragmentA dR_rounded[4];
     round_fragments<Element>(dR_rounded, dR);
     wgmma_fence();
-    multiply<Element, ScaleIn::One>(dR, dR_rounded, smem.factors_q[at_q.stage].A_minus_I, true);
+    multiply_triangle<Element>(dR, dR_rounded, smem.factors_q[at_q.stage].A_minus_I, true);
   }
 
   __device__ void wait_dX() {

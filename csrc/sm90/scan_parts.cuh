@@ -12,6 +12,7 @@
 #include "tile/mma.cuh"
 #include "tile/pipeline.cuh"
 #include "tile/tma.cuh"
+#include "tile/triangle.cuh"
 #include "tile/wgmma.cuh"
 
 namespace gdn2 {
@@ -179,6 +180,22 @@ __device__ void load_factors(void* smem, void const* global, int bytes, FullBarr
                       static_cast<std::uint8_t const*>(global) + first, half, full);
   } else {
     bulk_load(smem, global, bytes, full);
+  }
+}
+
+// And a lower triangle, A - I or P: two of its strips each, half of the bytes.
+template <class Cfg>
+__device__ void load_triangle(std::uint8_t* image, void const* tiles, std::int64_t tile, FullBarrier& full) {
+  auto const* const global = static_cast<std::uint8_t const*>(tiles) + tile * kTriangleBytes;
+  if constexpr (Cfg::kPaired) {
+    std::uint32_t const own = cute::block_rank_in_cluster() == 0 ? 0b1001 : 0b0110;
+    for_strips(image, global, own, [&](std::uint8_t* to, std::uint8_t const* from, int bytes) {
+      bulk_load_to_pair(to, from, bytes, full);
+    });
+  } else {
+    for_strips(image, global, 0b1111, [&](std::uint8_t* to, std::uint8_t const* from, int bytes) {
+      bulk_load(to, from, bytes, full);
+    });
   }
 }
 

@@ -57,7 +57,7 @@ struct SharedStorage {
   };
   alignas(kSwizzleAtomBytes) Values values[Cfg::kStagesValues];
   std::uint8_t gamma_E[Cfg::kStagesE][Cfg::kTileBytes];
-  std::uint8_t A_minus_I[Cfg::kStagesA][kBoxBytes];
+  std::uint8_t A_minus_I[Cfg::kStagesA][kTriangleImageBytes];
   std::uint8_t Kt[Cfg::kStagesKt][Cfg::kTileBytes];
   FragmentsZ Z[Cfg::kStagesZ][1];
   float gamma_last[Cfg::kStagesE][Cfg::kDimK];  // in the ring of gamma_E
@@ -67,6 +67,13 @@ struct SharedStorage {
   RingBarriers<Cfg::kStagesA> ring_A;
   RingBarriers<Cfg::kStagesKt> ring_Kt;
   MapWork work;  // where it costs no registers
+
+  // By all threads.
+  __device__ void clear_above_triangles() {
+    for (auto& image : A_minus_I) {
+      clear_above_triangle(image, threadIdx.x, Cfg::kThreads);
+    }
+  }
 
   // By one thread.
   __device__ void init_barriers() {
@@ -122,10 +129,8 @@ __device__ void load(SharedStorage<Cfg>& smem, SegmentMapsParams const& params, 
                       full_E);
     at_E.advance();
 
-    FullBarrier& full_A = smem.ring_A.begin_fill(at_A, kBoxBytes);
-    load_factors<Cfg>(smem.A_minus_I[at_A.stage],
-                      static_cast<std::uint8_t const*>(tiles.A_minus_I) + tile * kBoxBytes, kBoxBytes,
-                      full_A);
+    FullBarrier& full_A = smem.ring_A.begin_fill(at_A, kTriangleBytes);
+    load_triangle<Cfg>(smem.A_minus_I[at_A.stage], tiles.A_minus_I, tile, full_A);
     at_A.advance();
 
     FullBarrier& full_Kt = smem.ring_Kt.begin_fill(at_Kt, Cfg::kTileBytes);
@@ -178,7 +183,7 @@ struct Walk {
     round_fragments<Element>(X_rounded, X);
     smem.ring_A.wait_full(at_A);
     wgmma_fence();
-    multiply_transposed<Element, ScaleIn::One>(X, X_rounded, smem.A_minus_I[at_A.stage], true);
+    multiply_triangle_transposed<Element>(X, X_rounded, smem.A_minus_I[at_A.stage], true);
     wgmma_wait<0>();
     release_factors<Cfg>(smem.ring_A, at_A);
   }
@@ -246,6 +251,7 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
     work = find_map(params);
     smem.init_barriers();
   }
+  smem.clear_above_triangles();
   sync_before_loads<Cfg>();
   let_next_kernel_start();
   if (work.is_M && work.segment == 0) {
