@@ -187,7 +187,7 @@ __device__ void scale_rows(SharedStorage<Cfg>& smem, PrepareParams const& params
 template <class Cfg>
 __device__ void place_diagonal(SharedStorage<Cfg>& smem, int row) {
   using Element = typename Cfg::Element;
-  auto* const place = smem.P + triangle_offset(row, row / 8) + row % 8 * sizeof(Element);
+  auto* const place = smem.P + swizzled_offset(row, row / 8) + row % 8 * sizeof(Element);
   *reinterpret_cast<Element*>(place) =
       round_to<Element>(smem.diagonal[row] * smem.q_scale[row] * smem.k_scale[row]);
 }
@@ -263,44 +263,44 @@ __device__ void store_factor_tiles(SharedStorage<Cfg>& smem, PrepareParams const
   }
 }
 
-// Calls body(16-byte piece) for all of a triangle's, by all threads of the team.
-template <class Cfg, class Body>
-__device__ void for_pieces_of_triangle(Body body) {
+// A lower triangle to global memory, by kThreads threads: pieces of eight elements as piece_of(row, first column)
+// has them.
+template <int kThreads, class PieceOf>
+__device__ void store_triangle(void* triangles, std::int64_t tile, int thread, PieceOf piece_of) {
+  auto* const out = reinterpret_cast<uint4*>(static_cast<std::uint8_t*>(triangles) + tile * kTriangleBytes);
+  constexpr int kPieces = kTriangleBytes / 16;
 #pragma unroll
-  for (int i = 0; i < kTriangleBytes / 16; i += Cfg::kTeamThreads) {
-    int const piece = i + thread_of_team<Cfg>();
-    if (i + Cfg::kTeamThreads <= kTriangleBytes / 16 || piece < kTriangleBytes / 16) {
-      body(piece);
+  for (int first = 0; first < kPieces; first += kThreads) {
+    int const index = first + thread;
+    if (first + kThreads <= kPieces || index < kPieces) {
+      TrianglePiece const at = triangle_piece(index);
+      out[index] = piece_of(at.row, at.first_column);
     }
   }
 }
 
-// A - I as a triangle, zero on and above the diagonal. By one warpgroup, a block of 16x16 a warp.
 template <class Cfg>
-__device__ void store_A_minus_I(SharedStorage<Cfg>& smem, std::uint8_t* tile) {
+__device__ void store_P(SharedStorage<Cfg> const& smem, PrepareParams const& params, Work const& work) {
+  store_triangle<Cfg::kTeamThreads>(params.tiles.P, work.tile, thread_of_team<Cfg>(), [&](int row, int s) {
+    return *reinterpret_cast<uint4 const*>(smem.P + swizzled_offset(row, s / 8));
+  });
+}
+
+// A - I, zero on and above the diagonal. By one warpgroup.
+template <class Cfg>
+__device__ void store_A_minus_I(SharedStorage<Cfg>& smem, PrepareParams const& params, Work const& work) {
   using Element = typename Cfg::Element;
-  constexpr int kWarps = kWarpgroupThreads / kWarpThreads;
   TriangularMatrix const A{smem.T};
-  int const lane = lane_index();
+  store_triangle<kWarpgroupThreads>(
+      params.tiles.A_minus_I, work.tile, threadIdx.x % kWarpgroupThreads, [&](int row, int first) {
+        std::uint32_t pairs[4];
 #pragma unroll
-  for (int i = 0; i < kTriangleBlocks; i += kWarps) {
-    int const block = i + threadIdx.x % kWarpgroupThreads / kWarpThreads;
-    if (block >= kTriangleBlocks) {
-      break;
-    }
-    int const strip =
-        (block >= first_block_of(1)) + (block >= first_block_of(2)) + (block >= first_block_of(3));
-    int const row = (block - first_block_of(strip) + strip) * kTriangleBlock + lane / 2;
-    int const first = strip * kTriangleBlock + (lane ^ row >> 2) % 2 * 8;
-    std::uint32_t pairs[4];
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      int const s = first + 2 * j;
-      pairs[j] = pack<Element>(s < row ? A.at(row, s) : 0.f, s + 1 < row ? A.at(row, s + 1) : 0.f);
-    }
-    *reinterpret_cast<uint4*>(tile + block * kTriangleBlockBytes + lane * 16) =
-        uint4{pairs[0], pairs[1], pairs[2], pairs[3]};
-  }
+        for (int j = 0; j < 4; ++j) {
+          int const s = first + 2 * j;
+          pairs[j] = pack<Element>(s < row ? A.at(row, s) : 0.f, s + 1 < row ? A.at(row, s + 1) : 0.f);
+        }
+        return uint4{pairs[0], pairs[1], pairs[2], pairs[3]};
+      });
 }
 
 // Products of alpha over a thread's 16 tokens, for what reaches over blocks.
@@ -427,13 +427,10 @@ __device__ void run_tile(SharedStorage<Cfg>& smem, PrepareParams const& params, 
   meet_at_operands<Cfg>();  // T and P are complete; the copy engine may write where operands have been
   operands_read();
 
-  auto* const P = static_cast<std::uint8_t*>(params.tiles.P) + work.tile * kTriangleBytes;
-  for_pieces_of_triangle<Cfg>(
-      [&](int piece) { reinterpret_cast<uint4*>(P)[piece] = reinterpret_cast<uint4 const*>(smem.P)[piece]; });
+  store_P(smem, params, work);
   if (at.box == 0) {
     invert_unit_lower(TriangularMatrix{smem.T}, barrier_id<Cfg>(TeamBarrier::kInverse));
-    auto* const A = static_cast<std::uint8_t*>(params.tiles.A_minus_I);
-    store_A_minus_I(smem, A + work.tile * kTriangleBytes);
+    store_A_minus_I(smem, params, work);
   }
   if constexpr (Cfg::kStays) {
     publish_tile<Cfg>(params, work, at.box == 0);
@@ -467,8 +464,11 @@ __global__ void __launch_bounds__(Cfg::kThreads, Cfg::kCtasPerSm)
     }
   }
   if constexpr (!Cfg::kFactorsOnly) {
-    // What is above the diagonal of P no level writes.
-    for_pieces_of_triangle<Cfg>([&](int piece) { reinterpret_cast<uint4*>(smem.P)[piece] = uint4{}; });
+    // The upper triangle of P, which no level writes, is zero.
+#pragma unroll
+    for (int i = 0; i < kBoxBytes / 16; i += Cfg::kTeamThreads) {
+      reinterpret_cast<uint4*>(smem.P)[i + thread_of_team<Cfg>()] = uint4{};
+    }
   }
   if constexpr (Cfg::kStays) {
     clear_ready<Cfg>(params, by, first_order);

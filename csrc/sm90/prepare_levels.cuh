@@ -158,7 +158,7 @@ struct EntryStore {
     }
     bool const has_x = h > 1 || r == s0 + 1, has_y = h > 1 || r == s1 + 1;
     if (is_P) {
-      auto* const row = smem.P + triangle_offset(r, s0 / 8);
+      auto* const row = smem.P + swizzled_offset(r, s0 / 8);
       if constexpr (h > 1) {
         *reinterpret_cast<std::uint32_t*>(row + s0 % 8 * sizeof(Element)) = pack<Element>(x, y);
       } else {

@@ -66,7 +66,7 @@ struct SharedStorage {
     } in;
     LevelOperands<Cfg> operands[3];  // when the inputs are in registers
   };
-  alignas(16) std::uint8_t P[kTriangleBytes];
+  std::uint8_t P[kBoxBytes];
   float T[kChunk * TriangularMatrix::kStride];
   // Of every block of 16 tokens and channel: alpha of its first token, and the product over the others.
   float block_first[kNumBlocks][Cfg::kDimK], block_rest[kNumBlocks][Cfg::kDimK];

@@ -24,11 +24,18 @@ __host__ __device__ constexpr int first_block_of(int strip) {
   return strip * (2 * kTriangleStrips + 1 - strip) / 2;
 }
 
-// Byte offset, in the form of global memory, of the 16-byte piece `piece` of `row`.
-__host__ __device__ constexpr std::uint32_t triangle_offset(int row, int piece) {
-  int const strip = piece / 2;
-  return (first_block_of(strip) - strip) * kTriangleBlockBytes + row * kTriangleRowBytes +
-         (((piece ^ (row >> 2)) & 1) << 4);
+// The index-th 16-byte piece in global memory holds eight columns of a row.
+struct TrianglePiece {
+  int row, first_column;
+};
+__host__ __device__ constexpr TrianglePiece triangle_piece(int index) {
+  constexpr int kPiecesOfBlock = kTriangleBlockBytes / 16;
+  int const block = index / kPiecesOfBlock;
+  int const strip =
+      (block >= first_block_of(1)) + (block >= first_block_of(2)) + (block >= first_block_of(3));
+  int const row =
+      (block - first_block_of(strip) + strip) * kTriangleBlock + index % kPiecesOfBlock / 2;
+  return {row, strip * kTriangleBlock + ((index ^ (row >> 2)) & 1) * 8};
 }
 
 }  // namespace gdn2
