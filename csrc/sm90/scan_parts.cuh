@@ -153,14 +153,22 @@ __device__ void make_values(Storage& smem, GateParams const& gates, Work const& 
 }
 
 // By one thread, and not the one that loads factors: that one waits for their rings, and v and w, which come
-// from further away, must not wait with it.
-template <class Cfg, class Storage, class Maps>
+// from further away, must not wait with it. With kFetchesAhead the L2 cache has been asked for them a chunk
+// before.
+template <class Cfg, bool kFetchesAhead = false, class Storage, class Maps>
 __device__ void load_values(Storage& smem, Maps const& maps, Work const& work) {
   RingPosition<Cfg::kStagesValues> at;
   for (int chunk = 0; chunk < work.num_chunks; ++chunk, at.advance()) {
     auto& values = smem.values[at.stage];
-    FullBarrier& full = smem.ring_values.begin_fill(at, sizeof(values));
     int const token = work.first_token + chunk * kChunk;
+    if constexpr (kFetchesAhead) {
+      static_assert(Cfg::kWarpgroups == 1);
+      if (chunk + 1 < work.num_chunks) {
+        tma_fetch(maps.v, work.first_column, work.value_head, token + kChunk, work.batch);
+        tma_fetch(maps.w, work.first_column, work.value_head, token + kChunk, work.batch);
+      }
+    }
+    FullBarrier& full = smem.ring_values.begin_fill(at, sizeof(values));
     for (int wg = 0; wg < Cfg::kWarpgroups; ++wg) {
       int const column = work.first_column + wg * kColumns;
       tma_load(maps.v, full, values.v[wg], column, work.value_head, token, work.batch);

@@ -275,7 +275,7 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
       load(smem, params, work);
     } else if (warp == 1 && !work.is_M && elect_one()) {
       wait_for_earlier_kernels();
-      load_values<Cfg>(smem, maps, work);
+      load_values<Cfg, true>(smem, maps, work);
     }
   }
   leave_together<Cfg>();

@@ -29,6 +29,12 @@ __device__ void tma_load(CUtensorMap const& map, cutlass::arch::ClusterTransacti
                             static_cast<std::int32_t>(coordinates)...);
 }
 
+// The same box, to the L2 cache alone.
+template <class... Coordinates>
+__device__ void tma_fetch(CUtensorMap const& map, Coordinates... coordinates) {
+  cute::SM90_TMA_LOAD::PREFETCH::copy(&map, static_cast<std::int32_t>(coordinates)...);
+}
+
 // Copies contiguous bytes, a multiple of 16, from global to shared memory and counts them on the barrier.
 __device__ inline void bulk_load(void* smem, void const* global, std::uint32_t bytes,
                                  cutlass::arch::ClusterTransactionBarrier& full) {
