@@ -120,8 +120,10 @@ struct ScanParams {
   float* chunk_states;         // [num_slots, num_value_heads, dim_k, dim_v] (or V, K), or null
   std::uint32_t const* ready;  // as in PrepareParams
   int num_segments;            // of a sequence, walked side by side
-  // Where segments 1, 2, .. start: see SegmentStatesParams; null where there is one segment.
-  float const* segment_states;
+  // What segment_maps makes (see SegmentMapsParams), and where segments 1, 2, .. start, for a backward: float32
+  // [num_sequences, num_segments - 1, num_value_heads, dim_v, kDimK], or null. Not used where there is one segment.
+  float const *segment_M, *segment_N;
+  float* segment_states;
   bool state_v_first;
   int num_sms;  // of the GPU
 };
@@ -148,14 +150,12 @@ struct ScanBackwardParams {
   float* d_initial_state;
   bool state_v_first;
   int num_segments;      // of a sequence, walked side by side
-  bool follows_prepare;  // or segment_states, on the stream: what else is read was there before those
-  // Where segments 1, 2, .. start, and the gradients of the states that segments 0, 1, .. but the last end
-  // in: see SegmentStatesParams; null where there is one segment. The gradients are not read where segment_N
-  // is not null.
-  float const *segment_states, *segment_gradients;
-  // Not null: the reverse walk of all segments but the first, from a gradient of zero (the last one's is
-  // d_final_state). Nothing comes out of it but the gradients of their first states, here, as in
-  // SegmentStatesParams.
+  bool follows_prepare;  // or another walk, on the stream: what else is read was there before those
+  float const *segment_M, *segment_states;  // as in ScanParams, not used where there is one segment
+  // The reverse walk of all segments but the first, from a gradient of zero (the last one's is d_final_state).
+  // Nothing comes out of it but the gradients of their first states, to segment_N.
+  bool makes_N;
+  // [num_sequences, num_segments - 1, num_value_heads, dim_v, kDimK], of segments 1, 2, ..: else it is read.
   float* segment_N;
   // The segments that are walked forwards too, beside either kind of reverse walk.
   int first_recomputed, num_recomputed;

@@ -62,8 +62,7 @@ struct TileSizes {
 };
 
 // In floats: M of the segments between the first and the last, and the states that all but the first start
-// from. Room of the second size is what each direction needs for N and, in the reverse, for gradients like
-// those states. Nothing where there is one segment.
+// from. Room of the second size is what each direction needs for N. Nothing where there is one segment.
 struct SplitSizes {
   std::int64_t M = 0, states = 0;
 
@@ -111,7 +110,6 @@ inline void take_room(Workspace& room, ChunkForwardParams& params, bool packed, 
     params.segment_N = room.take<float>(sizes.states * sizeof(float));
     if (!kept.split) {
       params.segment_M = room.take<float>(sizes.M * sizeof(float));
-      params.segment_states = room.take<float>(sizes.states * sizeof(float));
     }
   }
 }
@@ -136,7 +134,6 @@ inline void take_room(Workspace& room, ChunkBackwardParams& params, bool packed)
   if (call.num_segments > 1) {
     SplitSizes const sizes(shape, call.num_segments);
     params.segment_N = room.take<float>(sizes.states * sizeof(float));
-    params.segment_gradients = room.take<float>(sizes.states * sizeof(float));
   }
 }
 

@@ -11,7 +11,7 @@
 //
 // Grid: one CTA for a sequence, segment, value head and kWarpgroups * 64 value columns, longer sequences
 // first. CTAs of neighbouring columns are pairs (clusters): each loads a half of every tile of factors, for
-// both. A sequence is one segment, or several whose first states segment_states has made.
+// both. A sequence is one segment, or several, which start where the maps of those before lead (segment_start.cuh).
 // Roles: kWarpgroups math warpgroups of 64 value columns each (S 64, X 32, O 32 accumulators; 32 rounded S,
 // 16 rounded X or R or O a thread); one warpgroup that makes Z; one whose first warp loads factors, whose
 // next ones store O, one a math warpgroup, and whose next one loads v and w. A math warp has its scheduler
@@ -28,7 +28,7 @@
 #include <cutlass/arch/barrier.h>
 
 #include "api/chunk_forward.h"
-#include "sm90/scan_parts.cuh"
+#include "sm90/segment_start.cuh"
 #include "tile/launch.h"
 #include "tile/launch_order.cuh"
 #include "tile/ready_flag.cuh"
@@ -49,6 +49,7 @@ struct Config {
   // As many stages as shared memory holds.
   static constexpr int kStagesValues = kWarpgroups == 1 ? 2 : 1, kStagesZ = kStagesValues, kStagesE = 2;
   static constexpr int kStagesQ = kWarpgroups == 1 ? 3 : 2, kStagesK = 2;
+  static constexpr int kMapPieces = num_map_pieces<kDimK>((kStagesQ + kStagesK) * (kTileBytes + kTriangleImageBytes));
   static constexpr int kMathThreads = kWarpgroups * kWarpgroupThreads;
   static constexpr int kThreads = kMathThreads + 2 * kWarpgroupThreads;
   // Registers move from the other roles to the math.
@@ -80,14 +81,17 @@ struct SharedStorage {
   RingBarriers<Cfg::kStagesQ> ring_q;
   RingBarriers<Cfg::kStagesK> ring_k;
   RingBarriers<1> ring_O[Cfg::kWarpgroups];
+  StartBarriers<Cfg> start;
 
-  // By all threads.
-  __device__ void clear_above_triangles() {
+  __device__ std::uint8_t* maps() { return factors_q[0].gamma_q; }
+
+  // By the first num_threads threads.
+  __device__ void clear_above_triangles(int num_threads) {
     for (auto& factors : factors_q) {
-      clear_above_triangle(factors.A_minus_I, threadIdx.x, Cfg::kThreads);
+      clear_above_triangle(factors.A_minus_I, threadIdx.x, num_threads);
     }
     for (auto& factors : factors_k) {
-      clear_above_triangle(factors.P, threadIdx.x, Cfg::kThreads);
+      clear_above_triangle(factors.P, threadIdx.x, num_threads);
     }
   }
 
@@ -103,6 +107,7 @@ struct SharedStorage {
     for (auto& ring : ring_O) {
       ring.init(kWarpgroupWarps, 1);
     }
+    start.init();
     cutlass::arch::fence_barrier_init();  // orders the inits before the copy engine's use of them
   }
 };
@@ -122,8 +127,10 @@ __device__ void load(SharedStorage<Cfg>& smem, ScanParams const& params, Work co
   RingPosition<Cfg::kStagesQ> at_q;
   RingPosition<Cfg::kStagesK> at_k;
   if (params.ready == nullptr) {
-    wait_for_earlier_kernels();  // prepare
+    wait_for_earlier_kernels();  // prepare, or segment_maps
   }
+  MapsToStart<false> const maps{find_walk(params.shape, params.num_segments), params.num_segments};
+  load_maps<Cfg>(smem.start, smem.maps(), params.segment_M, params.shape, work, maps);
   for (int chunk = 0; chunk < work.num_chunks; ++chunk) {
     std::int64_t const tile = work.first_tile + static_cast<std::int64_t>(chunk) * work.tile_stride;
     auto const* const factors = static_cast<std::uint8_t const*>(tiles.factors) + tile * 3 * kTile;
@@ -136,6 +143,9 @@ __device__ void load(SharedStorage<Cfg>& smem, ScanParams const& params, Work co
     load_factors<Cfg>(smem.gamma_last[at_E.stage], tiles.gamma_last + tile * Cfg::kDimK, kGammaBytes, full_E);
     at_E.advance();
 
+    if (chunk == 0 && maps.number() > 0) {
+      wait_for_start(smem.start);
+    }
     auto& factors_q = smem.factors_q[at_q.stage];
     FullBarrier& full_q = smem.ring_q.begin_fill(at_q, kTile + kTriangleBytes);
     load_factors<Cfg>(factors_q.gamma_q, factors, kTile, full_q);
@@ -344,10 +354,15 @@ __device__ void compute(SharedStorage<Cfg>& smem, ScanParams const& params, Work
     read_state<Cfg::kDimK>(walk.S, params.initial_state, params.shape, params.state_v_first, work,
                            first_column);
   } else {
-    wait_for_earlier_kernels();  // segment_states
-    std::int64_t const row = segment_row(work, segment - 1, params.num_segments);
-    read_segment_state<Cfg::kDimK>(walk.S, params.segment_states, params.shape, row, work.value_head,
-                                   first_column);
+    wait_for_earlier_kernels();  // segment_maps
+    find_start<Cfg>(walk.S, smem.start, smem.maps(), params.segment_N, params.shape, work, first_column,
+                    MapsToStart<false>{segment, params.num_segments},
+                    [&] { smem.clear_above_triangles(Cfg::kMathThreads); });
+    if (params.segment_states != nullptr) {
+      write_segment_state<Cfg::kDimK>(walk.S, params.segment_states, params.shape,
+                                      segment_row(work, segment - 1, params.num_segments), work.value_head,
+                                      first_column);
+    }
   }
   walk.run();
   if (segment != last_segment) {
@@ -369,7 +384,7 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
   if (threadIdx.x == 0) {
     smem.init_barriers();
   }
-  smem.clear_above_triangles();
+  smem.clear_above_triangles(Cfg::kThreads);
   sync_before_loads<Cfg>();
   int const wg = warpgroup_index();
   if (wg < Cfg::kWarpgroups) {

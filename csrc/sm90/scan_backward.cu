@@ -49,6 +49,21 @@ struct TensorMaps {
   CUtensorMap v, w, dO;
 };
 
+// ---- which walk --------------------------------------------------------------------------------------------
+
+// The CTA's walk; asked of the machine, it needs no register in between.
+__device__ int find_own_walk(ScanBackwardParams const& params) {
+  asm volatile("" ::: "memory");
+  return find_walk(params.shape, num_walks(params));
+}
+
+__device__ int find_segment(ScanBackwardParams const& params) {
+  int const walk = find_own_walk(params), recomputed = walk - num_reverse_walks(params);
+  return recomputed >= 0               ? params.first_recomputed + recomputed
+         : params.makes_N ? walk + 1
+                          : walk;
+}
+
 // ---- load role --------------------------------------------------------------------------------------------
 
 // Where a chunk's tiles lie.
@@ -98,7 +113,14 @@ __device__ void load(ReverseStorage<Cfg>& smem, ScanBackwardParams const& params
   RingPosition<Cfg::kStagesK> at_k;
   RingPosition<Cfg::kStagesQ> at_q;
   RingPosition<Cfg::kStagesE> at_E;
-  wait_for_earlier_kernels();  // prepare
+  wait_for_earlier_kernels();  // prepare, or what has made N
+  if (!params.makes_N) {
+    MapsToStart<true> const maps{find_segment(params), params.num_segments};
+    load_maps<Cfg>(smem.start, smem.maps(), params.segment_M, params.shape, work, maps);
+    if (maps.number() > 0) {
+      wait_for_start(smem.start);
+    }
+  }
   for (int chunk = work.num_chunks - 1; chunk >= 0; --chunk) {
     ChunkFactors<Cfg> const factors(params.tiles, work, chunk);
 
@@ -176,19 +198,6 @@ __device__ void store(Outgoing<Cfg> const& outgoing, OutgoingRings<Cfg>& rings, 
 
 // ---- walks ------------------------------------------------------------------------------------------------
 
-// The CTA's walk; asked of the machine, it needs no register in between.
-__device__ int find_own_walk(ScanBackwardParams const& params) {
-  asm volatile("" ::: "memory");
-  return find_walk(params.shape, num_walks(params));
-}
-
-__device__ int find_segment(ScanBackwardParams const& params) {
-  int const walk = find_own_walk(params), recomputed = walk - num_reverse_walks(params);
-  return recomputed >= 0               ? params.first_recomputed + recomputed
-         : params.segment_N != nullptr ? walk + 1
-                                       : walk;
-}
-
 template <class Cfg>
 __device__ void compute(RecomputeStorage<Cfg>& smem, ScanBackwardParams const& params, Work const& work,
                         int wg) {
@@ -210,7 +219,7 @@ template <class Cfg>
 __device__ void compute(ReverseStorage<Cfg>& smem, ScanBackwardParams const& params, Work const& work,
                         int wg) {
   int const first_column = work.first_column + wg * kColumns;
-  bool const only_N = params.segment_N != nullptr;
+  bool const only_N = params.makes_N;
   Reverse<Cfg> walk{smem, work, wg, {smem.outgoing, smem.rings_outgoing, wg}};
   int const segment = find_segment(params);
   bool const is_last = segment == params.num_segments - 1;
@@ -218,10 +227,10 @@ __device__ void compute(ReverseStorage<Cfg>& smem, ScanBackwardParams const& par
     read_state<Cfg::kDimK>(walk.dS, is_last ? params.d_final_state : nullptr, params.shape,
                            params.state_v_first, work, first_column);
   } else {
-    wait_for_earlier_kernels();  // segment_states
-    read_segment_state<Cfg::kDimK>(walk.dS, params.segment_gradients, params.shape,
-                                   segment_row(work, segment, params.num_segments), work.value_head,
-                                   first_column);
+    wait_for_earlier_kernels();  // what has made N
+    find_start<Cfg>(walk.dS, smem.start, smem.maps(), params.segment_N, params.shape, work, first_column,
+                    MapsToStart<true>{segment, params.num_segments},
+                    [&] { smem.clear_above_triangles(Cfg::kMathWarps * kWarpThreads); });
   }
   walk.run();
   int const again = find_segment(params);  // which needs no register during the walk
@@ -256,7 +265,7 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
     take_segment(work, find_segment(params), params.num_segments);
     forwards ? recompute.init_barriers() : reverse.init_barriers();
   }
-  forwards ? recompute.clear_above_triangles() : reverse.clear_above_triangles();
+  forwards ? recompute.clear_above_triangles(Cfg::kThreads) : reverse.clear_above_triangles(Cfg::kThreads);
   sync_before_loads<Cfg>();
   let_next_kernel_start();
   int const wg = warpgroup_index();
@@ -281,7 +290,7 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
         store<Cfg>(recompute.outgoing, recompute.rings_outgoing, out.S, out.R, true, params.shape, work,
                    warp - 1);
       } else {
-        bool const only_N = params.segment_N != nullptr;
+        bool const only_N = params.makes_N;
         store<Cfg>(reverse.outgoing, reverse.rings_outgoing, only_N ? nullptr : out.dS, out.dX, false,
                    params.shape, work, warp - 1);
       }

@@ -3,7 +3,7 @@
 
 #include <cutlass/arch/barrier.h>
 
-#include "sm90/scan_parts.cuh"
+#include "sm90/segment_start.cuh"
 
 namespace gdn2::scan_backward {
 
@@ -24,6 +24,7 @@ struct Config {
   // and of the reverse walk.
   static constexpr int kStagesO = kWarpgroups == 1 ? 3 : 2, kStagesK = kStagesO, kStagesQ = kStagesO;
   static constexpr int kStagesE = 2;
+  static constexpr int kMapPieces = num_map_pieces<kDimK>((kStagesK + kStagesQ) * (kTileBytes + kTriangleImageBytes));
   static constexpr int kMathWarps = kWarpgroups * kWarpgroupWarps;
   static constexpr int kThreads = (kWarpgroups + 2) * kWarpgroupThreads;
   // Registers move from the other roles to the math.
@@ -71,10 +72,10 @@ struct RecomputeStorage {
   RingBarriers<Cfg::kStagesA> ring_A;
   RingBarriers<Cfg::kStagesKt> ring_Kt;
 
-  // By all threads.
-  __device__ void clear_above_triangles() {
+  // By the first num_threads threads.
+  __device__ void clear_above_triangles(int num_threads) {
     for (auto& image : A_minus_I) {
-      clear_above_triangle(image, threadIdx.x, Cfg::kThreads);
+      clear_above_triangle(image, threadIdx.x, num_threads);
     }
   }
 
@@ -110,14 +111,17 @@ struct ReverseStorage {
   RingBarriers<Cfg::kStagesK> ring_k;
   RingBarriers<Cfg::kStagesQ> ring_q;
   RingBarriers<Cfg::kStagesE> ring_E;
+  StartBarriers<Cfg> start;
 
-  // By all threads.
-  __device__ void clear_above_triangles() {
+  __device__ std::uint8_t* maps() { return factors_k[0].Kt; }
+
+  // By the first num_threads threads.
+  __device__ void clear_above_triangles(int num_threads) {
     for (auto& factors : factors_k) {
-      clear_above_triangle(factors.P, threadIdx.x, Cfg::kThreads);
+      clear_above_triangle(factors.P, threadIdx.x, num_threads);
     }
     for (auto& factors : factors_q) {
-      clear_above_triangle(factors.A_minus_I, threadIdx.x, Cfg::kThreads);
+      clear_above_triangle(factors.A_minus_I, threadIdx.x, num_threads);
     }
   }
 
@@ -126,6 +130,7 @@ struct ReverseStorage {
     constexpr int kCopyEngine = 1;
     rings_outgoing.init();
     ring_dO.init(kCopyEngine, Cfg::kMathWarps);
+    start.init();
     ring_k.init(kCopyEngine, kFactorReaders<Cfg>);
     ring_q.init(kCopyEngine, kFactorReaders<Cfg>);
     ring_E.init(kCopyEngine, kFactorReaders<Cfg>);
@@ -357,7 +362,7 @@ struct Reverse {
 // Walks of a sequence, value head and slice: first the reverse ones (those that make N: of all segments but
 // the first), then those of the recomputation.
 __host__ __device__ int num_reverse_walks(ScanBackwardParams const& params) {
-  return params.segment_N != nullptr ? params.num_segments - 1 : params.num_segments;
+  return params.makes_N ? params.num_segments - 1 : params.num_segments;
 }
 __host__ __device__ int num_walks(ScanBackwardParams const& params) {
   return num_reverse_walks(params) + params.num_recomputed;

@@ -4,8 +4,8 @@
 //     (the first segment's from the initial state: it starts nowhere else, and needs no M)
 //     X^T = Z^T - S^T (gamma*E)^T     R^T = X^T + X^T (A-I)^T     S^T = S^T Diag(gamma[C-1]) + R^T Kt
 //
-// Nothing comes out but the last state, in float32: N^T with channels side by side, and M^T as place_in_map
-// has it. M is that of a gate head, for all of its value heads.
+// Nothing comes out but the last state: N^T in float32 with channels side by side, and M^T as SegmentMapsParams
+// describes it. M is that of a gate head, for all of its value heads.
 //
 // Grid: one CTA for 64 columns of N (of a sequence and value head) or of M (of a sequence and gate head), and
 // a segment; the last segment of a sequence needs none. CTAs of neighbouring columns are pairs, as in scan.
@@ -18,7 +18,7 @@
 #include <cutlass/arch/barrier.h>
 
 #include "api/sequence_split.h"
-#include "sm90/scan_parts.cuh"
+#include "sm90/segment_start.cuh"
 #include "tile/launch.h"
 #include "tile/launch_order.cuh"
 #include "tile/tensor_map.h"
@@ -230,13 +230,34 @@ struct Walk {
     std::int64_t const row = work.is_M ? segment_row(work, work.segment - 1, params.num_segments - 1)
                                        : segment_row(work, work.segment, params.num_segments);
     float* const map = (work.is_M ? params.M : params.N) + (row * heads + head) * columns * Cfg::kDimK;
-    for_each_pair<Cfg::kDimK>(
-        work.first_column, columns,
-        [&](int channel, int column) {
-          return work.is_M ? place_in_map(channel, column, Cfg::kDimK)
-                           : place_in_state(channel, column, Cfg::kDimK);
-        },
-        [&](int acc, int place) { *reinterpret_cast<float2*>(map + place) = float2{S[acc], S[acc + 1]}; });
+    if (work.is_M) {
+      store_M(reinterpret_cast<std::uint8_t*>(map));
+    } else {
+      for_each_pair<Cfg::kDimK>(
+          work.first_column, columns,
+          [&](int channel, int column) { return place_in_state(channel, column, Cfg::kDimK); },
+          [&](int acc, int place) { *reinterpret_cast<float2*>(map + place) = float2{S[acc], S[acc + 1]}; });
+    }
+  }
+
+  // Both parts, in boxes of 64 channels before (which this walk's columns are) and 64 after.
+  __device__ void store_M(std::uint8_t* map) const {
+    constexpr int kBoxes = Cfg::kDimK / kBoxColumns;
+    FragmentA larger[Cfg::kSteps], smaller[Cfg::kSteps];
+    split_fragments(larger, smaller, S);
+    int const lane = lane_index(), warp = threadIdx.x % kWarpgroupThreads / kWarpThreads;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      int const before = 16 * warp + 8 * half + lane / 4;
+      auto* const row = map + work.first_column / kBoxColumns * kBoxBytes + before * kBoxRowBytes + lane % 4 * 4;
+#pragma unroll
+      for (int piece = 0; piece < Cfg::kDimK / 8; ++piece) {
+        auto* const place = row + piece / 8 * kBoxes * kBoxBytes + ((piece % 8 ^ lane / 4) << 4);
+        int const i = piece % 2 * 2 + half;
+        *reinterpret_cast<std::uint32_t*>(place) = larger[piece / 2].pairs[i];
+        *reinterpret_cast<std::uint32_t*>(place + kBoxes * kBoxes * kBoxBytes) = smaller[piece / 2].pairs[i];
+      }
+    }
   }
 };
 
