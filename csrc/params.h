@@ -120,8 +120,8 @@ struct ScanParams {
   float* chunk_states;         // [num_slots, num_value_heads, dim_k, dim_v] (or V, K), or null
   std::uint32_t const* ready;  // as in PrepareParams
   int num_segments;            // of a sequence, walked side by side
-  // What segment_maps makes (see SegmentMapsParams), and where segments 1, 2, .. start, for a backward: float32
-  // [num_sequences, num_segments - 1, num_value_heads, dim_v, kDimK], or null. Not used where there is one segment.
+  // What segment_maps makes (see SegmentMapsParams); and room for where segments 1, 2, .. start, of the size of N,
+  // for a backward, or null. Not used where there is one segment.
   float const *segment_M, *segment_N;
   float* segment_states;
   bool state_v_first;
@@ -155,7 +155,7 @@ struct ScanBackwardParams {
   // The reverse walk of all segments but the first, from a gradient of zero (the last one's is d_final_state).
   // Nothing comes out of it but the gradients of their first states, to segment_N.
   bool makes_N;
-  // [num_sequences, num_segments - 1, num_value_heads, dim_v, kDimK], of segments 1, 2, ..: else it is read.
+  // Of segments 1, 2, .., as in SegmentMapsParams. Else it is read.
   float* segment_N;
   // The segments that are walked forwards too, beside either kind of reverse walk.
   int first_recomputed, num_recomputed;

@@ -134,7 +134,8 @@ class _Sizes(NamedTuple):
         padded_k = 64 if self.dim_k <= 64 else 128
         maps = self.num_sequences * max(num_segments - 2, 0) * self.num_gate_heads
         states = self.num_sequences * (num_segments - 1) * self.num_value_heads
-        size = padded_k * (maps * padded_k + states * self.dim_v)
+        padded_v = (self.dim_v + 63) // 64 * 64
+        size = padded_k * (maps * padded_k + states * padded_v)
         if keep_tiles:
             norms = 2 * CHUNK if use_qk_l2norm else 0
             size += self.num_slots * self.num_gate_heads * (3 * CHUNK * padded_k // 2 + padded_k + norms)

@@ -11,10 +11,11 @@
 
 namespace gdn2 {
 
-// N and states are float32 and lie transposed, kDimK channels of a column together: dim_k rounded up to 64 or 128,
-// missing channels are zero. M lies transposed, too, as the sum of two bfloat16, all larger parts before all
-// smaller ones: of each [kDimK / 64 channels after, kDimK / 64 before] boxes of shared memory, channels before on
-// the rows. Segments are numbered along their sequence; the last one of a sequence has no map.
+// kDimK is dim_k rounded up to 64 or 128, missing channels are zero, and so are missing value columns. M lies
+// transposed, as the sum of two bfloat16, all larger parts before all smaller ones: of each [kDimK / 64 channels
+// after, kDimK / 64 before] boxes of shared memory, channels before on the rows. N and states are float32 and lie
+// as accumulators do (StateFragments in csrc/sm90/scan_parts.cuh). Segments are numbered along their sequence; the
+// last one of a sequence has no map.
 struct SegmentMapsParams {
   CallShape shape;
   TokenTensor v, w;  // see ScanParams
@@ -26,13 +27,8 @@ struct SegmentMapsParams {
   int num_segments;            // of every sequence, at least 2
   // [num_sequences, num_segments - 2, num_gate_heads, 2 * kDimK * kDimK / 2]: of segments 1, 2, ..
   float* M;
-  float* N;  // [num_sequences, num_segments - 1, num_value_heads, dim_v, kDimK]
+  float* N;  // [num_sequences, num_segments - 1, num_value_heads, ceil(dim_v / 64), 64 * kDimK]
 };
-
-// Where [channel, column] of N or of a state lies: channels side by side.
-__host__ __device__ constexpr int place_in_state(int channel, int column, int dim_k) {
-  return column * dim_k + channel;
-}
 
 // What the schedule of a call's walks is chosen by.
 struct SplitChoice {

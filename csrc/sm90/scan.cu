@@ -49,7 +49,7 @@ struct Config {
   // As many stages as shared memory holds.
   static constexpr int kStagesValues = kWarpgroups == 1 ? 2 : 1, kStagesZ = kStagesValues, kStagesE = 2;
   static constexpr int kStagesQ = kWarpgroups == 1 ? 3 : 2, kStagesK = 2;
-  static constexpr int kMapPieces = num_map_pieces<kDimK>((kStagesQ + kStagesK) * (kTileBytes + kTriangleImageBytes));
+  static constexpr int kMapPieces = num_map_pieces<kDimK, kWarpgroups>((kStagesQ + kStagesK) * (kTileBytes + kTriangleImageBytes));
   static constexpr int kMathThreads = kWarpgroups * kWarpgroupThreads;
   static constexpr int kThreads = kMathThreads + 2 * kWarpgroupThreads;
   // Registers move from the other roles to the math.
@@ -130,7 +130,7 @@ __device__ void load(SharedStorage<Cfg>& smem, ScanParams const& params, Work co
     wait_for_earlier_kernels();  // prepare, or segment_maps
   }
   MapsToStart<false> const maps{find_walk(params.shape, params.num_segments), params.num_segments};
-  load_maps<Cfg>(smem.start, smem.maps(), params.segment_M, params.shape, work, maps);
+  load_maps<Cfg>(smem.start, smem.maps(), params.segment_M, params.segment_N, params.shape, work, maps);
   for (int chunk = 0; chunk < work.num_chunks; ++chunk) {
     std::int64_t const tile = work.first_tile + static_cast<std::int64_t>(chunk) * work.tile_stride;
     auto const* const factors = static_cast<std::uint8_t const*>(tiles.factors) + tile * 3 * kTile;
@@ -355,7 +355,7 @@ __device__ void compute(SharedStorage<Cfg>& smem, ScanParams const& params, Work
                            first_column);
   } else {
     wait_for_earlier_kernels();  // segment_maps
-    find_start<Cfg>(walk.S, smem.start, smem.maps(), params.segment_N, params.shape, work, first_column,
+    find_start<Cfg>(walk.S, smem.start, smem.maps(), params.segment_N, params.shape, work, wg,
                     MapsToStart<false>{segment, params.num_segments},
                     [&] { smem.clear_above_triangles(Cfg::kMathThreads); });
     if (params.segment_states != nullptr) {

@@ -116,7 +116,7 @@ __device__ void load(ReverseStorage<Cfg>& smem, ScanBackwardParams const& params
   wait_for_earlier_kernels();  // prepare, or what has made N
   if (!params.makes_N) {
     MapsToStart<true> const maps{find_segment(params), params.num_segments};
-    load_maps<Cfg>(smem.start, smem.maps(), params.segment_M, params.shape, work, maps);
+    load_maps<Cfg>(smem.start, smem.maps(), params.segment_M, params.segment_N, params.shape, work, maps);
     if (maps.number() > 0) {
       wait_for_start(smem.start);
     }
@@ -228,7 +228,7 @@ __device__ void compute(ReverseStorage<Cfg>& smem, ScanBackwardParams const& par
                            params.state_v_first, work, first_column);
   } else {
     wait_for_earlier_kernels();  // what has made N
-    find_start<Cfg>(walk.dS, smem.start, smem.maps(), params.segment_N, params.shape, work, first_column,
+    find_start<Cfg>(walk.dS, smem.start, smem.maps(), params.segment_N, params.shape, work, wg,
                     MapsToStart<true>{segment, params.num_segments},
                     [&] { smem.clear_above_triangles(Cfg::kMathWarps * kWarpThreads); });
   }

@@ -222,21 +222,16 @@ struct Walk {
 
   __device__ void store(SegmentMapsParams const& params) {
     CallShape const& shape = params.shape;
-    int const group = shape.num_value_heads / shape.num_gate_heads;
-    int const heads = work.is_M ? shape.num_gate_heads : shape.num_value_heads;
-    int const head = work.is_M ? work.value_head / group : work.value_head;
-    int const columns = work.is_M ? Cfg::kDimK : shape.dim_v;
-    // The first segment has no M.
-    std::int64_t const row = work.is_M ? segment_row(work, work.segment - 1, params.num_segments - 1)
-                                       : segment_row(work, work.segment, params.num_segments);
-    float* const map = (work.is_M ? params.M : params.N) + (row * heads + head) * columns * Cfg::kDimK;
     if (work.is_M) {
+      // The first segment has none.
+      std::int64_t const row = segment_row(work, work.segment - 1, params.num_segments - 1);
+      int const gate_head = work.value_head / (shape.num_value_heads / shape.num_gate_heads);
+      float* const map =
+          params.M + (row * shape.num_gate_heads + gate_head) * Cfg::kDimK * Cfg::kDimK;
       store_M(reinterpret_cast<std::uint8_t*>(map));
     } else {
-      for_each_pair<Cfg::kDimK>(
-          work.first_column, columns,
-          [&](int channel, int column) { return place_in_state(channel, column, Cfg::kDimK); },
-          [&](int acc, int place) { *reinterpret_cast<float2*>(map + place) = float2{S[acc], S[acc + 1]}; });
+      write_segment_state<Cfg::kDimK>(S, params.N, shape, segment_row(work, work.segment, params.num_segments),
+                                      work.value_head, work.first_column);
     }
   }
 

@@ -7,18 +7,19 @@
 // M and S are sums of two bfloat16 in the products, and the product of the two smaller parts is left out: with
 // what rounding them loses, 2^-15 of M S. What is added up is float32. Infinity becomes NaN.
 //
-// M comes in pieces of 64 channels before (all after), its larger part first, to where the walk's factors will
-// be. CTAs of a pair need the same maps and load a half of every piece for both.
+// Maps come in pieces to where the walk's factors will be: M by 64 channels before (all after), its larger part
+// first, and N by halves of a warpgroup's. CTAs of a pair need the same M and load a half of every piece for both.
 #pragma once
 
 #include "sm90/scan_parts.cuh"
 
 namespace gdn2 {
 
-// How many pieces of maps fit to where factors will be; more than two maps' are not needed.
-template <int kDimK>
+// How many pieces fit to where factors will be, of those that two steps need.
+template <int kDimK, int kWarpgroups>
 constexpr int num_map_pieces(int factor_bytes) {
-  int const fit = factor_bytes / (kDimK / kBoxColumns * kBoxBytes), useful = 4 * (kDimK / kBoxColumns);
+  int const fit = factor_bytes / (kDimK / kBoxColumns * kBoxBytes),
+            useful = 2 * (2 * (kDimK / kBoxColumns) + 2 * kWarpgroups);
   return fit < useful ? fit : useful;
 }
 
@@ -49,7 +50,7 @@ struct MapsToStart {
 
 // By the thread that loads factors.
 template <class Cfg, bool kReverse>
-__device__ void load_maps(StartBarriers<Cfg>& barriers, std::uint8_t* pieces, float const* M,
+__device__ void load_maps(StartBarriers<Cfg>& barriers, std::uint8_t* pieces, float const* M, float const* N,
                           CallShape const& shape, Work const& work, MapsToStart<kReverse> const& maps) {
   constexpr int kBoxes = Cfg::kDimK / kBoxColumns, kPartBytes = Cfg::kDimK * Cfg::kDimK * 2;
   int const gate_head = work.value_head / (shape.num_value_heads / shape.num_gate_heads);
@@ -66,6 +67,17 @@ __device__ void load_maps(StartBarriers<Cfg>& barriers, std::uint8_t* pieces, fl
         load_factors<Cfg>(pieces + at.stage * Cfg::kTileBytes + box * kBoxBytes,
                           part + (after * kBoxes + before) * kBoxBytes, kBoxBytes, full);
       }
+      at.advance();
+    }
+    for (int half = 0; half < 2 * Cfg::kWarpgroups; ++half) {
+      // The last warpgroup may have no value columns.
+      int const slice = min(work.first_column + half / 2 * kColumns, shape.dim_v - 1) / kColumns;
+      std::int64_t const state = segment_state_index<Cfg::kDimK>(
+          shape, segment_row(work, maps.N_of(step), maps.num_segments), work.value_head, slice);
+      FullBarrier& full = barriers.ring.begin_fill(at, Cfg::kTileBytes);
+      bulk_load(pieces + at.stage * Cfg::kTileBytes,
+                reinterpret_cast<std::uint8_t const*>(N) + (2 * state + half % 2) * Cfg::kTileBytes,
+                Cfg::kTileBytes, full);
       at.advance();
     }
   }
@@ -107,56 +119,82 @@ __device__ void multiply_by_piece(float (&S)[kRegisters], FragmentA const (&a)[k
   wgmma_commit();
 }
 
-// The first state of the warpgroup's walk. By math warpgroups; `clear` makes the maps' memory fit for factors.
+// S += a half of N, a piece.
+template <int kHalf, int kRegisters>
+__device__ void add_half(float (&S)[kRegisters], std::uint8_t const* piece) {
+  auto const* const N = reinterpret_cast<float4 const(*)[kWarpgroupThreads]>(piece);
+#pragma unroll
+  for (int i = 0; i < kRegisters / 8; ++i) {
+    float4 const four = N[i][threadIdx.x % kWarpgroupThreads];
+    int const at = kHalf * kRegisters / 2 + 4 * i;
+    S[at] += four.x, S[at + 1] += four.y, S[at + 2] += four.z, S[at + 3] += four.w;
+  }
+}
+
+// S' = M S + N
+template <class Cfg, bool kReverse>
+__device__ void apply_map(float (&S)[Cfg::kDimK / 2], StartBarriers<Cfg>& barriers, std::uint8_t const* pieces,
+                          int wg, RingPosition<Cfg::kMapPieces>& at) {
+  constexpr int kBoxes = Cfg::kDimK / kBoxColumns, kSteps = Cfg::kDimK / 16;
+  FragmentA larger[kSteps], smaller[kSteps];
+  split_fragments(larger, smaller, S);
+#pragma unroll
+  for (int i = 0; i < kSteps * 4; ++i) {  // not put off until after a fence
+    cute::warpgroup_fence_operand(larger[i / 4].pairs[i % 4]);
+    cute::warpgroup_fence_operand(smaller[i / 4].pairs[i % 4]);
+  }
+  RingPosition<Cfg::kMapPieces> done = at;
+#pragma unroll
+  for (int piece = 0; piece < 2 * kBoxes; ++piece) {
+    barriers.ring.wait_full(at);
+    wgmma_fence();
+    auto const* const part = pieces + at.stage * Cfg::kTileBytes;
+    int const fragment = piece % kBoxes * 4;
+    multiply_by_piece<kReverse>(S, larger, fragment, part, piece > 0);
+    if (piece < kBoxes) {
+      multiply_by_piece<kReverse>(S, smaller, fragment, part, true);
+    }
+    at.advance();
+    if (piece > 0) {
+      piece < kBoxes ? wgmma_wait<2>() : wgmma_wait<1>();  // the piece before
+      release_factors<Cfg>(barriers.ring, done);
+    }
+  }
+  wgmma_wait<0>();
+  release_factors<Cfg>(barriers.ring, done);
+#pragma unroll
+  for (int of = 0; of < Cfg::kWarpgroups; ++of) {
+    barriers.ring.wait_full(at);
+    if (of == wg) {
+      add_half<0>(S, pieces + at.stage * Cfg::kTileBytes);
+    }
+    release_factors<Cfg>(barriers.ring, at);
+    barriers.ring.wait_full(at);
+    if (of == wg) {
+      add_half<1>(S, pieces + at.stage * Cfg::kTileBytes);
+    }
+    release_factors<Cfg>(barriers.ring, at);
+  }
+}
+
+// The first state of a warpgroup's walk. By all of math; `clear` makes the maps' memory fit for factors.
 template <class Cfg, bool kReverse, class Clear>
 __device__ void find_start(float (&S)[Cfg::kDimK / 2], StartBarriers<Cfg>& barriers, std::uint8_t const* pieces,
-                           float const* N, CallShape const& shape, Work const& work, int first_column,
+                           float const* N, CallShape const& shape, Work const& work, int wg,
                            MapsToStart<kReverse> const& maps, Clear clear) {
-  constexpr int kBoxes = Cfg::kDimK / kBoxColumns, kSteps = Cfg::kDimK / 16;
-  auto const read_N = [&](float(&x)[Cfg::kDimK / 2], int index) {
-    read_segment_state<Cfg::kDimK>(x, N, shape, segment_row(work, index, maps.num_segments), work.value_head,
-                                   first_column);
-  };
-  read_N(S, maps.first_N());
-  if (maps.number() > 0) {
-    RingPosition<Cfg::kMapPieces> at;
-    for (int step = 0; step < maps.number(); ++step) {
-      float added[Cfg::kDimK / 2];
-      read_N(added, maps.N_of(step));
-      FragmentA larger[kSteps], smaller[kSteps];
-      split_fragments(larger, smaller, S);
-#pragma unroll
-      for (int i = 0; i < kSteps * 4; ++i) {  // not put off until after the fence
-        cute::warpgroup_fence_operand(larger[i / 4].pairs[i % 4]);
-        cute::warpgroup_fence_operand(smaller[i / 4].pairs[i % 4]);
-      }
-      RingPosition<Cfg::kMapPieces> first = at;
-#pragma unroll
-      for (int piece = 0; piece < 2 * kBoxes; ++piece) {
-        barriers.ring.wait_full(at);
-        wgmma_fence();
-        auto const* const part = pieces + at.stage * Cfg::kTileBytes;
-        int const fragment = piece % kBoxes * 4;
-        multiply_by_piece<kReverse>(S, larger, fragment, part, piece > 0);
-        if (piece < kBoxes) {
-          multiply_by_piece<kReverse>(S, smaller, fragment, part, true);
-        }
-        at.advance();
-      }
-      wgmma_wait<0>();
-      for (int piece = 0; piece < 2 * kBoxes; ++piece) {
-        release_factors<Cfg>(barriers.ring, first);
-      }
-#pragma unroll
-      for (int i = 0; i < Cfg::kDimK / 2; ++i) {
-        S[i] += added[i];
-      }
-    }
-    cutlass::arch::NamedBarrier::sync(Cfg::kWarpgroups * kWarpgroupThreads, 0);  // all have read the maps
-    clear();
-    RingPosition<1> start;
-    release_factors<Cfg>(barriers.start, start);
+  read_segment_state<Cfg::kDimK>(S, N, shape, segment_row(work, maps.first_N(), maps.num_segments),
+                                 work.value_head, work.first_column + wg * kColumns);
+  if (maps.number() == 0) {
+    return;
   }
+  RingPosition<Cfg::kMapPieces> at;
+  for (int step = 0; step < maps.number(); ++step) {
+    apply_map<Cfg, kReverse>(S, barriers, pieces, wg, at);
+  }
+  cutlass::arch::NamedBarrier::sync(Cfg::kWarpgroups * kWarpgroupThreads, 0);  // all have read the maps
+  clear();
+  RingPosition<1> start;
+  release_factors<Cfg>(barriers.start, start);
 }
 
 }  // namespace gdn2
