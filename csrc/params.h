@@ -120,8 +120,8 @@ struct ScanParams {
   float* chunk_states;         // [num_slots, num_value_heads, dim_k, dim_v] (or V, K), or null
   std::uint32_t const* ready;  // as in PrepareParams
   int num_segments;            // of a sequence, walked side by side
-  // What segment_maps makes (see SegmentMapsParams); and room for where segments 1, 2, .. start, of the size of N,
-  // for a backward, or null. Not used where there is one segment.
+  // What segment_maps makes (see SegmentMapsParams); and room for where segments 1, 2, .. start, of the size
+  // of N, for a backward, or null. Not used where there is one segment.
   float const *segment_M, *segment_N;
   float* segment_states;
   bool state_v_first;
@@ -152,8 +152,8 @@ struct ScanBackwardParams {
   int num_segments;      // of a sequence, walked side by side
   bool follows_prepare;  // or another walk, on the stream: what else is read was there before those
   float const *segment_M, *segment_states;  // as in ScanParams, not used where there is one segment
-  // The reverse walk of all segments but the first, from a gradient of zero (the last one's is d_final_state).
-  // Nothing comes out of it but the gradients of their first states, to segment_N.
+  // The reverse walk of all segments but the first, from a gradient of zero (the last one's is
+  // d_final_state). Nothing comes out of it but the gradients of their first states, to segment_N.
   bool makes_N;
   // Of segments 1, 2, .., as in SegmentMapsParams. Else it is read.
   float* segment_N;

@@ -12,10 +12,10 @@
 namespace gdn2 {
 
 // kDimK is dim_k rounded up to 64 or 128, missing channels are zero, and so are missing value columns. M lies
-// transposed, as the sum of two bfloat16, all larger parts before all smaller ones: of each [kDimK / 64 channels
-// after, kDimK / 64 before] boxes of shared memory, channels before on the rows. N and states are float32 and lie
-// as accumulators do (StateFragments in csrc/sm90/scan_parts.cuh). Segments are numbered along their sequence; the
-// last one of a sequence has no map.
+// transposed, as the sum of two bfloat16, all larger parts before all smaller ones: of each
+// [kDimK / 64 channels after, kDimK / 64 before] boxes of shared memory, channels before on the rows. N and
+// states are float32 and lie as accumulators do (StateFragments in csrc/sm90/scan_parts.cuh). Segments are
+// numbered along their sequence; the last one of a sequence has no map.
 struct SegmentMapsParams {
   CallShape shape;
   TokenTensor v, w;  // see ScanParams
@@ -25,7 +25,7 @@ struct SegmentMapsParams {
   float const* initial_state;  // as in ScanParams
   bool state_v_first;          // of the initial state
   int num_segments;            // of every sequence, at least 2
-  // [num_sequences, num_segments - 2, num_gate_heads, 2 * kDimK * kDimK / 2]: of segments 1, 2, ..
+  // [num_sequences, num_segments - 2, num_gate_heads, kDimK * kDimK], of segments 1, 2, ..
   float* M;
   float* N;  // [num_sequences, num_segments - 1, num_value_heads, ceil(dim_v / 64), 64 * kDimK]
 };

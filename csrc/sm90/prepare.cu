@@ -263,8 +263,8 @@ __device__ void store_factor_tiles(SharedStorage<Cfg>& smem, PrepareParams const
   }
 }
 
-// A lower triangle to global memory, by kThreads threads: pieces of eight elements as piece_of(row, first column)
-// has them.
+// A lower triangle to global memory, by kThreads threads: pieces of eight elements as
+// piece_of(row, first column) has them.
 template <int kThreads, class PieceOf>
 __device__ void store_triangle(void* triangles, std::int64_t tile, int thread, PieceOf piece_of) {
   auto* const out = reinterpret_cast<uint4*>(static_cast<std::uint8_t*>(triangles) + tile * kTriangleBytes);

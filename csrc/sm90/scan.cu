@@ -11,14 +11,16 @@
 //
 // Grid: one CTA for a sequence, segment, value head and kWarpgroups * 64 value columns, longer sequences
 // first. CTAs of neighbouring columns are pairs (clusters): each loads a half of every tile of factors, for
-// both. A sequence is one segment, or several, which start where the maps of those before lead (segment_start.cuh).
+// both. A sequence is one segment, or several, which start where the maps of those before lead
+// (segment_start.cuh).
 // Roles: kWarpgroups math warpgroups of 64 value columns each (S 64, X 32, O 32 accumulators; 32 rounded S,
 // 16 rounded X or R or O a thread); one warpgroup that makes Z; one whose first warp loads factors, whose
 // next ones store O, one a math warpgroup, and whose next one loads v and w. A math warp has its scheduler
 // nearly to itself, so that every instruction it is spared shortens the chain.
 // Shared memory (K 128): rings of stages, each let go as soon as its product is done: v and w (16 KB a
 // warpgroup), Z (16 KB a warpgroup, float32, in the order of the accumulators), gamma*E (16 KB),
-// scale*gamma*q and A-I (24 KB), Kt and P (24 KB); O 8 KB a warpgroup.
+// scale*gamma*q and A-I (24 KB), Kt and P (24 KB); O 8 KB a warpgroup. Maps come to where all factors but the
+// first chunk's q will be.
 //
 // Beside prepare (few heads): the loads of a chunk's tiles wait for its flag.
 //
@@ -49,7 +51,7 @@ struct Config {
   // As many stages as shared memory holds.
   static constexpr int kStagesValues = kWarpgroups == 1 ? 2 : 1, kStagesZ = kStagesValues, kStagesE = 2;
   static constexpr int kStagesQ = kWarpgroups == 1 ? 3 : 2, kStagesK = 2;
-  static constexpr int kMapPieces = num_map_pieces<kDimK, kWarpgroups>((kStagesQ + kStagesK) * (kTileBytes + kTriangleImageBytes));
+  static constexpr int kMapPieces = num_map_pieces<kDimK, kWarpgroups>((kStagesQ - 1 + kStagesK) * (kTileBytes + kTriangleImageBytes));
   static constexpr int kMathThreads = kWarpgroups * kWarpgroupThreads;
   static constexpr int kThreads = kMathThreads + 2 * kWarpgroupThreads;
   // Registers move from the other roles to the math.
@@ -83,7 +85,8 @@ struct SharedStorage {
   RingBarriers<1> ring_O[Cfg::kWarpgroups];
   StartBarriers<Cfg> start;
 
-  __device__ std::uint8_t* maps() { return factors_q[0].gamma_q; }
+  // Maps lie where factors will, but for the first chunk's q.
+  __device__ std::uint8_t* maps() { return factors_q[1].gamma_q; }
 
   // By the first num_threads threads.
   __device__ void clear_above_triangles(int num_threads) {
@@ -143,15 +146,15 @@ __device__ void load(SharedStorage<Cfg>& smem, ScanParams const& params, Work co
     load_factors<Cfg>(smem.gamma_last[at_E.stage], tiles.gamma_last + tile * Cfg::kDimK, kGammaBytes, full_E);
     at_E.advance();
 
-    if (chunk == 0 && maps.number() > 0) {
-      wait_for_start(smem.start);
-    }
     auto& factors_q = smem.factors_q[at_q.stage];
     FullBarrier& full_q = smem.ring_q.begin_fill(at_q, kTile + kTriangleBytes);
     load_factors<Cfg>(factors_q.gamma_q, factors, kTile, full_q);
     load_triangle<Cfg>(factors_q.A_minus_I, tiles.A_minus_I, tile, full_q);
     at_q.advance();
 
+    if (chunk == 0 && maps.number() > 0) {
+      wait_for_start(smem.start);
+    }
     auto& factors_k = smem.factors_k[at_k.stage];
     FullBarrier& full_k = smem.ring_k.begin_fill(at_k, kTile + kTriangleBytes);
     load_factors<Cfg>(factors_k.Kt, factors + kTile, kTile, full_k);

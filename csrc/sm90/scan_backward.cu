@@ -23,7 +23,8 @@
 //     recomputation  v and w 2 x 16 / 1 x 32, Z 2 x 16 / 1 x 32, gamma*E and gamma[C-1] 3 x 16.5 / 2 x 16.5,
 //                    A-I 3 x 8, Kt 3 x 16, outgoing S and R 24 / 48: 210 / 217 KB
 //     reverse        dO 3 x 8 / 2 x 16, Kt and P and gamma[C-1] 3 x 24.5 / 2 x 24.5, scale*gamma*q and A-I 3 x 24 /
-//                    2 x 24, gamma*E 2 x 16, outgoing dS' and dX 24 / 48: 226 / 209 KB
+//                    2 x 24, gamma*E 2 x 16, outgoing dS' and dX 24 / 48: 226 / 209 KB; maps where all factors but
+//                    the last chunk's k will be
 //
 // Tensor cores, one chunk (cycles at full rate) and what the math warps do behind them:
 //     recomputation  X 256               | R 128            |         | S' 256   |
@@ -49,7 +50,7 @@ struct TensorMaps {
   CUtensorMap v, w, dO;
 };
 
-// ---- which walk --------------------------------------------------------------------------------------------
+// ---- which walk -------------------------------------------------------------------------------------------
 
 // The CTA's walk; asked of the machine, it needs no register in between.
 __device__ int find_own_walk(ScanBackwardParams const& params) {
@@ -114,12 +115,10 @@ __device__ void load(ReverseStorage<Cfg>& smem, ScanBackwardParams const& params
   RingPosition<Cfg::kStagesQ> at_q;
   RingPosition<Cfg::kStagesE> at_E;
   wait_for_earlier_kernels();  // prepare, or what has made N
-  if (!params.makes_N) {
-    MapsToStart<true> const maps{find_segment(params), params.num_segments};
+  MapsToStart<true> const maps{find_segment(params), params.num_segments};
+  bool const comes_after_maps = !params.makes_N && maps.number() > 0;
+  if (comes_after_maps) {
     load_maps<Cfg>(smem.start, smem.maps(), params.segment_M, params.segment_N, params.shape, work, maps);
-    if (maps.number() > 0) {
-      wait_for_start(smem.start);
-    }
   }
   for (int chunk = work.num_chunks - 1; chunk >= 0; --chunk) {
     ChunkFactors<Cfg> const factors(params.tiles, work, chunk);
@@ -131,6 +130,9 @@ __device__ void load(ReverseStorage<Cfg>& smem, ScanBackwardParams const& params
     load_factors<Cfg>(factors_k.Kt, factors.Kt, Cfg::kTileBytes, full_k);
     at_k.advance();
 
+    if (comes_after_maps && chunk == work.num_chunks - 1) {
+      wait_for_start(smem.start);
+    }
     auto& factors_q = smem.factors_q[at_q.stage];
     FullBarrier& full_q = smem.ring_q.begin_fill(at_q, Cfg::kTileBytes + kTriangleBytes);
     load_factors<Cfg>(factors_q.gamma_q, factors.gamma_q, Cfg::kTileBytes, full_q);

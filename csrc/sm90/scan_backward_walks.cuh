@@ -24,7 +24,7 @@ struct Config {
   // and of the reverse walk.
   static constexpr int kStagesO = kWarpgroups == 1 ? 3 : 2, kStagesK = kStagesO, kStagesQ = kStagesO;
   static constexpr int kStagesE = 2;
-  static constexpr int kMapPieces = num_map_pieces<kDimK, kWarpgroups>((kStagesK + kStagesQ) * (kTileBytes + kTriangleImageBytes));
+  static constexpr int kMapPieces = num_map_pieces<kDimK, kWarpgroups>((kStagesK - 1 + kStagesQ) * (kTileBytes + kTriangleImageBytes));
   static constexpr int kMathWarps = kWarpgroups * kWarpgroupWarps;
   static constexpr int kThreads = (kWarpgroups + 2) * kWarpgroupThreads;
   // Registers move from the other roles to the math.
@@ -113,7 +113,8 @@ struct ReverseStorage {
   RingBarriers<Cfg::kStagesE> ring_E;
   StartBarriers<Cfg> start;
 
-  __device__ std::uint8_t* maps() { return factors_k[0].Kt; }
+  // Maps lie where factors will, but for the last chunk's k.
+  __device__ std::uint8_t* maps() { return factors_k[1].Kt; }
 
   // By the first num_threads threads.
   __device__ void clear_above_triangles(int num_threads) {

@@ -387,8 +387,8 @@ __device__ inline std::int64_t segment_row(Work const& work, int index, int num_
   return static_cast<std::int64_t>(work.sequence) * (num_segments - 1) + index;
 }
 
-// States of segments lie as accumulators do: [row, value head, slice of 64 value columns] of four accumulators
-// of every thread at a time. Which slice's they are:
+// States of segments lie as accumulators do: [row, value head, slice of 64 value columns], four accumulators
+// of every thread at a time.
 template <int kDimK>
 using StateFragments = float4[kDimK / 8][kWarpgroupThreads];
 

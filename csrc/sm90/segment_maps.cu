@@ -4,8 +4,8 @@
 //     (the first segment's from the initial state: it starts nowhere else, and needs no M)
 //     X^T = Z^T - S^T (gamma*E)^T     R^T = X^T + X^T (A-I)^T     S^T = S^T Diag(gamma[C-1]) + R^T Kt
 //
-// Nothing comes out but the last state: N^T in float32 with channels side by side, and M^T as SegmentMapsParams
-// describes it. M is that of a gate head, for all of its value heads.
+// Nothing comes out but the last state, as SegmentMapsParams describes it. M is that of a gate head, for all
+// of its value heads.
 //
 // Grid: one CTA for 64 columns of N (of a sequence and value head) or of M (of a sequence and gate head), and
 // a segment; the last segment of a sequence needs none. CTAs of neighbouring columns are pairs, as in scan.

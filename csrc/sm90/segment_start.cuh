@@ -1,14 +1,16 @@
 // The state that a segment of a sequence starts from, and the gradient of the state that it ends in, from the
-// maps of the segments before it or behind it, one after the other, in the registers of the walk that needs it:
+// maps of the segments before it or behind it, one after the other, in the registers of the walk that needs
+// it:
 //
 //     forwards   S of segment 1 = N of 0, then S' = M S + N
 //     reverse    dS of the end of the last but one = N of the last, then dS' = M^T dS + N
 //
-// M and S are sums of two bfloat16 in the products, and the product of the two smaller parts is left out: with
-// what rounding them loses, 2^-15 of M S. What is added up is float32. Infinity becomes NaN.
+// M and S are sums of two bfloat16 in the products, and the product of the two smaller parts is left out:
+// with what rounding them loses, 2^-15 of M S. What is added up is float32. Infinity becomes NaN.
 //
-// Maps come in pieces to where the walk's factors will be: M by 64 channels before (all after), its larger part
-// first, and N by halves of a warpgroup's. CTAs of a pair need the same M and load a half of every piece for both.
+// Maps come in pieces to where the walk's factors will be: M by 64 channels before (in reverse, after), its
+// larger part first, and N by halves of a warpgroup's. CTAs of a pair need the same M and load a half of every
+// piece for both.
 #pragma once
 
 #include "sm90/scan_parts.cuh"
@@ -35,8 +37,8 @@ struct StartBarriers {
   }
 };
 
-// The maps that lead to a walk's first state: forwards those of segments 1 to segment - 1, in reverse those of
-// the last but one down to segment + 1.
+// The maps that lead to a walk's first state: forwards those of segments 1 to segment - 1, in reverse those
+// of the last but one down to segment + 1.
 template <bool kReverse>
 struct MapsToStart {
   int segment, num_segments;

@@ -1,5 +1,5 @@
-// Lower triangles [64, 64] (tile/triangle.h) from global memory, and as right operands of wgmma. Rows of strips
-// that are above their blocks on the diagonal are cleared once and stay so.
+// Lower triangles [64, 64] (tile/triangle.h) from global memory, and as right operands of wgmma. Rows of
+// strips that are above their blocks on the diagonal are cleared once and stay so.
 #pragma once
 
 #include "tile/tma.cuh"
