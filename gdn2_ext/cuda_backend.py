@@ -201,8 +201,8 @@ def chunk_forward(
     sequence_split: int = 0,
     keep_tiles: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor, Tensor | None]:
-    """o, final_state (or None), chunk states (or None); A - I and P as `chunk_backward` reads them (ChunkTiles
-    of csrc/params.h); and what else is kept for it, or None. Everything has been checked.
+    """o, final_state (or None), chunk states (or None); A - I and P as `chunk_backward` reads them
+    (ChunkTiles of csrc/params.h); and what else is kept for it, or None. Everything has been checked.
     """
     sizes = _Sizes.of(q, v, g, cu_seqlens)
     o = torch.empty_like(v, memory_format=torch.contiguous_format)

@@ -138,8 +138,7 @@ class Parameters : public CallChecks {
   // [slots, gate heads, 10, 16 * 16]
   void fill_matrices(ChunkTiles& tiles, CallShape const& shape) {
     for (View const* view : {&x_.A_minus_I, &x_.P}) {
-      need(view->has_shape(shape.num_slots, shape.num_gate_heads, kTriangleBlocks,
-                           kTriangleBlockElements) &&
+      need(view->has_shape(shape.num_slots, shape.num_gate_heads, kTriangleBlocks, kTriangleBlockElements) &&
            view->kind == x_.q.kind);
     }
     tiles.A_minus_I = contiguous(x_.A_minus_I);

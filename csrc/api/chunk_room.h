@@ -72,7 +72,8 @@ struct SplitSizes {
     };
     std::int64_t const k = padded_k(shape);
     M = rows(num_segments - 2) * shape.num_gate_heads * k * k;
-    states = rows(num_segments - 1) * shape.num_value_heads * ((shape.dim_v + kSlice - 1) / kSlice * kSlice) * k;
+    states =
+        rows(num_segments - 1) * shape.num_value_heads * ((shape.dim_v + kSlice - 1) / kSlice * kSlice) * k;
   }
 };
 

@@ -51,7 +51,8 @@ struct Config {
   // As many stages as shared memory holds.
   static constexpr int kStagesValues = kWarpgroups == 1 ? 2 : 1, kStagesZ = kStagesValues, kStagesE = 2;
   static constexpr int kStagesQ = kWarpgroups == 1 ? 3 : 2, kStagesK = 2;
-  static constexpr int kMapPieces = num_map_pieces<kDimK, kWarpgroups>((kStagesQ - 1 + kStagesK) * (kTileBytes + kTriangleImageBytes));
+  static constexpr int kMapPieces =
+      num_map_pieces<kDimK, kWarpgroups>((kStagesQ - 1 + kStagesK) * (kTileBytes + kTriangleImageBytes));
   static constexpr int kMathThreads = kWarpgroups * kWarpgroupThreads;
   static constexpr int kThreads = kMathThreads + 2 * kWarpgroupThreads;
   // Registers move from the other roles to the math.

@@ -60,9 +60,7 @@ __device__ int find_own_walk(ScanBackwardParams const& params) {
 
 __device__ int find_segment(ScanBackwardParams const& params) {
   int const walk = find_own_walk(params), recomputed = walk - num_reverse_walks(params);
-  return recomputed >= 0               ? params.first_recomputed + recomputed
-         : params.makes_N ? walk + 1
-                          : walk;
+  return recomputed >= 0 ? params.first_recomputed + recomputed : params.makes_N ? walk + 1 : walk;
 }
 
 // ---- load role --------------------------------------------------------------------------------------------

@@ -24,7 +24,8 @@ struct Config {
   // and of the reverse walk.
   static constexpr int kStagesO = kWarpgroups == 1 ? 3 : 2, kStagesK = kStagesO, kStagesQ = kStagesO;
   static constexpr int kStagesE = 2;
-  static constexpr int kMapPieces = num_map_pieces<kDimK, kWarpgroups>((kStagesK - 1 + kStagesQ) * (kTileBytes + kTriangleImageBytes));
+  static constexpr int kMapPieces =
+      num_map_pieces<kDimK, kWarpgroups>((kStagesK - 1 + kStagesQ) * (kTileBytes + kTriangleImageBytes));
   static constexpr int kMathWarps = kWarpgroups * kWarpgroupWarps;
   static constexpr int kThreads = (kWarpgroups + 2) * kWarpgroupThreads;
   // Registers move from the other roles to the math.

@@ -423,8 +423,7 @@ __device__ void write_segment_state(float const (&S)[kDimK / 2], float* states, 
       states)[segment_state_index<kDimK>(shape, row, value_head, first_column / kColumns)];
 #pragma unroll
   for (int i = 0; i < kDimK / 8; ++i) {
-    state[i][threadIdx.x % kWarpgroupThreads] =
-        float4{S[4 * i], S[4 * i + 1], S[4 * i + 2], S[4 * i + 3]};
+    state[i][threadIdx.x % kWarpgroupThreads] = float4{S[4 * i], S[4 * i + 1], S[4 * i + 2], S[4 * i + 3]};
   }
 }
 

@@ -226,12 +226,12 @@ struct Walk {
       // The first segment has none.
       std::int64_t const row = segment_row(work, work.segment - 1, params.num_segments - 1);
       int const gate_head = work.value_head / (shape.num_value_heads / shape.num_gate_heads);
-      float* const map =
-          params.M + (row * shape.num_gate_heads + gate_head) * Cfg::kDimK * Cfg::kDimK;
+      float* const map = params.M + (row * shape.num_gate_heads + gate_head) * Cfg::kDimK * Cfg::kDimK;
       store_M(reinterpret_cast<std::uint8_t*>(map));
     } else {
-      write_segment_state<Cfg::kDimK>(S, params.N, shape, segment_row(work, work.segment, params.num_segments),
-                                      work.value_head, work.first_column);
+      write_segment_state<Cfg::kDimK>(S, params.N, shape,
+                                      segment_row(work, work.segment, params.num_segments), work.value_head,
+                                      work.first_column);
     }
   }
 
@@ -244,7 +244,8 @@ struct Walk {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       int const before = 16 * warp + 8 * half + lane / 4;
-      auto* const row = map + work.first_column / kBoxColumns * kBoxBytes + before * kBoxRowBytes + lane % 4 * 4;
+      auto* const row =
+          map + work.first_column / kBoxColumns * kBoxBytes + before * kBoxRowBytes + lane % 4 * 4;
 #pragma unroll
       for (int piece = 0; piece < Cfg::kDimK / 8; ++piece) {
         auto* const place = row + piece / 8 * kBoxes * kBoxBytes + ((piece % 8 ^ lane / 4) << 4);

@@ -59,8 +59,8 @@ __device__ void load_maps(StartBarriers<Cfg>& barriers, std::uint8_t* pieces, fl
   RingPosition<Cfg::kMapPieces> at;
   for (int step = 0; step < maps.number(); ++step) {
     std::int64_t const row = segment_row(work, maps.segment_of(step) - 1, maps.num_segments - 1);
-    auto const* const map = reinterpret_cast<std::uint8_t const*>(M) +
-                            (row * shape.num_gate_heads + gate_head) * 2 * kPartBytes;
+    auto const* const map =
+        reinterpret_cast<std::uint8_t const*>(M) + (row * shape.num_gate_heads + gate_head) * 2 * kPartBytes;
     for (int piece = 0; piece < 2 * kBoxes; ++piece) {
       auto const* const part = map + piece / kBoxes * kPartBytes;
       FullBarrier& full = barriers.ring.begin_fill(at, Cfg::kTileBytes);
@@ -135,8 +135,8 @@ __device__ void add_half(float (&S)[kRegisters], std::uint8_t const* piece) {
 
 // S' = M S + N
 template <class Cfg, bool kReverse>
-__device__ void apply_map(float (&S)[Cfg::kDimK / 2], StartBarriers<Cfg>& barriers, std::uint8_t const* pieces,
-                          int wg, RingPosition<Cfg::kMapPieces>& at) {
+__device__ void apply_map(float (&S)[Cfg::kDimK / 2], StartBarriers<Cfg>& barriers,
+                          std::uint8_t const* pieces, int wg, RingPosition<Cfg::kMapPieces>& at) {
   constexpr int kBoxes = Cfg::kDimK / kBoxColumns, kSteps = Cfg::kDimK / 16;
   FragmentA larger[kSteps], smaller[kSteps];
   split_fragments(larger, smaller, S);
@@ -181,9 +181,9 @@ __device__ void apply_map(float (&S)[Cfg::kDimK / 2], StartBarriers<Cfg>& barrie
 
 // The first state of a warpgroup's walk. By all of math; `clear` makes the maps' memory fit for factors.
 template <class Cfg, bool kReverse, class Clear>
-__device__ void find_start(float (&S)[Cfg::kDimK / 2], StartBarriers<Cfg>& barriers, std::uint8_t const* pieces,
-                           float const* N, CallShape const& shape, Work const& work, int wg,
-                           MapsToStart<kReverse> const& maps, Clear clear) {
+__device__ void find_start(float (&S)[Cfg::kDimK / 2], StartBarriers<Cfg>& barriers,
+                           std::uint8_t const* pieces, float const* N, CallShape const& shape,
+                           Work const& work, int wg, MapsToStart<kReverse> const& maps, Clear clear) {
   read_segment_state<Cfg::kDimK>(S, N, shape, segment_row(work, maps.first_N(), maps.num_segments),
                                  work.value_head, work.first_column + wg * kColumns);
   if (maps.number() == 0) {

@@ -16,8 +16,8 @@ constexpr int kTriangleRowBytes = 32;
 constexpr int kStripBytes = kTriangleRows * kTriangleRowBytes;
 constexpr int kTriangleBlockBytes = kTriangleBlock * kTriangleRowBytes;
 constexpr int kTriangleBlocks = kTriangleStrips * (kTriangleStrips + 1) / 2;
-constexpr int kTriangleBytes = kTriangleBlocks * kTriangleBlockBytes;       // in global memory
-constexpr int kTriangleImageBytes = kTriangleStrips * kStripBytes;          // in shared memory
+constexpr int kTriangleBytes = kTriangleBlocks * kTriangleBlockBytes;  // in global memory
+constexpr int kTriangleImageBytes = kTriangleStrips * kStripBytes;     // in shared memory
 
 // The first block of a strip, among those in global memory.
 __host__ __device__ constexpr int first_block_of(int strip) {
@@ -33,8 +33,7 @@ __host__ __device__ constexpr TrianglePiece triangle_piece(int index) {
   int const block = index / kPiecesOfBlock;
   int const strip =
       (block >= first_block_of(1)) + (block >= first_block_of(2)) + (block >= first_block_of(3));
-  int const row =
-      (block - first_block_of(strip) + strip) * kTriangleBlock + index % kPiecesOfBlock / 2;
+  int const row = (block - first_block_of(strip) + strip) * kTriangleBlock + index % kPiecesOfBlock / 2;
   return {row, strip * kTriangleBlock + ((index ^ (row >> 2)) & 1) * 8};
 }
 
