@@ -79,8 +79,8 @@ struct CallShape {
 };
 
 // Chunk tiles are images of shared memory: boxes [64, 64] of 16-bit elements, 128 bytes a row, the 16-byte
-// pieces of row r permuted by piece ^ (r % 8). kDimK is dim_k rounded up to 64 or 128, missing channels are
-// zero.
+// pieces of row r permuted by piece ^ (r % 8); but A - I and P, which are triangles. kDimK is dim_k rounded up
+// to 64 or 128, missing channels are zero.
 struct ChunkTiles {
   void* factors;      // [num_slots, num_gate_heads, 3, kDimK / 64, 64, 64]: scale*gamma*q, Kt, gamma*E
   float* gamma_last;  // [num_slots, num_gate_heads, kDimK]: gamma[C-1]

@@ -19,8 +19,8 @@
 // nearly to itself, so that every instruction it is spared shortens the chain.
 // Shared memory (K 128): rings of stages, each let go as soon as its product is done: v and w (16 KB a
 // warpgroup), Z (16 KB a warpgroup, float32, in the order of the accumulators), gamma*E (16 KB),
-// scale*gamma*q and A-I (24 KB), Kt and P (24 KB); O 8 KB a warpgroup. Maps come to where all factors but the
-// first chunk's q will be.
+// scale*gamma*q and A-I (24 KB), Kt and P (24 KB); O 8 KB a warpgroup. Maps come to
+// where the q of chunks after the first and all k will be.
 //
 // Beside prepare (few heads): the loads of a chunk's tiles wait for its flag.
 //
@@ -86,13 +86,16 @@ struct SharedStorage {
   RingBarriers<1> ring_O[Cfg::kWarpgroups];
   StartBarriers<Cfg> start;
 
-  // Maps lie where factors will, but for the first chunk's q.
+  // Maps come to where the q of chunks after the first and all k will be.
   __device__ std::uint8_t* maps() { return factors_q[1].gamma_q; }
 
-  // By the first num_threads threads.
+  // By the first num_threads threads: where no maps come, and where they do.
+  __device__ void clear_above_first_triangle(int num_threads) {
+    clear_above_triangle(factors_q[0].A_minus_I, threadIdx.x, num_threads);
+  }
   __device__ void clear_above_triangles(int num_threads) {
-    for (auto& factors : factors_q) {
-      clear_above_triangle(factors.A_minus_I, threadIdx.x, num_threads);
+    for (int stage = 1; stage < Cfg::kStagesQ; ++stage) {
+      clear_above_triangle(factors_q[stage].A_minus_I, threadIdx.x, num_threads);
     }
     for (auto& factors : factors_k) {
       clear_above_triangle(factors.P, threadIdx.x, num_threads);
@@ -120,6 +123,10 @@ struct TensorMaps {
   CUtensorMap v, w, o;
 };
 
+__device__ MapsToStart<false> maps_to_start(ScanParams const& params) {
+  return {find_walk(params.shape, params.num_segments), params.num_segments};
+}
+
 // ---- load role --------------------------------------------------------------------------------------------
 
 template <class Cfg>
@@ -133,7 +140,7 @@ __device__ void load(SharedStorage<Cfg>& smem, ScanParams const& params, Work co
   if (params.ready == nullptr) {
     wait_for_earlier_kernels();  // prepare, or segment_maps
   }
-  MapsToStart<false> const maps{find_walk(params.shape, params.num_segments), params.num_segments};
+  MapsToStart<false> const maps = maps_to_start(params);
   load_maps<Cfg>(smem.start, smem.maps(), params.segment_M, params.segment_N, params.shape, work, maps);
   for (int chunk = 0; chunk < work.num_chunks; ++chunk) {
     std::int64_t const tile = work.first_tile + static_cast<std::int64_t>(chunk) * work.tile_stride;
@@ -360,8 +367,7 @@ __device__ void compute(SharedStorage<Cfg>& smem, ScanParams const& params, Work
   } else {
     wait_for_earlier_kernels();  // segment_maps
     find_start<Cfg>(walk.S, smem.start, smem.maps(), params.segment_N, params.shape, work, wg,
-                    MapsToStart<false>{segment, params.num_segments},
-                    [&] { smem.clear_above_triangles(Cfg::kMathThreads); });
+                    maps_to_start(params), [&] { smem.clear_above_triangles(Cfg::kMathThreads); });
     if (params.segment_states != nullptr) {
       write_segment_state<Cfg::kDimK>(walk.S, params.segment_states, params.shape,
                                       segment_row(work, segment - 1, params.num_segments), work.value_head,
@@ -388,7 +394,10 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
   if (threadIdx.x == 0) {
     smem.init_barriers();
   }
-  smem.clear_above_triangles(Cfg::kThreads);
+  smem.clear_above_first_triangle(Cfg::kThreads);
+  if (maps_to_start(params).number() <= 0) {
+    smem.clear_above_triangles(Cfg::kThreads);
+  }
   sync_before_loads<Cfg>();
   int const wg = warpgroup_index();
   if (wg < Cfg::kWarpgroups) {

@@ -13,8 +13,8 @@
 // Grid: one CTA for a sequence, walk, segment, value head and kWarpgroups * 64 value columns; longer
 // sequences first, of each the reverse walks first. CTAs of neighbouring columns are pairs, as in scan. A
 // sequence is one segment, or several whose first states are known. Those take two launches: reverse walks
-// from zero, and those from their last gradients, which then are known; walks of the recomputation are beside
-// either.
+// from zero, and those from their last gradients, which they then find (segment_start.cuh); walks of the
+// recomputation are beside either.
 // Roles: kWarpgroups math warpgroups of 64 value columns each (S or dS 64, X or dR 32 accumulators; 32
 // rounded S or dS', 16 rounded R or dX, 16 rounded X or dR, 16 dO a thread; 240 registers, 216 where there
 // are two); one warpgroup that makes Z (idle in the reverse walk); one whose first warp loads factors, whose
@@ -23,8 +23,8 @@
 //     recomputation  v and w 2 x 16 / 1 x 32, Z 2 x 16 / 1 x 32, gamma*E and gamma[C-1] 3 x 16.5 / 2 x 16.5,
 //                    A-I 3 x 8, Kt 3 x 16, outgoing S and R 24 / 48: 210 / 217 KB
 //     reverse        dO 3 x 8 / 2 x 16, Kt and P and gamma[C-1] 3 x 24.5 / 2 x 24.5, scale*gamma*q and A-I 3 x 24 /
-//                    2 x 24, gamma*E 2 x 16, outgoing dS' and dX 24 / 48: 226 / 209 KB; maps where all factors but
-//                    the last chunk's k will be
+//                    2 x 24, gamma*E 2 x 16, outgoing dS' and dX 24 / 48: 226 / 209 KB; maps come to where the k
+//                    of chunks before the last and all q will be
 //
 // Tensor cores, one chunk (cycles at full rate) and what the math warps do behind them:
 //     recomputation  X 256               | R 128            |         | S' 256   |
@@ -63,6 +63,11 @@ __device__ int find_segment(ScanBackwardParams const& params) {
   return recomputed >= 0 ? params.first_recomputed + recomputed : params.makes_N ? walk + 1 : walk;
 }
 
+// Reverse walks from zero need none.
+__device__ MapsToStart<true> maps_to_start(ScanBackwardParams const& params) {
+  return {find_segment(params), params.makes_N ? 0 : params.num_segments};
+}
+
 // ---- load role --------------------------------------------------------------------------------------------
 
 // Where a chunk's tiles lie.
@@ -86,7 +91,7 @@ __device__ void load(RecomputeStorage<Cfg>& smem, ScanBackwardParams const& para
   RingPosition<Cfg::kStagesRecomputeE> at_E;
   RingPosition<Cfg::kStagesA> at_A;
   RingPosition<Cfg::kStagesKt> at_Kt;
-  wait_for_earlier_kernels();  // prepare
+  wait_for_earlier_kernels();  // prepare, or the reverse walks from zero
   for (int chunk = 0; chunk < work.num_chunks; ++chunk) {
     ChunkFactors<Cfg> const factors(params.tiles, work, chunk);
 
@@ -113,11 +118,8 @@ __device__ void load(ReverseStorage<Cfg>& smem, ScanBackwardParams const& params
   RingPosition<Cfg::kStagesQ> at_q;
   RingPosition<Cfg::kStagesE> at_E;
   wait_for_earlier_kernels();  // prepare, or what has made N
-  MapsToStart<true> const maps{find_segment(params), params.num_segments};
-  bool const comes_after_maps = !params.makes_N && maps.number() > 0;
-  if (comes_after_maps) {
-    load_maps<Cfg>(smem.start, smem.maps(), params.segment_M, params.segment_N, params.shape, work, maps);
-  }
+  MapsToStart<true> const maps = maps_to_start(params);
+  load_maps<Cfg>(smem.start, smem.maps(), params.segment_M, params.segment_N, params.shape, work, maps);
   for (int chunk = work.num_chunks - 1; chunk >= 0; --chunk) {
     ChunkFactors<Cfg> const factors(params.tiles, work, chunk);
 
@@ -128,7 +130,7 @@ __device__ void load(ReverseStorage<Cfg>& smem, ScanBackwardParams const& params
     load_factors<Cfg>(factors_k.Kt, factors.Kt, Cfg::kTileBytes, full_k);
     at_k.advance();
 
-    if (comes_after_maps && chunk == work.num_chunks - 1) {
+    if (chunk == work.num_chunks - 1 && maps.number() > 0) {
       wait_for_start(smem.start);
     }
     auto& factors_q = smem.factors_q[at_q.stage];
@@ -229,7 +231,7 @@ __device__ void compute(ReverseStorage<Cfg>& smem, ScanBackwardParams const& par
   } else {
     wait_for_earlier_kernels();  // what has made N
     find_start<Cfg>(walk.dS, smem.start, smem.maps(), params.segment_N, params.shape, work, wg,
-                    MapsToStart<true>{segment, params.num_segments},
+                    maps_to_start(params),
                     [&] { smem.clear_above_triangles(Cfg::kMathWarps * kWarpThreads); });
   }
   walk.run();
@@ -265,7 +267,14 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
     take_segment(work, find_segment(params), params.num_segments);
     forwards ? recompute.init_barriers() : reverse.init_barriers();
   }
-  forwards ? recompute.clear_above_triangles(Cfg::kThreads) : reverse.clear_above_triangles(Cfg::kThreads);
+  if (forwards) {
+    recompute.clear_above_triangles(Cfg::kThreads);
+  } else {
+    reverse.clear_above_first_triangle(Cfg::kThreads);
+    if (maps_to_start(params).number() <= 0) {
+      reverse.clear_above_triangles(Cfg::kThreads);
+    }
+  }
   sync_before_loads<Cfg>();
   let_next_kernel_start();
   int const wg = warpgroup_index();

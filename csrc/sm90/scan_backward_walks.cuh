@@ -114,13 +114,16 @@ struct ReverseStorage {
   RingBarriers<Cfg::kStagesE> ring_E;
   StartBarriers<Cfg> start;
 
-  // Maps lie where factors will, but for the last chunk's k.
+  // Maps come to where the k of chunks before the last and all q will be.
   __device__ std::uint8_t* maps() { return factors_k[1].Kt; }
 
-  // By the first num_threads threads.
+  // By the first num_threads threads: where no maps come, and where they do.
+  __device__ void clear_above_first_triangle(int num_threads) {
+    clear_above_triangle(factors_k[0].P, threadIdx.x, num_threads);
+  }
   __device__ void clear_above_triangles(int num_threads) {
-    for (auto& factors : factors_k) {
-      clear_above_triangle(factors.P, threadIdx.x, num_threads);
+    for (int stage = 1; stage < Cfg::kStagesK; ++stage) {
+      clear_above_triangle(factors_k[stage].P, threadIdx.x, num_threads);
     }
     for (auto& factors : factors_q) {
       clear_above_triangle(factors.A_minus_I, threadIdx.x, num_threads);

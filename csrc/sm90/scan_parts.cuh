@@ -392,9 +392,8 @@ __device__ inline std::int64_t segment_row(Work const& work, int index, int num_
 template <int kDimK>
 using StateFragments = float4[kDimK / 8][kWarpgroupThreads];
 
-template <int kDimK>
-__device__ std::int64_t segment_state_index(CallShape const& shape, std::int64_t row, int value_head,
-                                            int slice) {
+__device__ inline std::int64_t segment_state_index(CallShape const& shape, std::int64_t row, int value_head,
+                                                   int slice) {
   int const slices = (shape.dim_v + kColumns - 1) / kColumns;
   return (row * shape.num_value_heads + value_head) * slices + slice;
 }
@@ -405,7 +404,7 @@ __device__ void read_segment_state(float (&S)[kDimK / 2], float const* states, C
                                    std::int64_t row, int value_head, int first_column) {
   bool const exists = first_column < shape.dim_v;
   auto const& state = reinterpret_cast<StateFragments<kDimK> const*>(
-      states)[segment_state_index<kDimK>(shape, row, value_head, exists ? first_column / kColumns : 0)];
+      states)[segment_state_index(shape, row, value_head, exists ? first_column / kColumns : 0)];
 #pragma unroll
   for (int i = 0; i < kDimK / 8; ++i) {
     float4 const four = state[i][threadIdx.x % kWarpgroupThreads];
@@ -420,7 +419,7 @@ __device__ void write_segment_state(float const (&S)[kDimK / 2], float* states, 
     return;
   }
   auto& state = reinterpret_cast<StateFragments<kDimK>*>(
-      states)[segment_state_index<kDimK>(shape, row, value_head, first_column / kColumns)];
+      states)[segment_state_index(shape, row, value_head, first_column / kColumns)];
 #pragma unroll
   for (int i = 0; i < kDimK / 8; ++i) {
     state[i][threadIdx.x % kWarpgroupThreads] = float4{S[4 * i], S[4 * i + 1], S[4 * i + 2], S[4 * i + 3]};

@@ -10,7 +10,7 @@
 //
 // Maps come in pieces to where the walk's factors will be: M by 64 channels before (in reverse, after), its
 // larger part first, and N by halves of a warpgroup's. CTAs of a pair need the same M and load a half of every
-// piece for both.
+// piece of it for both.
 #pragma once
 
 #include "sm90/scan_parts.cuh"
@@ -74,7 +74,7 @@ __device__ void load_maps(StartBarriers<Cfg>& barriers, std::uint8_t* pieces, fl
     for (int half = 0; half < 2 * Cfg::kWarpgroups; ++half) {
       // The last warpgroup may have no value columns.
       int const slice = min(work.first_column + half / 2 * kColumns, shape.dim_v - 1) / kColumns;
-      std::int64_t const state = segment_state_index<Cfg::kDimK>(
+      std::int64_t const state = segment_state_index(
           shape, segment_row(work, maps.N_of(step), maps.num_segments), work.value_head, slice);
       FullBarrier& full = barriers.ring.begin_fill(at, Cfg::kTileBytes);
       bulk_load(pieces + at.stage * Cfg::kTileBytes,

@@ -1,7 +1,8 @@
 // Copies between global and shared memory by the bulk tensor copy engine (TMA), one thread a copy.
 //
-// Every tile lies in shared memory as boxes of 64 16-bit columns: rows of 128 bytes, their 16-byte pieces
-// permuted by the 128-byte swizzle, which ldmatrix and wgmma read without bank conflicts.
+// Every tile but triangles (tile/triangle.h) lies in shared memory as boxes of 64 16-bit columns: rows of 128
+// bytes, their 16-byte pieces permuted by the 128-byte swizzle, which ldmatrix and wgmma read without bank
+// conflicts.
 #pragma once
 
 #include <cutlass/arch/barrier.h>

@@ -1,5 +1,5 @@
 // Lower triangles [64, 64] (tile/triangle.h) from global memory, and as right operands of wgmma. Rows of
-// strips that are above their blocks on the diagonal are cleared once and stay so.
+// strips that are above their blocks on the diagonal no load writes: they are cleared once before.
 #pragma once
 
 #include "tile/tma.cuh"
@@ -8,7 +8,7 @@
 
 namespace gdn2 {
 
-// By `num_threads` threads, before the first load, of all images: what no load writes.
+// By `num_threads` threads: what no load writes.
 __device__ inline void clear_above_triangle(std::uint8_t* image, int thread, int num_threads) {
   constexpr int kPiecesOfBlock = kTriangleBlockBytes / 16;
 #pragma unroll
@@ -20,7 +20,7 @@ __device__ inline void clear_above_triangle(std::uint8_t* image, int thread, int
   cutlass::arch::fence_view_async_shared();  // ordinary stores, which wgmma reads
 }
 
-// Calls copy(where in the image, where in global memory, bytes) for strips first, first + step, ..
+// Calls copy(where in the image, where in global memory, bytes) for the strips whose bits are set.
 template <class Copy>
 __device__ void for_strips(std::uint8_t* image, std::uint8_t const* global, std::uint32_t strips, Copy copy) {
 #pragma unroll
