@@ -169,7 +169,7 @@ def test_a_loss_that_needs_no_gradient_of_the_op_runs_no_backward(leaves):
 
 
 def test_between_forward_and_backward_the_inputs_and_two_matrices_are_kept(leaves):
-    """A - I and P [chunks, heads, 64, 64] or the blocks of triangles, and no state: those are computed again."""
+    """A - I and P [chunks, heads, 64, 64], or blocks of triangles, and no state: those are computed again."""
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
         leaves(*leaves.tensors)
