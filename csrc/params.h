@@ -79,13 +79,13 @@ struct CallShape {
 };
 
 // Chunk tiles are images of shared memory: boxes [64, 64] of 16-bit elements, 128 bytes a row, the 16-byte
-// pieces of row r permuted by piece ^ (r % 8). kDimK is dim_k rounded up to 64 or 128, missing channels are
-// zero.
+// pieces of row r permuted by piece ^ (r % 8); but A - I and P, which are triangles. kDimK is dim_k rounded up
+// to 64 or 128, missing channels are zero.
 struct ChunkTiles {
   void* factors;      // [num_slots, num_gate_heads, 3, kDimK / 64, 64, 64]: scale*gamma*q, Kt, gamma*E
   float* gamma_last;  // [num_slots, num_gate_heads, kDimK]: gamma[C-1]
-  void* A_minus_I;    // [num_slots, num_gate_heads, 64, 64]
-  void* P;            // [num_slots, num_gate_heads, 64, 64]
+  void* A_minus_I;    // [num_slots, num_gate_heads, 10, 16 * 16]: tile/triangle.h
+  void* P;            // the same
 };
 
 struct PrepareParams {
@@ -120,8 +120,10 @@ struct ScanParams {
   float* chunk_states;         // [num_slots, num_value_heads, dim_k, dim_v] (or V, K), or null
   std::uint32_t const* ready;  // as in PrepareParams
   int num_segments;            // of a sequence, walked side by side
-  // Where segments 1, 2, .. start: see SegmentStatesParams; null where there is one segment.
-  float const* segment_states;
+  // What segment_maps makes (see SegmentMapsParams); and room for where segments 1, 2, .. start, of the size
+  // of N, for a backward, or null. Not used where there is one segment.
+  float const *segment_M, *segment_N;
+  float* segment_states;
   bool state_v_first;
   int num_sms;  // of the GPU
 };
@@ -148,14 +150,12 @@ struct ScanBackwardParams {
   float* d_initial_state;
   bool state_v_first;
   int num_segments;      // of a sequence, walked side by side
-  bool follows_prepare;  // or segment_states, on the stream: what else is read was there before those
-  // Where segments 1, 2, .. start, and the gradients of the states that segments 0, 1, .. but the last end
-  // in: see SegmentStatesParams; null where there is one segment. The gradients are not read where segment_N
-  // is not null.
-  float const *segment_states, *segment_gradients;
-  // Not null: the reverse walk of all segments but the first, from a gradient of zero (the last one's is
-  // d_final_state). Nothing comes out of it but the gradients of their first states, here, as in
-  // SegmentStatesParams.
+  bool follows_prepare;  // or another walk, on the stream: what else is read was there before those
+  float const *segment_M, *segment_states;  // as in ScanParams, not used where there is one segment
+  // The reverse walk of all segments but the first, from a gradient of zero (the last one's is
+  // d_final_state). Nothing comes out of it but the gradients of their first states, to segment_N.
+  bool makes_N;
+  // Of segments 1, 2, .., as in SegmentMapsParams. Else it is read.
   float* segment_N;
   // The segments that are walked forwards too, beside either kind of reverse walk.
   int first_recomputed, num_recomputed;

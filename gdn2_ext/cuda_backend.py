@@ -15,6 +15,7 @@ from .torch_backend import CHUNK, GateOptions, Gradients, PackedTokens, num_chun
 
 MAX_DIM_K = 128
 MAX_DIM_V = 256
+TRIANGLE = (10, 16 * 16)  # of a chunk's A - I or P: blocks on and below the diagonal (csrc/tile/triangle.h)
 _ALIGNMENT = 16  # bytes: what a bulk tensor copy asks of addresses and strides
 
 
@@ -133,7 +134,8 @@ class _Sizes(NamedTuple):
         padded_k = 64 if self.dim_k <= 64 else 128
         maps = self.num_sequences * max(num_segments - 2, 0) * self.num_gate_heads
         states = self.num_sequences * (num_segments - 1) * self.num_value_heads
-        size = padded_k * (maps * padded_k + states * self.dim_v)
+        padded_v = (self.dim_v + 63) // 64 * 64
+        size = padded_k * (maps * padded_k + states * padded_v)
         if keep_tiles:
             norms = 2 * CHUNK if use_qk_l2norm else 0
             size += self.num_slots * self.num_gate_heads * (3 * CHUNK * padded_k // 2 + padded_k + norms)
@@ -199,9 +201,8 @@ def chunk_forward(
     sequence_split: int = 0,
     keep_tiles: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor, Tensor | None]:
-    """o, final_state (or None), chunk states (or None); A - I and P as `chunk_backward` reads them: images of
-    shared memory (ChunkTiles in csrc/params.h); and what else is kept for it, or None. Everything has been
-    checked.
+    """o, final_state (or None), chunk states (or None); A - I and P as `chunk_backward` reads them
+    (ChunkTiles of csrc/params.h); and what else is kept for it, or None. Everything has been checked.
     """
     sizes = _Sizes.of(q, v, g, cu_seqlens)
     o = torch.empty_like(v, memory_format=torch.contiguous_format)
@@ -213,7 +214,7 @@ def chunk_forward(
         chunk_states = q.new_empty(sizes.states(sizes.num_slots, state_v_first), dtype=torch.float32)
     # Without tokens nothing runs that would write them.
     new = q.new_empty if sizes.seqlen else q.new_zeros
-    A_minus_I, P = (new(sizes.num_slots, sizes.num_gate_heads, CHUNK, CHUNK) for _ in range(2))
+    A_minus_I, P = (new(sizes.num_slots, sizes.num_gate_heads, *TRIANGLE) for _ in range(2))
     segments = sizes.num_segments(sequence_split, q.device)
     kept = sizes.kept(q, segments, keep_tiles, options.use_qk_l2norm)
     tensors = [

@@ -294,7 +294,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     slowest = times[0]
     print("\n" + table(
         ("milliseconds", "forward", "times faster", "forward+backward", "times faster"),
-        [(who, f"{1e3 * f:.2f}", f"{slowest[1] / f:.0f}", f"{1e3 * fb:.2f}", f"{slowest[2] / fb:.0f}")
+        [(who, f"{1e3 * f:.2f}", f"{slowest[1] / f:.1f}", f"{1e3 * fb:.2f}", f"{slowest[2] / fb:.1f}")
          for who, f, fb in times],
     ))  # fmt: skip
     return 0 if all(verdict == "ok" for verdict in verdicts.values()) else 1

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from .autocast import in_autocast_dtype
 from .modules import ACTIVATIONS, GatedRMSNorm, ShortConvolution
-from .ops import BACKENDS, chunk_gdn2, fused_recurrent_gdn2
+from .ops import BACKENDS, check_offsets, chunk_gdn2, fused_recurrent_gdn2
 
 # A raw decay gate that softplus turns into no decay at all.
 _NO_DECAY = -1e4
@@ -102,11 +102,13 @@ def check_layer_options(
     hidden_size: int, expand_v: float, head_dim: int, num_heads: int, num_v_heads: int | None, conv_size: int,
     gate_activation: str, variant: str, backend: str,
 ) -> None:  # fmt: skip
-    """Raises ValueError for what no layer can be made of."""
+    """Raises TypeError or ValueError for what no layer can be made of."""
     sizes = {"hidden_size": hidden_size, "head_dim": head_dim, "num_heads": num_heads, "conv_size": conv_size}
     for name, size in sizes.items():
-        if not isinstance(size, int) or size < 1:
-            raise ValueError(f"{name}: expected at least 1, got {size!r}")
+        if type(size) is not int:
+            raise TypeError(f"{name}: expected a whole number, got {size!r}")
+        if size < 1:
+            raise ValueError(f"{name}: expected at least 1, got {size}")
     choices = {
         "gate_activation": (gate_activation, ACTIVATIONS),
         "variant": (variant, VARIANTS),
@@ -118,6 +120,8 @@ def check_layer_options(
     head_v_dim = round(head_dim * expand_v)
     if head_v_dim < 1 or not math.isclose(head_v_dim, head_dim * expand_v):
         raise ValueError(f"expand_v: expected a whole number of value channels a head, got {expand_v}")
+    if num_v_heads is not None and type(num_v_heads) is not int:
+        raise TypeError(f"num_v_heads: expected a whole number or None, got {num_v_heads!r}")
     if num_v_heads is not None and (num_v_heads < 1 or num_v_heads % num_heads):
         raise ValueError(f"num_v_heads: expected a multiple of num_heads {num_heads}, got {num_v_heads}")
 
@@ -287,15 +291,18 @@ class GatedDeltaNet2(nn.Module):
             use_cache: keep the state there, without gradients of it. Nothing is kept without a cache.
             output_attentions: accepted for the sake of common call sites; there are none.
             cu_seqlens: [N+1] int32 or int64, offsets of sequences packed in one row (B = 1).
-            cu_seqlens_cpu: the same on the CPU, where the op checks them.
+            cu_seqlens_cpu: the same on the CPU, where they are checked.
 
         Returns:
             (o, None, past_key_values): o [B, T, hidden_size].
         """
+        if not isinstance(hidden_states, Tensor):
+            raise TypeError(f"hidden_states: expected a torch.Tensor, got {type(hidden_states).__name__}")
         if hidden_states.dim() != 3 or hidden_states.shape[-1] != self.hidden_size:
             raise ValueError(
                 f"hidden_states: expected [B, T, {self.hidden_size}], got {tuple(hidden_states.shape)}"
             )
+        check_offsets(hidden_states, cu_seqlens, cu_seqlens_cpu)
         batch, seqlen, _ = hidden_states.shape
         if attention_mask is not None:
             check_attention_mask(attention_mask, batch, seqlen)

@@ -55,11 +55,11 @@ def state_shape(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, state_v_first: 
     return (num_sequences, v.shape[2], *matrix)
 
 
-def _chunk_matrix_shape(q: Tensor, g: Tensor, cu_seqlens: Tensor | None) -> tuple:
-    """A - I and P: [chunk slots, heads of g, C, C]."""
+def _chunk_matrix_shape(q: Tensor, g: Tensor, cu_seqlens: Tensor | None, backend: str) -> tuple:
+    """A - I and P: [chunk slots, heads of g, C, C], or of the kernels the blocks of their lower triangles."""
     num_sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     slots = num_chunk_slots(q.shape[0], q.shape[1], num_sequences, cu_seqlens is not None)
-    return (slots, g.shape[2], CHUNK, CHUNK)
+    return (slots, g.shape[2], *(cuda_backend.TRIANGLE if backend == "cuda" else (CHUNK, CHUNK)))
 
 
 def _empty(q: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -128,7 +128,7 @@ def _chunk_forward_fake(
         h = _empty(q)
     else:
         h = q.new_empty((q.shape[0], num_state_chunks, *state[1:]), dtype=dtype)
-    matrix = _chunk_matrix_shape(q, g, cu_seqlens) if save_for_backward else (0,)
+    matrix = _chunk_matrix_shape(q, g, cu_seqlens, backend) if save_for_backward else (0,)
     matrix_dtype = dtype if save_for_backward and backend == "torch" else q.dtype
     A_minus_I, P = (q.new_empty(matrix, dtype=matrix_dtype) for _ in range(2))
     kept = _empty(q, torch.float32)

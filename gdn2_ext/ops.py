@@ -182,7 +182,7 @@ def _check_host_offsets(name: str, offsets: Tensor, seqlen: int) -> None:
         raise ValueError(f"{name}: expected to end at T = {seqlen}, got {values[-1]}")
 
 
-def _check_offsets(
+def check_offsets(
     q: Tensor, cu_seqlens: Tensor | None, cu_seqlens_cpu: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
     """cu_seqlens on the device of q, and on the host when it is known there."""
@@ -354,7 +354,8 @@ def chunk_gdn2(
         use_gate_sigmoid_in_kernel: b and w are raw; b = erase_scale * sigmoid(b), w = sigmoid(w).
         erase_scale: 1 or 2, with `use_gate_sigmoid_in_kernel`.
         sequence_split: 1 never splits a sequence, n (up to 64) walks n segments of it side by side, exactly,
-            None chooses by shape. The torch backend needs none.
+            None chooses by shape, but 1 in a compiled graph, which may serve many shapes. The torch backend
+            needs none.
         backend: "cuda", "torch", or "auto": cuda where `supports` says yes, else torch.
 
     Returns:
@@ -403,7 +404,7 @@ def chunk_gdn2(
     q, k, v, b, w = _autocast(q, k, v, b, w)
     _check_tokens(q, k, v, g, b, w)
     _check_decay_gate(q, use_gate_in_kernel, A_log, dt_bias, lower_bound)
-    cu_seqlens, host_offsets = _check_offsets(q, cu_seqlens, cu_seqlens_cpu)
+    cu_seqlens, host_offsets = check_offsets(q, cu_seqlens, cu_seqlens_cpu)
     num_sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     _check_state(
         "initial_state", initial_state, q, v, num_sequences, state_v_first, (compute_dtype(q.dtype),)
@@ -473,7 +474,8 @@ def fused_recurrent_gdn2(
     check_indices: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
-    """Gated DeltaNet-2 token by token, for decoding. Inference only: calling backward on a result raises.
+    """Gated DeltaNet-2 token by token, for decoding. Inference only: calling backward on a result raises, and
+    `inplace_final_state` does at once where an input requires grad and torch.no_grad is off.
 
     The recurrence, the tensors and the options are those of `chunk_gdn2`. In addition:
 
@@ -535,7 +537,7 @@ def fused_recurrent_gdn2(
     q, k, v, b, w = _autocast(q, k, v, b, w)
     _check_tokens(q, k, v, g, b, w)
     _check_decay_gate(q, use_gate_in_kernel, A_log, dt_bias, lower_bound)
-    cu_seqlens, _ = _check_offsets(q, cu_seqlens, None)
+    cu_seqlens, _ = check_offsets(q, cu_seqlens, None)
     num_sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     _check_pool(q, v, initial_state, state_indices, num_accepted_tokens, inplace_final_state, num_sequences)
     pooled = state_indices is not None
@@ -555,6 +557,10 @@ def fused_recurrent_gdn2(
     call = _Call(q, k, v, g, b, w, A_log, dt_bias, initial_state, cu_seqlens)
     _check_no_tangents("fused_recurrent_gdn2", call.differentiable)
     if inplace_final_state:
+        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in call.differentiable):
+            raise ValueError(
+                "inplace_final_state: for inference only (torch.no_grad), but an input requires grad"
+            )
         call = _Call(*(x if x is None else x.detach() for x in call))
     pool_arguments = (state_indices, num_accepted_tokens)
     launch_at_once = backend == "cuda" and not torch.compiler.is_compiling()
@@ -649,10 +655,12 @@ def supports(
     """Whether the CUDA backend would take `chunk_gdn2(q, k, v, g, b, w, **options)`, and if not, why.
 
     Returns:
-        (True, "") or (False, reason). Nothing is launched. Of options the names alone are looked at; q to w
-        raise the errors of `chunk_gdn2` where it would refuse them.
+        (True, "") or (False, reason). Nothing is launched but the casts of autocast, where that is on. Of
+        options the names alone are looked at; q to w raise the errors of `chunk_gdn2` where it would refuse
+        them.
     """
     _CHUNK_SIGNATURE.bind(q, k, v, g, b, w, **options)
+    q, k, v, b, w = _autocast(q, k, v, b, w)
     _check_tokens(q, k, v, g, b, w)
     reason = cuda_backend.why_not_chunk(q, v)
     return reason is None, reason or ""

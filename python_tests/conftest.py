@@ -353,8 +353,8 @@ def offsets_on_device_only(monkeypatch) -> None:
     Offsets on the CPU are checked on the host: without this nothing would reach the code for the other case.
     """
     monkeypatch.setattr(ops, "_check_host_offsets", lambda *_: None)
-    check_offsets = ops._check_offsets
-    monkeypatch.setattr(ops, "_check_offsets", lambda *args: (check_offsets(*args)[0], None))
+    check_offsets = ops.check_offsets
+    monkeypatch.setattr(ops, "check_offsets", lambda *args: (check_offsets(*args)[0], None))
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -58,6 +58,14 @@ def test_supports_says_when_there_is_no_extension(no_extension, backend, seed):
     assert reason == NO_KERNELS
 
 
+def test_supports_sees_what_autocast_makes_of_a_call(backend, seed):
+    inputs = backend.inputs(seqlen=3, heads=1, dim_k=16, dim_v=16, seed=seed)
+    q, k, v, g, b, w = inputs.tensors
+    with torch.autocast(q.device.type, dtype=torch.bfloat16):
+        mixed = supports(q, k.float(), v, g, b.float(), w)
+        assert mixed == supports(*(x.bfloat16() for x in (q, k, v)), g, b.bfloat16(), w.bfloat16())
+
+
 def test_supports_takes_the_options_of_a_call(backend, seed):
     inputs = backend.inputs(**SHAPE, seed=seed)
     initial_state, _ = backend.states(inputs, seed=seed)

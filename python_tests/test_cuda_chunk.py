@@ -88,7 +88,8 @@ def split_backward(call: dict) -> dict:
 def keeping(call: dict) -> dict:
     """The forward of training, which keeps A - I and P."""
     call = forward(call)
-    matrices = torch.zeros(sizes(call).num_slots, call["g"].shape[2], 64, 64, dtype=call["q"].dtype)
+    shape = (sizes(call).num_slots, call["g"].shape[2], *cuda_backend.TRIANGLE)
+    matrices = torch.zeros(shape, dtype=call["q"].dtype)
     workspace = workspace_of(call, True, False, False)
     return call | {"A_minus_I": matrices, "P": matrices.clone(), "workspace": workspace}
 

@@ -232,9 +232,35 @@ def test_bad_options_are_refused(options, message):
         GatedDeltaNet2(HIDDEN, head_dim=DIM, num_heads=HEADS, **options)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_heads": "2"}, "num_heads: expected a whole number, got '2'"),
+        ({"head_dim": 32.0}, "head_dim: expected a whole number, got 32.0"),
+        ({"num_v_heads": 4.0}, "num_v_heads: expected a whole number or None, got 4.0"),
+    ],
+)
+def test_options_of_other_types_are_refused(options, message):
+    with pytest.raises(TypeError, match=message):
+        GatedDeltaNet2(HIDDEN, **{"head_dim": DIM, "num_heads": HEADS} | options)
+
+
+@pytest.mark.parametrize("mode", ["chunk", "fused_recurrent"])
+def test_offsets_are_checked_in_both_modes(mode):
+    layer, x = GatedDeltaNet2(HIDDEN, head_dim=DIM, num_heads=HEADS, mode=mode), torch.zeros(1, 4, HIDDEN)
+    with torch.no_grad():
+        with pytest.raises(TypeError, match="cu_seqlens: expected a torch.Tensor"):
+            layer(x, cu_seqlens=[0, 4])
+        for wrong in ([0, 3], [0, 2, 4]):
+            with pytest.raises(ValueError, match="cu_seqlens_cpu: expected"):
+                layer(x, cu_seqlens=torch.tensor([0, 4]), cu_seqlens_cpu=torch.tensor(wrong))
+
+
 def test_bad_calls_are_refused():
     layer, x = GatedDeltaNet2(HIDDEN, head_dim=DIM, num_heads=HEADS), torch.zeros(1, 4, HIDDEN)
     cu_seqlens = torch.tensor([0, 4])
+    with pytest.raises(TypeError, match="hidden_states: expected a torch.Tensor, got NoneType"):
+        layer(None)
     with pytest.raises(ValueError, match="layer_idx: expected this layer's index in the cache"):
         layer(x, past_key_values=RecurrentCache(1))
     with pytest.raises(ValueError, match="attention_mask: expected"):

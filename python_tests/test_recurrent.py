@@ -298,21 +298,27 @@ def test_a_backward_through_it_says_what_to_use_instead(backend, through, seed):
         (o if through == "o" else S).float().sum().backward()
 
 
-@pytest.mark.parametrize("where", ["inplace", "out"])
-def test_a_backward_through_a_result_written_in_place_raises(backend, where, seed):
+def test_a_backward_through_a_given_output_raises(backend, seed):
     inputs = backend.inputs(batch=2, seqlen=3, **SHAPE, seed=seed)
     inputs.k.requires_grad_()
-    options = {"out": torch.empty_like(inputs.v)}
-    if where == "inplace":
-        indices = torch.tensor([0, 1], device=backend.device)
-        options = {
-            "initial_state": new_pool(backend, seed),
-            "state_indices": indices,
-            "inplace_final_state": True,
-        }
-    o, _ = decode(backend, inputs, **options)
+    o, _ = decode(backend, inputs, out=torch.empty_like(inputs.v))
     with pytest.raises(RuntimeError, match="does not require grad|has no backward"):
         o.float().sum().backward()
+
+
+def test_states_are_overwritten_without_gradients_alone(backend, seed):
+    inputs = backend.inputs(batch=2, seqlen=3, **SHAPE, seed=seed)
+    inputs.k.requires_grad_()
+    pool = new_pool(backend, seed)
+    before = pool.clone()
+    indices = torch.tensor([0, 1], device=backend.device)
+    options = {"initial_state": pool, "state_indices": indices, "inplace_final_state": True}
+    with pytest.raises(ValueError, match="inplace_final_state: for inference only"):
+        decode(backend, inputs, **options)
+    compare.assert_bitwise_equal(pool, before, "pool")
+    with torch.no_grad():
+        decode(backend, inputs, **options)
+    assert not torch.equal(pool, before)
 
 
 # -- a pool of states ----------------------------------------------------------------------------------------

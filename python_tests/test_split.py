@@ -32,23 +32,25 @@ def automatic(seqlen: int, heads: int, sequences: int = 1, gpu: Gpu = H200, **ch
 @pytest.mark.parametrize(
     ("seqlen", "heads", "fewest", "most"),
     [
-        (1536, 4, 4, 6), (2048, 1, 4, 8), (2048, 4, 4, 6), (2048, 8, 4, 4), (4096, 4, 8, 8),
-        (8192, 1, 10, 12), (8192, 4, 8, 8), (8192, 8, 4, 5), (32768, 1, 16, 24), (32768, 2, 14, 18),
-        (65536, 4, 8, 9), (65536, 8, 4, 5), (131072, 1, 28, 32), (131072, 2, 16, 18), (131072, 4, 8, 9),
+        (1536, 4, 4, 6), (2048, 1, 6, 8), (2048, 4, 5, 6), (2048, 8, 4, 5), (4096, 4, 6, 9), (4096, 8, 5, 5),
+        (8192, 1, 10, 14), (8192, 4, 8, 9), (8192, 8, 5, 5), (8192, 10, 4, 4), (32768, 1, 20, 28),
+        (32768, 2, 16, 18), (65536, 4, 9, 9), (65536, 8, 5, 5), (65536, 10, 4, 4), (131072, 1, 32, 34),
+        (131072, 2, 18, 18), (131072, 4, 8, 9),
     ],
 )  # fmt: skip
 def test_few_heads_and_long_sequences_are_split(seqlen, heads, fewest, most):
-    """Into as many segments as were within 2% of the quickest on an H100 (docs/kernels.md)."""
+    """Into as many segments as were within 3.2% of the quickest on an H100 (docs/kernels.md)."""
     assert fewest <= automatic(seqlen, heads, gpu=H100) <= most
 
 
 @needs_extension
 def test_quicker_memory_allows_for_more_walks_at_a_time():
     assert 4 <= automatic(8192, 8) <= 6
-    assert 3 <= automatic(2048, 4) <= 5
+    assert 3 <= automatic(2048, 4) <= 8
     assert 7 <= automatic(65536, 4) <= 10
     assert 14 <= automatic(131072, 2) <= 20
-    assert automatic(65536, 10, gpu=H100) == 1 < automatic(65536, 10)
+    assert automatic(2048, 4, gpu=H100) < automatic(2048, 4)
+    assert automatic(32768, 1, gpu=H100) < automatic(32768, 1)
 
 
 @needs_extension
@@ -128,7 +130,9 @@ def test_split_sequences_meet_the_bar_of_their_regime(hopper, regime, split, see
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("v_first", [False, True])
-@pytest.mark.parametrize(("dim_k", "dim_v"), [(128, 128), (64, 256), (48, 40), (80, 33), (64, 7)])
+@pytest.mark.parametrize(
+    ("dim_k", "dim_v"), [(128, 128), (64, 256), (128, 192), (72, 256), (48, 40), (80, 33), (64, 7)]
+)
 @pytest.mark.parametrize("split", [2, 3, 7])
 def test_states_groups_and_sizes(hopper, split, dim_k, dim_v, v_first, seed):
     sizes = {"heads": 2, "value_heads": 4, "dim_k": dim_k, "dim_v": dim_v}

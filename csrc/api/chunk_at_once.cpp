@@ -150,8 +150,10 @@ py::object forward(Arguments& from, TensorReader const& reader, TensorMaker cons
     x.final_state = reader.read(final_state.ptr());
   }
   if (keep) {
-    A_minus_I = maker.empty(inputs.q(), shape.num_slots, shape.num_gate_heads, kChunk, kChunk);
-    P = maker.empty(inputs.q(), shape.num_slots, shape.num_gate_heads, kChunk, kChunk);
+    for (py::object* const matrix : {&A_minus_I, &P}) {
+      *matrix = maker.empty(inputs.q(), shape.num_slots, shape.num_gate_heads, kTriangleBlocks,
+                            kTriangleBlockElements);
+    }
     x.A_minus_I = reader.read(A_minus_I.ptr());
     x.P = reader.read(P.ptr());
     SplitSizes const split(shape, call.num_segments);

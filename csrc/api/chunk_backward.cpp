@@ -45,24 +45,17 @@ void chunk_backward(ChunkBackwardParams const& params, cudaStream_t stream) {
                            .state_v_first = call.state_v_first,
                            .num_segments = call.num_segments,
                            .follows_prepare = !params.has_tiles,
+                           .segment_M = params.segment_M,
                            .segment_states = params.segment_states,
-                           .segment_gradients = params.segment_gradients,
-                           .segment_N = nullptr,
+                           .makes_N = call.num_segments > 1,
+                           .segment_N = params.segment_N,
                            .first_recomputed = 0,
                            .num_recomputed = only_initial_state ? 0 : call.num_segments,
                            .num_sms = call.gpu.num_sms};
   if (call.num_segments > 1) {
-    walks.segment_N = params.segment_N;
     walks.num_recomputed = only_initial_state ? 0 : recomputed_at_first(call);
     run_scan_backward(walks, stream);
-    run_segment_states({.shape = call.shape,
-                        .num_segments = call.num_segments,
-                        .M = params.segment_M,
-                        .N = params.segment_N,
-                        .reverse = true,
-                        .states = params.segment_gradients},
-                       stream);
-    walks.segment_N = nullptr;
+    walks.makes_N = false;
     walks.follows_prepare = true;
     walks.first_recomputed = walks.num_recomputed;
     walks.num_recomputed = only_initial_state ? 0 : call.num_segments - walks.first_recomputed;

@@ -19,7 +19,7 @@ struct ChunkBackwardParams {
   // Where call.num_segments > 1: what the forward left, see ChunkForwardParams, and room for the reverse
   // walk's.
   float const *segment_M, *segment_states;
-  float *segment_N, *segment_gradients;
+  float* segment_N;
   // Gradients as in GradientsParams and ScanBackwardParams; null where nobody asked.
   void *dq, *dk, *dv, *dg, *db, *dw;
   float *dA_log, *d_dt_bias;  // [num_heads], [num_heads, dim_k]

@@ -135,10 +135,11 @@ class Parameters : public CallChecks {
     shape.num_slots = small(num_slots(shape.batch, shape.seqlen, shape.num_sequences, offsets.given));
   }
 
-  // [slots, gate heads, 64, 64]
+  // [slots, gate heads, 10, 16 * 16]
   void fill_matrices(ChunkTiles& tiles, CallShape const& shape) {
     for (View const* view : {&x_.A_minus_I, &x_.P}) {
-      need(view->has_shape(shape.num_slots, shape.num_gate_heads, kChunk, kChunk) && view->kind == x_.q.kind);
+      need(view->has_shape(shape.num_slots, shape.num_gate_heads, kTriangleBlocks, kTriangleBlockElements) &&
+           view->kind == x_.q.kind);
     }
     tiles.A_minus_I = contiguous(x_.A_minus_I);
     tiles.P = contiguous(x_.P);

@@ -23,13 +23,6 @@ void chunk_forward(ChunkForwardParams const& params, cudaStream_t stream) {
                       .M = params.segment_M,
                       .N = params.segment_N},
                      stream);
-    run_segment_states({.shape = call.shape,
-                        .num_segments = call.num_segments,
-                        .M = params.segment_M,
-                        .N = params.segment_N,
-                        .reverse = false,
-                        .states = params.segment_states},
-                       stream);
   }
   run_scan({.shape = call.shape,
             .v = call.v,
@@ -43,6 +36,8 @@ void chunk_forward(ChunkForwardParams const& params, cudaStream_t stream) {
             .chunk_states = params.chunk_states,
             .ready = num_sms > 0 ? call.ready : nullptr,
             .num_segments = call.num_segments,
+            .segment_M = params.segment_M,
+            .segment_N = params.segment_N,
             .segment_states = params.segment_states,
             .state_v_first = call.state_v_first,
             .num_sms = call.gpu.num_sms},

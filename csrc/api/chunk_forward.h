@@ -16,7 +16,7 @@ struct ChunkForwardParams {
   float* chunk_states;
   float* row_norms;  // see PrepareParams; or null
   bool keeps_tiles;  // for the backward: call.tiles have memory of their own, and prepare does not run again
-  // Room where num_segments > 1: see SegmentMapsParams and SegmentStatesParams.
+  // Room where num_segments > 1: see SegmentMapsParams and, null where they are not kept, ScanParams.
   float *segment_M, *segment_N, *segment_states;
 };
 

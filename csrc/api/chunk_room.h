@@ -6,6 +6,7 @@
 
 #include "api/chunk_backward.h"
 #include "api/chunk_forward.h"
+#include "tile/triangle.h"
 
 namespace gdn2 {
 
@@ -61,8 +62,7 @@ struct TileSizes {
 };
 
 // In floats: M of the segments between the first and the last, and the states that all but the first start
-// from. Room of the second size is what each direction needs for N and, in the reverse, for gradients like
-// those states. Nothing where there is one segment.
+// from. Room of the second size is what each direction needs for N. Nothing where there is one segment.
 struct SplitSizes {
   std::int64_t M = 0, states = 0;
 
@@ -72,7 +72,8 @@ struct SplitSizes {
     };
     std::int64_t const k = padded_k(shape);
     M = rows(num_segments - 2) * shape.num_gate_heads * k * k;
-    states = rows(num_segments - 1) * shape.num_value_heads * shape.dim_v * k;
+    states =
+        rows(num_segments - 1) * shape.num_value_heads * ((shape.dim_v + kSlice - 1) / kSlice * kSlice) * k;
   }
 };
 
@@ -101,7 +102,7 @@ inline void take_room(Workspace& room, ChunkForwardParams& params, bool packed, 
   ChunkCall& call = params.call;
   take_call_room(room, call, packed, params.keeps_tiles);
   if (!kept.matrices) {
-    std::int64_t const bytes = num_gate_tiles(call.shape) * kChunk * kChunk * kElementBytes;
+    std::int64_t const bytes = num_gate_tiles(call.shape) * kTriangleBytes;
     call.tiles.A_minus_I = room.take(bytes);
     call.tiles.P = room.take(bytes);
   }
@@ -110,7 +111,6 @@ inline void take_room(Workspace& room, ChunkForwardParams& params, bool packed, 
     params.segment_N = room.take<float>(sizes.states * sizeof(float));
     if (!kept.split) {
       params.segment_M = room.take<float>(sizes.M * sizeof(float));
-      params.segment_states = room.take<float>(sizes.states * sizeof(float));
     }
   }
 }
@@ -135,7 +135,6 @@ inline void take_room(Workspace& room, ChunkBackwardParams& params, bool packed)
   if (call.num_segments > 1) {
     SplitSizes const sizes(shape, call.num_segments);
     params.segment_N = room.take<float>(sizes.states * sizeof(float));
-    params.segment_gradients = room.take<float>(sizes.states * sizeof(float));
   }
 }
 

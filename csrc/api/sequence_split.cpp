@@ -14,17 +14,19 @@ constexpr std::int64_t kMostSegments = 64;
 // In microseconds, fitted to calls with every number of segments, and with prepare before and beside scan, on
 // an H100 (docs/kernels.md). What waits for the memory is given for an H200's.
 constexpr double kMemoryBandwidth = 4917;                   // of an H200, GB/s by its clock and bus
-constexpr double kCallTime = 14.0, kBesideCallTime = 22.2;  // of what does not depend on the shape
+constexpr double kCallTime = 14.5, kBesideCallTime = 22.2;  // of what does not depend on the shape
 // Of a chunk and head, on one SM: no less than its share of the memory.
-constexpr double kPrepareTime = 6.4, kPrepareShare = 5.2;
+constexpr double kPrepareTime = 6.6, kPrepareShare = 4.7;
 // Of a chunk of a walk: no less than the share of all walks at the same time.
-constexpr double kScanTime = 0.9, kScanShare = 0.0115;
-constexpr double kMapsTime = 0.895, kMapsShare = 0.004;  // the same of the walks that make maps
-constexpr double kSplitTime = 1.3;                       // of what only a split needs
-constexpr double kStateTime = 1.8;                       // of every segment's first state
+constexpr double kScanTime = 0.845, kScanShare = 0.0114;
+constexpr double kMapsTime = 0.872, kMapsShare = 0.004;  // the same of the walks that make maps
+constexpr double kSplitTime = 2.5;                       // of what only a split needs
+constexpr double kStateTime = 1.27;                      // of every segment's first state
 // Beside each other: of a chunk of a walk, and what every chunk and head of prepare adds to it; of a chunk
-// and head of prepare, on one SM, where the walks wait for it.
+// and head of prepare, on one SM, where the walks wait for it: no less than its share of the memory, which is
+// more the more SMs ask for it.
 constexpr double kBesideScanTime = 0.871, kBesideTileTime = 0.0108, kBesidePrepareTime = 5.96;
+constexpr double kBesidePrepareShare = 2.6, kBesidePrepareShareOfSm = 0.033;
 // On how many SMs prepare keeps just ahead of the walks: some, and these for every head. On more it would run
 // so far ahead that its tiles have left the L2 cache when the walks take them.
 constexpr std::int64_t kBesideSms = 16, kBesideSmsOfHead = 4;
@@ -79,7 +81,8 @@ class Estimate {
   double beside() const {
     double const scan =
         kBesideScanTime * static_cast<double>(chunks_) + kBesideTileTime * memory_time_ * tiles_;
-    return kBesideCallTime + std::max(scan, kBesidePrepareTime * tiles_ / other_sms());
+    double const share = memory_time_ * (kBesidePrepareShare + kBesidePrepareShareOfSm * other_sms());
+    return kBesideCallTime + std::max(scan, std::max(kBesidePrepareTime, share) * tiles_ / other_sms());
   }
   double walk(std::int64_t number, std::int64_t segments, double chunk, double share) const {
     std::int64_t const steps = ceil_div(number, call_.gpu.num_sms) * ceil_div(chunks_, segments);

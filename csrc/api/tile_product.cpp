@@ -3,8 +3,6 @@
 #include <stdexcept>
 #include <string>
 
-#include "api/cuda_error.h"
-
 namespace gdn2 {
 namespace {
 
@@ -45,7 +43,6 @@ void tile_product(std::uintptr_t a, std::uintptr_t b, std::uintptr_t c, std::int
       .b_is_mn_major = b_is_mn_major,
   };
   run_tile_product(params, reinterpret_cast<cudaStream_t>(stream));
-  throw_on_error(cudaGetLastError(), "tile_product: launch");
 }
 
 }  // namespace gdn2

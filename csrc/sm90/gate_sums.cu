@@ -7,7 +7,7 @@
 // Grid: one CTA for a key head and 32 channels of d_dt_bias, and one for its dA_log; 32 x 32 threads: each
 // sums every 32nd row, then 32 of them in turn.
 #include "api/chunk_backward.h"
-#include "api/cuda_error.h"
+#include "tile/launch.h"
 #include "tile/launch_order.cuh"
 
 namespace gdn2 {
@@ -72,14 +72,13 @@ void run_gate_sums(GateSumsParams const& params, cudaStream_t stream) {
     return;
   }
   CallShape const& shape = params.shape;
-  cudaLaunchAttribute attribute = overlapping_launch();
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(shape.num_heads, (shape.dim_k + kChannels - 1) / kChannels + 1);
-  config.blockDim = dim3(kChannels * kParts);
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  throw_on_error(cudaLaunchKernelEx(&config, gate_sums_kernel, params), "gate_sums: launch");
+  launch_kernel<gate_sums_kernel>(
+      {.name = "gate_sums",
+       .grid = dim3(shape.num_heads, (shape.dim_k + kChannels - 1) / kChannels + 1),
+       .num_threads = kChannels * kParts,
+       .stream = stream,
+       .overlaps = true},
+      params);
 }
 
 }  // namespace gdn2

@@ -29,12 +29,12 @@
 #include <cutlass/arch/barrier.h>
 
 #include "api/chunk_backward.h"
-#include "api/cuda_error.h"
 #include "sm90/channel_gradients.cuh"
 #include "sm90/decay_gradients.cuh"
 #include "sm90/token_map.h"
 #include "sm90/value_gradients.cuh"
 #include "tile/convert.cuh"
+#include "tile/launch.h"
 #include "tile/launch_order.cuh"
 #include "tile/wgmma.cuh"
 
@@ -434,24 +434,19 @@ void launch(GradientsParams const& params, cudaStream_t stream) {
       maps.db = gradient_map(params.db, shape, shape.num_gate_heads, shape.dim_k);
     }
   }
-  auto const kernel = gradients_kernel<Cfg>;
   constexpr int kSmemBytes = sizeof(GradientsStorage);
   static_assert(2 * (kSmemBytes + 1024) <= 228 * 1024);
-  throw_on_error(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSmemBytes),
-                 "gradients: shared memory");
   unsigned const boxes = shape.dim_k > kChannels ? 2 : 1;
   bool const pair = Cfg::kFused && params.gates.use_qk_l2norm;
-  cudaLaunchAttribute attributes[] = {overlapping_launch(), cluster_launch(pair ? boxes : 1)};
-  cudaLaunchConfig_t config{};
-  config.gridDim = static_cast<unsigned>(shape.num_slots) * shape.num_gate_heads * boxes;
-  config.blockDim = kThreads;
-  config.dynamicSmemBytes = kSmemBytes;
-  config.stream = stream;
-  config.attrs = attributes;
-  config.numAttrs = 2;
-  throw_on_error(
-      cudaLaunchKernelEx(&config, kernel, params, GradientsDivisors(shape, params.num_segments), maps),
-      "gradients: launch");
+  launch_kernel<gradients_kernel<Cfg>>(
+      {.name = "gradients",
+       .grid = dim3(static_cast<unsigned>(shape.num_slots) * shape.num_gate_heads * boxes),
+       .num_threads = kThreads,
+       .shared_bytes = kSmemBytes,
+       .stream = stream,
+       .cluster = dim3(pair ? boxes : 1),
+       .overlaps = true},
+      params, GradientsDivisors(shape, params.num_segments), maps);
 }
 
 template <class Element>

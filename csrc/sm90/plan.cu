@@ -11,8 +11,8 @@
 #include <cub/block/block_scan.cuh>
 
 #include "api/chunk_forward.h"
-#include "api/cuda_error.h"
 #include "tile/arch.cuh"
+#include "tile/launch.h"
 
 namespace gdn2 {
 namespace {
@@ -98,9 +98,9 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(PlanParams const params)
 }  // namespace
 
 void run_plan(PlanParams const& params, cudaStream_t stream) {
-  auto const kernel = params.offsets_are_64_bit ? plan_kernel<std::int64_t> : plan_kernel<std::int32_t>;
-  kernel<<<1, kThreads, 0, stream>>>(params);
-  throw_on_error(cudaGetLastError(), "plan: launch");
+  Launch const how{.name = "plan", .grid = dim3(1), .num_threads = kThreads, .stream = stream};
+  params.offsets_are_64_bit ? launch_kernel<plan_kernel<std::int64_t>>(how, params)
+                            : launch_kernel<plan_kernel<std::int32_t>>(how, params);
 }
 
 }  // namespace gdn2

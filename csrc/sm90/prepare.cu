@@ -33,12 +33,12 @@
 #include <stdexcept>
 
 #include "api/chunk_forward.h"
-#include "api/cuda_error.h"
 #include "sm90/gate_tiles.cuh"
 #include "sm90/prepare_levels.cuh"
 #include "sm90/token_map.h"
 #include "tile/activation.cuh"
 #include "tile/convert.cuh"
+#include "tile/launch.h"
 #include "tile/launch_order.cuh"
 #include "tile/mma.cuh"
 #include "tile/ready_flag.cuh"
@@ -263,24 +263,44 @@ __device__ void store_factor_tiles(SharedStorage<Cfg>& smem, PrepareParams const
   }
 }
 
-// A - I as a tile image, zero on and above the diagonal. By one warpgroup.
+// A lower triangle to global memory, by kThreads threads: pieces of eight elements as
+// piece_of(row, first column) has them.
+template <int kThreads, class PieceOf>
+__device__ void store_triangle(void* triangles, std::int64_t tile, int thread, PieceOf piece_of) {
+  auto* const out = reinterpret_cast<uint4*>(static_cast<std::uint8_t*>(triangles) + tile * kTriangleBytes);
+  constexpr int kPieces = kTriangleBytes / 16;
+#pragma unroll
+  for (int first = 0; first < kPieces; first += kThreads) {
+    int const index = first + thread;
+    if (first + kThreads <= kPieces || index < kPieces) {
+      TrianglePiece const at = triangle_piece(index);
+      out[index] = piece_of(at.row, at.first_column);
+    }
+  }
+}
+
 template <class Cfg>
-__device__ void store_A_minus_I(SharedStorage<Cfg>& smem, std::uint8_t* tile) {
+__device__ void store_P(SharedStorage<Cfg> const& smem, PrepareParams const& params, Work const& work) {
+  store_triangle<Cfg::kTeamThreads>(params.tiles.P, work.tile, thread_of_team<Cfg>(), [&](int row, int s) {
+    return *reinterpret_cast<uint4 const*>(smem.P + swizzled_offset(row, s / 8));
+  });
+}
+
+// A - I, zero on and above the diagonal. By one warpgroup.
+template <class Cfg>
+__device__ void store_A_minus_I(SharedStorage<Cfg>& smem, PrepareParams const& params, Work const& work) {
   using Element = typename Cfg::Element;
   TriangularMatrix const A{smem.T};
-  int const thread = threadIdx.x % kWarpgroupThreads;
+  store_triangle<kWarpgroupThreads>(
+      params.tiles.A_minus_I, work.tile, threadIdx.x % kWarpgroupThreads, [&](int row, int first) {
+        std::uint32_t pairs[4];
 #pragma unroll
-  for (int i = 0; i < kChunk * 8 / kWarpgroupThreads; ++i) {
-    int const row = thread / 8 + i * (kWarpgroupThreads / 8), piece = thread % 8;
-    std::uint32_t pairs[4];
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      int const s = 8 * piece + 2 * j;
-      pairs[j] = pack<Element>(s < row ? A.at(row, s) : 0.f, s + 1 < row ? A.at(row, s + 1) : 0.f);
-    }
-    *reinterpret_cast<uint4*>(tile + swizzled_offset(row, piece)) =
-        uint4{pairs[0], pairs[1], pairs[2], pairs[3]};
-  }
+        for (int j = 0; j < 4; ++j) {
+          int const s = first + 2 * j;
+          pairs[j] = pack<Element>(s < row ? A.at(row, s) : 0.f, s + 1 < row ? A.at(row, s + 1) : 0.f);
+        }
+        return uint4{pairs[0], pairs[1], pairs[2], pairs[3]};
+      });
 }
 
 // Products of alpha over a thread's 16 tokens, for what reaches over blocks.
@@ -407,16 +427,10 @@ __device__ void run_tile(SharedStorage<Cfg>& smem, PrepareParams const& params, 
   meet_at_operands<Cfg>();  // T and P are complete; the copy engine may write where operands have been
   operands_read();
 
-  auto* const P = static_cast<std::uint8_t*>(params.tiles.P) + work.tile * kBoxBytes;
-#pragma unroll
-  for (int i = 0; i < kBoxBytes / 16; i += Cfg::kTeamThreads) {
-    int const piece = i + thread_of_team<Cfg>();
-    reinterpret_cast<uint4*>(P)[piece] = reinterpret_cast<uint4 const*>(smem.P)[piece];
-  }
+  store_P(smem, params, work);
   if (at.box == 0) {
     invert_unit_lower(TriangularMatrix{smem.T}, barrier_id<Cfg>(TeamBarrier::kInverse));
-    auto* const A = static_cast<std::uint8_t*>(params.tiles.A_minus_I);
-    store_A_minus_I(smem, A + work.tile * kBoxBytes);
+    store_A_minus_I(smem, params, work);
   }
   if constexpr (Cfg::kStays) {
     publish_tile<Cfg>(params, work, at.box == 0);
@@ -485,16 +499,15 @@ void launch(PrepareParams const& params, cudaStream_t stream) {
   if (reinterpret_cast<std::uintptr_t>(params.tiles.factors) % kBoxRowBytes != 0) {
     throw std::runtime_error("prepare: tiles have to lie at multiples of 128 bytes");
   }
-  auto const kernel = prepare_kernel<Cfg>;
   constexpr int kSmemBytes = Cfg::kTeams * sizeof(SharedStorage<Cfg>);
   static_assert(Cfg::kCtasPerSm * (kSmemBytes + 1024) <= 228 * 1024);
-  throw_on_error(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSmemBytes),
-                 "prepare: shared memory");
   int const tiles = shape.num_slots * shape.num_gate_heads;
-  unsigned const num_ctas = Cfg::kStays ? std::min(tiles, params.num_sms) : tiles;
-  kernel<<<num_ctas, Cfg::kThreads, kSmemBytes, stream>>>(params, ChunkDivisors(shape, params.num_segments),
-                                                          maps);
-  throw_on_error(cudaGetLastError(), "prepare: launch");
+  launch_kernel<prepare_kernel<Cfg>>({.name = "prepare",
+                                      .grid = dim3(Cfg::kStays ? std::min(tiles, params.num_sms) : tiles),
+                                      .num_threads = Cfg::kThreads,
+                                      .shared_bytes = kSmemBytes,
+                                      .stream = stream},
+                                     params, ChunkDivisors(shape, params.num_segments), maps);
 }
 
 template <class Element, bool kFactorsOnly, bool kWholeSm>

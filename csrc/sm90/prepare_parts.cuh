@@ -8,6 +8,7 @@
 #include "sm90/chunk_work.h"
 #include "tile/pipeline.cuh"
 #include "tile/tma.cuh"
+#include "tile/triangle.h"
 #include "tile/triangular_inverse.cuh"
 
 namespace gdn2::prepare {

@@ -26,6 +26,7 @@
 #include "api/recurrent.h"
 #include "sm90/recurrent_step.cuh"
 #include "sm90/recurrent_stream.h"
+#include "tile/launch.h"
 #include "tile/launch_order.cuh"
 
 namespace gdn2 {
@@ -133,15 +134,14 @@ void launch(RecurrentParams const& params, cudaStream_t stream) {
   constexpr int kMaxGridZ = 65535;
   CallShape const& shape = params.shape;
   unsigned const slices = (shape.dim_v + Cfg::kColumns - 1) / Cfg::kColumns;
-  cudaLaunchAttribute overlap = overlapping_launch();
   for (int first = 0; first < shape.num_sequences; first += kMaxGridZ) {
-    cudaLaunchConfig_t config{};
-    config.gridDim = dim3(slices, shape.num_value_heads, min(shape.num_sequences - first, kMaxGridZ));
-    config.blockDim = dim3(Cfg::kThreads);
-    config.stream = stream;
-    config.attrs = &overlap;
-    config.numAttrs = 1;
-    throw_on_error(cudaLaunchKernelEx(&config, recurrent_kernel<Cfg>, params, first), "recurrent: launch");
+    launch_kernel<recurrent_kernel<Cfg>>(
+        {.name = "recurrent",
+         .grid = dim3(slices, shape.num_value_heads, min(shape.num_sequences - first, kMaxGridZ)),
+         .num_threads = Cfg::kThreads,
+         .stream = stream,
+         .overlaps = true},
+        params, first);
   }
 }
 

@@ -14,6 +14,7 @@
 #include "api/device.h"
 #include "sm90/recurrent_step.cuh"
 #include "sm90/recurrent_stream.h"
+#include "tile/launch.h"
 #include "tile/launch_order.cuh"
 #include "tile/pipeline.cuh"
 #include "tile/tma.cuh"
@@ -125,18 +126,14 @@ template <class Cfg>
 void launch(RecurrentParams const& params, cudaStream_t stream) {
   constexpr int kSmemBytes = sizeof(StreamStorage<Cfg>);
   static_assert(kCtasPerSm * (kSmemBytes + 1024) <= 228 * 1024);
-  cudaLaunchAttribute overlap = overlapping_launch();
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(params.shape.num_sequences * params.shape.num_value_heads);
-  config.blockDim = dim3(kCtaThreads<Cfg>);
-  config.dynamicSmemBytes = kSmemBytes;
-  config.stream = stream;
-  config.attrs = &overlap;
-  config.numAttrs = 1;
-  auto* const kernel = recurrent_stream_kernel<Cfg>;
-  throw_on_error(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSmemBytes),
-                 "recurrent_stream: shared memory");
-  throw_on_error(cudaLaunchKernelEx(&config, kernel, params), "recurrent_stream: launch");
+  launch_kernel<recurrent_stream_kernel<Cfg>>(
+      {.name = "recurrent_stream",
+       .grid = dim3(params.shape.num_sequences * params.shape.num_value_heads),
+       .num_threads = kCtaThreads<Cfg>,
+       .shared_bytes = kSmemBytes,
+       .stream = stream,
+       .overlaps = true},
+      params);
 }
 
 // Matrices of kDim x kDim elements one after the other, at addresses that bulk copies take.

@@ -11,14 +11,16 @@
 //
 // Grid: one CTA for a sequence, segment, value head and kWarpgroups * 64 value columns, longer sequences
 // first. CTAs of neighbouring columns are pairs (clusters): each loads a half of every tile of factors, for
-// both. A sequence is one segment, or several whose first states segment_states has made.
+// both. A sequence is one segment, or several, which start where the maps of those before lead
+// (segment_start.cuh).
 // Roles: kWarpgroups math warpgroups of 64 value columns each (S 64, X 32, O 32 accumulators; 32 rounded S,
 // 16 rounded X or R or O a thread); one warpgroup that makes Z; one whose first warp loads factors, whose
 // next ones store O, one a math warpgroup, and whose next one loads v and w. A math warp has its scheduler
 // nearly to itself, so that every instruction it is spared shortens the chain.
 // Shared memory (K 128): rings of stages, each let go as soon as its product is done: v and w (16 KB a
 // warpgroup), Z (16 KB a warpgroup, float32, in the order of the accumulators), gamma*E (16 KB),
-// scale*gamma*q and A-I (24 KB), Kt and P (24 KB); O 8 KB a warpgroup.
+// scale*gamma*q and A-I (24 KB), Kt and P (24 KB); O 8 KB a warpgroup. Maps come to
+// where the q of chunks after the first and all k will be.
 //
 // Beside prepare (few heads): the loads of a chunk's tiles wait for its flag.
 //
@@ -28,8 +30,8 @@
 #include <cutlass/arch/barrier.h>
 
 #include "api/chunk_forward.h"
-#include "api/cuda_error.h"
-#include "sm90/scan_parts.cuh"
+#include "sm90/segment_start.cuh"
+#include "tile/launch.h"
 #include "tile/launch_order.cuh"
 #include "tile/ready_flag.cuh"
 #include "tile/tensor_map.h"
@@ -49,6 +51,8 @@ struct Config {
   // As many stages as shared memory holds.
   static constexpr int kStagesValues = kWarpgroups == 1 ? 2 : 1, kStagesZ = kStagesValues, kStagesE = 2;
   static constexpr int kStagesQ = kWarpgroups == 1 ? 3 : 2, kStagesK = 2;
+  static constexpr int kMapPieces =
+      num_map_pieces<kDimK, kWarpgroups>((kStagesQ - 1 + kStagesK) * (kTileBytes + kTriangleImageBytes));
   static constexpr int kMathThreads = kWarpgroups * kWarpgroupThreads;
   static constexpr int kThreads = kMathThreads + 2 * kWarpgroupThreads;
   // Registers move from the other roles to the math.
@@ -62,10 +66,10 @@ struct SharedStorage {
     std::uint8_t v[Cfg::kWarpgroups][kBoxBytes], w[Cfg::kWarpgroups][kBoxBytes];
   };
   struct FactorsQ {
-    std::uint8_t gamma_q[Cfg::kTileBytes], A_minus_I[kBoxBytes];
+    std::uint8_t gamma_q[Cfg::kTileBytes], A_minus_I[kTriangleImageBytes];
   };
   struct FactorsK {
-    std::uint8_t Kt[Cfg::kTileBytes], P[kBoxBytes];
+    std::uint8_t Kt[Cfg::kTileBytes], P[kTriangleImageBytes];
   };
   alignas(kSwizzleAtomBytes) Values values[Cfg::kStagesValues];
   std::uint8_t gamma_E[Cfg::kStagesE][Cfg::kTileBytes];
@@ -80,6 +84,23 @@ struct SharedStorage {
   RingBarriers<Cfg::kStagesQ> ring_q;
   RingBarriers<Cfg::kStagesK> ring_k;
   RingBarriers<1> ring_O[Cfg::kWarpgroups];
+  StartBarriers<Cfg> start;
+
+  // Maps come to where the q of chunks after the first and all k will be.
+  __device__ std::uint8_t* maps() { return factors_q[1].gamma_q; }
+
+  // By the first num_threads threads: where no maps come, and where they do.
+  __device__ void clear_above_first_triangle(int num_threads) {
+    clear_above_triangle(factors_q[0].A_minus_I, threadIdx.x, num_threads);
+  }
+  __device__ void clear_above_triangles(int num_threads) {
+    for (int stage = 1; stage < Cfg::kStagesQ; ++stage) {
+      clear_above_triangle(factors_q[stage].A_minus_I, threadIdx.x, num_threads);
+    }
+    for (auto& factors : factors_k) {
+      clear_above_triangle(factors.P, threadIdx.x, num_threads);
+    }
+  }
 
   // By one thread.
   __device__ void init_barriers() {
@@ -93,6 +114,7 @@ struct SharedStorage {
     for (auto& ring : ring_O) {
       ring.init(kWarpgroupWarps, 1);
     }
+    start.init();
     cutlass::arch::fence_barrier_init();  // orders the inits before the copy engine's use of them
   }
 };
@@ -100,6 +122,10 @@ struct SharedStorage {
 struct TensorMaps {
   CUtensorMap v, w, o;
 };
+
+__device__ MapsToStart<false> maps_to_start(ScanParams const& params) {
+  return {find_walk(params.shape, params.num_segments), params.num_segments};
+}
 
 // ---- load role --------------------------------------------------------------------------------------------
 
@@ -112,8 +138,10 @@ __device__ void load(SharedStorage<Cfg>& smem, ScanParams const& params, Work co
   RingPosition<Cfg::kStagesQ> at_q;
   RingPosition<Cfg::kStagesK> at_k;
   if (params.ready == nullptr) {
-    wait_for_earlier_kernels();  // prepare
+    wait_for_earlier_kernels();  // prepare, or segment_maps
   }
+  MapsToStart<false> const maps = maps_to_start(params);
+  load_maps<Cfg>(smem.start, smem.maps(), params.segment_M, params.segment_N, params.shape, work, maps);
   for (int chunk = 0; chunk < work.num_chunks; ++chunk) {
     std::int64_t const tile = work.first_tile + static_cast<std::int64_t>(chunk) * work.tile_stride;
     auto const* const factors = static_cast<std::uint8_t const*>(tiles.factors) + tile * 3 * kTile;
@@ -127,18 +155,18 @@ __device__ void load(SharedStorage<Cfg>& smem, ScanParams const& params, Work co
     at_E.advance();
 
     auto& factors_q = smem.factors_q[at_q.stage];
-    FullBarrier& full_q = smem.ring_q.begin_fill(at_q, sizeof(factors_q));
+    FullBarrier& full_q = smem.ring_q.begin_fill(at_q, kTile + kTriangleBytes);
     load_factors<Cfg>(factors_q.gamma_q, factors, kTile, full_q);
-    load_factors<Cfg>(factors_q.A_minus_I,
-                      static_cast<std::uint8_t const*>(tiles.A_minus_I) + tile * kBoxBytes, kBoxBytes,
-                      full_q);
+    load_triangle<Cfg>(factors_q.A_minus_I, tiles.A_minus_I, tile, full_q);
     at_q.advance();
 
+    if (chunk == 0 && maps.number() > 0) {
+      wait_for_start(smem.start);
+    }
     auto& factors_k = smem.factors_k[at_k.stage];
-    FullBarrier& full_k = smem.ring_k.begin_fill(at_k, sizeof(factors_k));
+    FullBarrier& full_k = smem.ring_k.begin_fill(at_k, kTile + kTriangleBytes);
     load_factors<Cfg>(factors_k.Kt, factors + kTile, kTile, full_k);
-    load_factors<Cfg>(factors_k.P, static_cast<std::uint8_t const*>(tiles.P) + tile * kBoxBytes, kBoxBytes,
-                      full_k);
+    load_triangle<Cfg>(factors_k.P, tiles.P, tile, full_k);
     at_k.advance();
   }
   if (params.ready != nullptr) {
@@ -261,7 +289,7 @@ struct Walk {
     FragmentA X_rounded[4];
     round_fragments<Element>(X_rounded, X);
     wgmma_fence();
-    multiply_transposed<Element, ScaleIn::One>(X, X_rounded, factors.A_minus_I, true);
+    multiply_triangle_transposed<Element>(X, X_rounded, factors.A_minus_I, true);
   }
 
   __device__ void wait_R() {
@@ -275,7 +303,7 @@ struct Walk {
     auto const& factors = smem.factors_k[at_k.stage];
     wgmma_fence();
     multiply<Element, ScaleIn::One>(S, R_rounded, factors.Kt, true);
-    multiply_transposed<Element, ScaleIn::One>(O, R_rounded, factors.P, true);
+    multiply_triangle_transposed<Element>(O, R_rounded, factors.P, true);
   }
 
   __device__ void release_factors_k() { release_factors<Cfg>(smem.ring_k, at_k); }
@@ -337,10 +365,14 @@ __device__ void compute(SharedStorage<Cfg>& smem, ScanParams const& params, Work
     read_state<Cfg::kDimK>(walk.S, params.initial_state, params.shape, params.state_v_first, work,
                            first_column);
   } else {
-    wait_for_earlier_kernels();  // segment_states
-    std::int64_t const row = segment_row(work, segment - 1, params.num_segments);
-    read_segment_state<Cfg::kDimK>(walk.S, params.segment_states, params.shape, row, work.value_head,
-                                   first_column);
+    wait_for_earlier_kernels();  // segment_maps
+    find_start<Cfg>(walk.S, smem.start, smem.maps(), params.segment_N, params.shape, work, wg,
+                    maps_to_start(params), [&] { smem.clear_above_triangles(Cfg::kMathThreads); });
+    if (params.segment_states != nullptr) {
+      write_segment_state<Cfg::kDimK>(walk.S, params.segment_states, params.shape,
+                                      segment_row(work, segment - 1, params.num_segments), work.value_head,
+                                      first_column);
+    }
   }
   walk.run();
   if (segment != last_segment) {
@@ -361,6 +393,10 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
   take_segment(work, find_walk(params.shape, params.num_segments), params.num_segments);
   if (threadIdx.x == 0) {
     smem.init_barriers();
+  }
+  smem.clear_above_first_triangle(Cfg::kThreads);
+  if (maps_to_start(params).number() <= 0) {
+    smem.clear_above_triangles(Cfg::kThreads);
   }
   sync_before_loads<Cfg>();
   int const wg = warpgroup_index();
@@ -401,23 +437,19 @@ void launch(ScanParams const& params, cudaStream_t stream) {
     std::int64_t const row = static_cast<std::int64_t>(shape.num_value_heads) * shape.dim_v;
     maps.o = value_map({params.o, shape.seqlen * row, row, shape.dim_v}, shape);
   }
-  auto const kernel = scan_kernel<Cfg>;
   constexpr int kSmemBytes = sizeof(SharedStorage<Cfg>);
   static_assert(kSmemBytes <= 227 * 1024);
-  throw_on_error(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSmemBytes),
-                 "scan: shared memory");
   constexpr int kColumnsPerCta = Cfg::kWarpgroups * kColumns;
-  dim3 const grid(static_cast<unsigned>(shape.num_sequences) * params.num_segments * shape.num_value_heads,
-                  (shape.dim_v + kColumnsPerCta - 1) / kColumnsPerCta);
-  cudaLaunchAttribute attributes[] = {cluster_launch(1, Cfg::kPaired ? 2 : 1), overlapping_launch()};
-  cudaLaunchConfig_t config{};
-  config.gridDim = grid;
-  config.blockDim = dim3(Cfg::kThreads);
-  config.dynamicSmemBytes = kSmemBytes;
-  config.stream = stream;
-  config.attrs = attributes;
-  config.numAttrs = shape.seqlen > 0 ? 2 : 1;  // without tokens there has been no prepare
-  throw_on_error(cudaLaunchKernelEx(&config, kernel, params, maps), "scan: launch");
+  launch_kernel<scan_kernel<Cfg>>(
+      {.name = "scan",
+       .grid = dim3(static_cast<unsigned>(shape.num_sequences) * params.num_segments * shape.num_value_heads,
+                    (shape.dim_v + kColumnsPerCta - 1) / kColumnsPerCta),
+       .num_threads = Cfg::kThreads,
+       .shared_bytes = kSmemBytes,
+       .stream = stream,
+       .cluster = dim3(1, Cfg::kPaired ? 2 : 1),
+       .overlaps = shape.seqlen > 0},  // without tokens there has been no prepare
+      params, maps);
 }
 
 template <class Element, int kDimK>

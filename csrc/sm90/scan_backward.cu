@@ -11,9 +11,10 @@
 // each product is the rounded accumulator of the one before it, in the registers where it is.
 //
 // Grid: one CTA for a sequence, walk, segment, value head and kWarpgroups * 64 value columns; longer
-// sequences first, of each the reverse walks first. CTAs of neighbouring columns are pairs, as in scan. A sequence is one segment, or several whose first states
-// are known. Those take two launches: reverse walks from zero, and those from their last gradients, which
-// then are known; walks of the recomputation are beside either.
+// sequences first, of each the reverse walks first. CTAs of neighbouring columns are pairs, as in scan. A
+// sequence is one segment, or several whose first states are known. Those take two launches: reverse walks
+// from zero, and those from their last gradients, which they then find (segment_start.cuh); walks of the
+// recomputation are beside either.
 // Roles: kWarpgroups math warpgroups of 64 value columns each (S or dS 64, X or dR 32 accumulators; 32
 // rounded S or dS', 16 rounded R or dX, 16 rounded X or dR, 16 dO a thread; 240 registers, 216 where there
 // are two); one warpgroup that makes Z (idle in the reverse walk); one whose first warp loads factors, whose
@@ -22,7 +23,8 @@
 //     recomputation  v and w 2 x 16 / 1 x 32, Z 2 x 16 / 1 x 32, gamma*E and gamma[C-1] 3 x 16.5 / 2 x 16.5,
 //                    A-I 3 x 8, Kt 3 x 16, outgoing S and R 24 / 48: 210 / 217 KB
 //     reverse        dO 3 x 8 / 2 x 16, Kt and P and gamma[C-1] 3 x 24.5 / 2 x 24.5, scale*gamma*q and A-I 3 x 24 /
-//                    2 x 24, gamma*E 2 x 16, outgoing dS' and dX 24 / 48: 226 / 209 KB
+//                    2 x 24, gamma*E 2 x 16, outgoing dS' and dX 24 / 48: 226 / 209 KB; maps come to where the k
+//                    of chunks before the last and all q will be
 //
 // Tensor cores, one chunk (cycles at full rate) and what the math warps do behind them:
 //     recomputation  X 256               | R 128            |         | S' 256   |
@@ -34,8 +36,8 @@
 #include <algorithm>
 
 #include "api/chunk_backward.h"
-#include "api/cuda_error.h"
 #include "sm90/scan_backward_walks.cuh"
+#include "tile/launch.h"
 #include "tile/launch_order.cuh"
 #include "tile/tensor_map.h"
 
@@ -48,21 +50,38 @@ struct TensorMaps {
   CUtensorMap v, w, dO;
 };
 
+// ---- which walk -------------------------------------------------------------------------------------------
+
+// The CTA's walk; asked of the machine, it needs no register in between.
+__device__ int find_own_walk(ScanBackwardParams const& params) {
+  asm volatile("" ::: "memory");
+  return find_walk(params.shape, num_walks(params));
+}
+
+__device__ int find_segment(ScanBackwardParams const& params) {
+  int const walk = find_own_walk(params), recomputed = walk - num_reverse_walks(params);
+  return recomputed >= 0 ? params.first_recomputed + recomputed : params.makes_N ? walk + 1 : walk;
+}
+
+// Reverse walks from zero need none.
+__device__ MapsToStart<true> maps_to_start(ScanBackwardParams const& params) {
+  return {find_segment(params), params.makes_N ? 0 : params.num_segments};
+}
+
 // ---- load role --------------------------------------------------------------------------------------------
 
 // Where a chunk's tiles lie.
 template <class Cfg>
 struct ChunkFactors {
-  std::uint8_t const *gamma_q, *Kt, *gamma_E, *A_minus_I, *P;
+  std::uint8_t const *gamma_q, *Kt, *gamma_E;
   float const* gamma_last;
+  std::int64_t tile;
 
-  __device__ ChunkFactors(ChunkTiles const& tiles, Work const& work, int chunk) {
-    std::int64_t const tile = work.first_tile + static_cast<std::int64_t>(chunk) * work.tile_stride;
+  __device__ ChunkFactors(ChunkTiles const& tiles, Work const& work, int chunk)
+      : tile(work.first_tile + static_cast<std::int64_t>(chunk) * work.tile_stride) {
     gamma_q = static_cast<std::uint8_t const*>(tiles.factors) + tile * 3 * Cfg::kTileBytes;
     Kt = gamma_q + Cfg::kTileBytes;
     gamma_E = Kt + Cfg::kTileBytes;
-    A_minus_I = static_cast<std::uint8_t const*>(tiles.A_minus_I) + tile * kBoxBytes;
-    P = static_cast<std::uint8_t const*>(tiles.P) + tile * kBoxBytes;
     gamma_last = tiles.gamma_last + tile * Cfg::kDimK;
   }
 };
@@ -72,7 +91,7 @@ __device__ void load(RecomputeStorage<Cfg>& smem, ScanBackwardParams const& para
   RingPosition<Cfg::kStagesRecomputeE> at_E;
   RingPosition<Cfg::kStagesA> at_A;
   RingPosition<Cfg::kStagesKt> at_Kt;
-  wait_for_earlier_kernels();  // prepare
+  wait_for_earlier_kernels();  // prepare, or the reverse walks from zero
   for (int chunk = 0; chunk < work.num_chunks; ++chunk) {
     ChunkFactors<Cfg> const factors(params.tiles, work, chunk);
 
@@ -81,8 +100,8 @@ __device__ void load(RecomputeStorage<Cfg>& smem, ScanBackwardParams const& para
     load_factors<Cfg>(smem.gamma_last[at_E.stage], factors.gamma_last, Cfg::kGammaBytes, full_E);
     at_E.advance();
 
-    FullBarrier& full_A = smem.ring_A.begin_fill(at_A, kBoxBytes);
-    load_factors<Cfg>(smem.A_minus_I[at_A.stage], factors.A_minus_I, kBoxBytes, full_A);
+    FullBarrier& full_A = smem.ring_A.begin_fill(at_A, kTriangleBytes);
+    load_triangle<Cfg>(smem.A_minus_I[at_A.stage], params.tiles.A_minus_I, factors.tile, full_A);
     at_A.advance();
 
     if (chunk + 1 < work.num_chunks) {  // nobody needs the state after the last chunk
@@ -98,21 +117,26 @@ __device__ void load(ReverseStorage<Cfg>& smem, ScanBackwardParams const& params
   RingPosition<Cfg::kStagesK> at_k;
   RingPosition<Cfg::kStagesQ> at_q;
   RingPosition<Cfg::kStagesE> at_E;
-  wait_for_earlier_kernels();  // prepare
+  wait_for_earlier_kernels();  // prepare, or what has made N
+  MapsToStart<true> const maps = maps_to_start(params);
+  load_maps<Cfg>(smem.start, smem.maps(), params.segment_M, params.segment_N, params.shape, work, maps);
   for (int chunk = work.num_chunks - 1; chunk >= 0; --chunk) {
     ChunkFactors<Cfg> const factors(params.tiles, work, chunk);
 
     auto& factors_k = smem.factors_k[at_k.stage];
-    FullBarrier& full_k = smem.ring_k.begin_fill(at_k, sizeof(factors_k) + Cfg::kGammaBytes);
-    load_factors<Cfg>(factors_k.P, factors.P, kBoxBytes, full_k);
+    FullBarrier& full_k = smem.ring_k.begin_fill(at_k, Cfg::kTileBytes + kTriangleBytes + Cfg::kGammaBytes);
+    load_triangle<Cfg>(factors_k.P, params.tiles.P, factors.tile, full_k);
     load_factors<Cfg>(smem.gamma_last[at_k.stage], factors.gamma_last, Cfg::kGammaBytes, full_k);
     load_factors<Cfg>(factors_k.Kt, factors.Kt, Cfg::kTileBytes, full_k);
     at_k.advance();
 
+    if (chunk == work.num_chunks - 1 && maps.number() > 0) {
+      wait_for_start(smem.start);
+    }
     auto& factors_q = smem.factors_q[at_q.stage];
-    FullBarrier& full_q = smem.ring_q.begin_fill(at_q, sizeof(factors_q));
+    FullBarrier& full_q = smem.ring_q.begin_fill(at_q, Cfg::kTileBytes + kTriangleBytes);
     load_factors<Cfg>(factors_q.gamma_q, factors.gamma_q, Cfg::kTileBytes, full_q);
-    load_factors<Cfg>(factors_q.A_minus_I, factors.A_minus_I, kBoxBytes, full_q);
+    load_triangle<Cfg>(factors_q.A_minus_I, params.tiles.A_minus_I, factors.tile, full_q);
     at_q.advance();
 
     FullBarrier& full_E = smem.ring_E.begin_fill(at_E, Cfg::kTileBytes);
@@ -176,19 +200,6 @@ __device__ void store(Outgoing<Cfg> const& outgoing, OutgoingRings<Cfg>& rings, 
 
 // ---- walks ------------------------------------------------------------------------------------------------
 
-// The CTA's walk; asked of the machine, it needs no register in between.
-__device__ int find_own_walk(ScanBackwardParams const& params) {
-  asm volatile("" ::: "memory");
-  return find_walk(params.shape, num_walks(params));
-}
-
-__device__ int find_segment(ScanBackwardParams const& params) {
-  int const walk = find_own_walk(params), recomputed = walk - num_reverse_walks(params);
-  return recomputed >= 0               ? params.first_recomputed + recomputed
-         : params.segment_N != nullptr ? walk + 1
-                                       : walk;
-}
-
 template <class Cfg>
 __device__ void compute(RecomputeStorage<Cfg>& smem, ScanBackwardParams const& params, Work const& work,
                         int wg) {
@@ -210,7 +221,7 @@ template <class Cfg>
 __device__ void compute(ReverseStorage<Cfg>& smem, ScanBackwardParams const& params, Work const& work,
                         int wg) {
   int const first_column = work.first_column + wg * kColumns;
-  bool const only_N = params.segment_N != nullptr;
+  bool const only_N = params.makes_N;
   Reverse<Cfg> walk{smem, work, wg, {smem.outgoing, smem.rings_outgoing, wg}};
   int const segment = find_segment(params);
   bool const is_last = segment == params.num_segments - 1;
@@ -218,10 +229,10 @@ __device__ void compute(ReverseStorage<Cfg>& smem, ScanBackwardParams const& par
     read_state<Cfg::kDimK>(walk.dS, is_last ? params.d_final_state : nullptr, params.shape,
                            params.state_v_first, work, first_column);
   } else {
-    wait_for_earlier_kernels();  // segment_states
-    read_segment_state<Cfg::kDimK>(walk.dS, params.segment_gradients, params.shape,
-                                   segment_row(work, segment, params.num_segments), work.value_head,
-                                   first_column);
+    wait_for_earlier_kernels();  // what has made N
+    find_start<Cfg>(walk.dS, smem.start, smem.maps(), params.segment_N, params.shape, work, wg,
+                    maps_to_start(params),
+                    [&] { smem.clear_above_triangles(Cfg::kMathWarps * kWarpThreads); });
   }
   walk.run();
   int const again = find_segment(params);  // which needs no register during the walk
@@ -256,6 +267,14 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
     take_segment(work, find_segment(params), params.num_segments);
     forwards ? recompute.init_barriers() : reverse.init_barriers();
   }
+  if (forwards) {
+    recompute.clear_above_triangles(Cfg::kThreads);
+  } else {
+    reverse.clear_above_first_triangle(Cfg::kThreads);
+    if (maps_to_start(params).number() <= 0) {
+      reverse.clear_above_triangles(Cfg::kThreads);
+    }
+  }
   sync_before_loads<Cfg>();
   let_next_kernel_start();
   int const wg = warpgroup_index();
@@ -280,7 +299,7 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
         store<Cfg>(recompute.outgoing, recompute.rings_outgoing, out.S, out.R, true, params.shape, work,
                    warp - 1);
       } else {
-        bool const only_N = params.segment_N != nullptr;
+        bool const only_N = params.makes_N;
         store<Cfg>(reverse.outgoing, reverse.rings_outgoing, only_N ? nullptr : out.dS, out.dX, false,
                    params.shape, work, warp - 1);
       }
@@ -300,22 +319,18 @@ void launch(ScanBackwardParams const& params, cudaStream_t stream) {
     maps = {
         .v = value_map(params.v, shape), .w = value_map(params.w, shape), .dO = value_map(params.dO, shape)};
   }
-  auto const kernel = scan_backward_kernel<Cfg>;
   static_assert(kSharedBytes<Cfg> <= 227 * 1024);
-  throw_on_error(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes<Cfg>),
-                 "scan_backward: shared memory");
   constexpr int kColumnsPerCta = Cfg::kWarpgroups * kColumns;
-  dim3 const grid(static_cast<unsigned>(shape.num_sequences) * num_walks(params) * shape.num_value_heads,
-                  (shape.dim_v + kColumnsPerCta - 1) / kColumnsPerCta);
-  cudaLaunchAttribute attributes[] = {cluster_launch(1, Cfg::kPaired ? 2 : 1), overlapping_launch()};
-  cudaLaunchConfig_t config{};
-  config.gridDim = grid;
-  config.blockDim = dim3(Cfg::kThreads);
-  config.dynamicSmemBytes = kSharedBytes<Cfg>;
-  config.stream = stream;
-  config.attrs = attributes;
-  config.numAttrs = params.follows_prepare && shape.seqlen > 0 ? 2 : 1;
-  throw_on_error(cudaLaunchKernelEx(&config, kernel, params, maps), "scan_backward: launch");
+  launch_kernel<scan_backward_kernel<Cfg>>(
+      {.name = "scan_backward",
+       .grid = dim3(static_cast<unsigned>(shape.num_sequences) * num_walks(params) * shape.num_value_heads,
+                    (shape.dim_v + kColumnsPerCta - 1) / kColumnsPerCta),
+       .num_threads = Cfg::kThreads,
+       .shared_bytes = kSharedBytes<Cfg>,
+       .stream = stream,
+       .cluster = dim3(1, Cfg::kPaired ? 2 : 1),
+       .overlaps = params.follows_prepare && shape.seqlen > 0},
+      params, maps);
 }
 
 template <class Element, int kDimK>

@@ -3,7 +3,7 @@
 
 #include <cutlass/arch/barrier.h>
 
-#include "sm90/scan_parts.cuh"
+#include "sm90/segment_start.cuh"
 
 namespace gdn2::scan_backward {
 
@@ -24,6 +24,8 @@ struct Config {
   // and of the reverse walk.
   static constexpr int kStagesO = kWarpgroups == 1 ? 3 : 2, kStagesK = kStagesO, kStagesQ = kStagesO;
   static constexpr int kStagesE = 2;
+  static constexpr int kMapPieces =
+      num_map_pieces<kDimK, kWarpgroups>((kStagesK - 1 + kStagesQ) * (kTileBytes + kTriangleImageBytes));
   static constexpr int kMathWarps = kWarpgroups * kWarpgroupWarps;
   static constexpr int kThreads = (kWarpgroups + 2) * kWarpgroupThreads;
   // Registers move from the other roles to the math.
@@ -60,7 +62,7 @@ struct RecomputeStorage {
   alignas(kSwizzleAtomBytes) Outgoing<Cfg> outgoing;
   Values values[Cfg::kStagesValues];
   std::uint8_t gamma_E[Cfg::kStagesRecomputeE][Cfg::kTileBytes];
-  std::uint8_t A_minus_I[Cfg::kStagesA][kBoxBytes];
+  std::uint8_t A_minus_I[Cfg::kStagesA][kTriangleImageBytes];
   std::uint8_t Kt[Cfg::kStagesKt][Cfg::kTileBytes];
   FragmentsZ Z[Cfg::kStagesZ][Cfg::kWarpgroups];
   float gamma_last[Cfg::kStagesRecomputeE][Cfg::kDimK];  // in the ring of gamma_E
@@ -70,6 +72,13 @@ struct RecomputeStorage {
   RingBarriers<Cfg::kStagesRecomputeE> ring_E;
   RingBarriers<Cfg::kStagesA> ring_A;
   RingBarriers<Cfg::kStagesKt> ring_Kt;
+
+  // By the first num_threads threads.
+  __device__ void clear_above_triangles(int num_threads) {
+    for (auto& image : A_minus_I) {
+      clear_above_triangle(image, threadIdx.x, num_threads);
+    }
+  }
 
   // By one thread.
   __device__ void init_barriers() {
@@ -87,10 +96,10 @@ struct RecomputeStorage {
 template <class Cfg>
 struct ReverseStorage {
   struct FactorsK {
-    std::uint8_t Kt[Cfg::kTileBytes], P[kBoxBytes];
+    std::uint8_t Kt[Cfg::kTileBytes], P[kTriangleImageBytes];
   };
   struct FactorsQ {
-    std::uint8_t gamma_q[Cfg::kTileBytes], A_minus_I[kBoxBytes];
+    std::uint8_t gamma_q[Cfg::kTileBytes], A_minus_I[kTriangleImageBytes];
   };
   alignas(kSwizzleAtomBytes) Outgoing<Cfg> outgoing;
   std::uint8_t dO[Cfg::kStagesO][Cfg::kWarpgroups][kBoxBytes];
@@ -103,12 +112,30 @@ struct ReverseStorage {
   RingBarriers<Cfg::kStagesK> ring_k;
   RingBarriers<Cfg::kStagesQ> ring_q;
   RingBarriers<Cfg::kStagesE> ring_E;
+  StartBarriers<Cfg> start;
+
+  // Maps come to where the k of chunks before the last and all q will be.
+  __device__ std::uint8_t* maps() { return factors_k[1].Kt; }
+
+  // By the first num_threads threads: where no maps come, and where they do.
+  __device__ void clear_above_first_triangle(int num_threads) {
+    clear_above_triangle(factors_k[0].P, threadIdx.x, num_threads);
+  }
+  __device__ void clear_above_triangles(int num_threads) {
+    for (int stage = 1; stage < Cfg::kStagesK; ++stage) {
+      clear_above_triangle(factors_k[stage].P, threadIdx.x, num_threads);
+    }
+    for (auto& factors : factors_q) {
+      clear_above_triangle(factors.A_minus_I, threadIdx.x, num_threads);
+    }
+  }
 
   // By one thread.
   __device__ void init_barriers() {
     constexpr int kCopyEngine = 1;
     rings_outgoing.init();
     ring_dO.init(kCopyEngine, Cfg::kMathWarps);
+    start.init();
     ring_k.init(kCopyEngine, kFactorReaders<Cfg>);
     ring_q.init(kCopyEngine, kFactorReaders<Cfg>);
     ring_E.init(kCopyEngine, kFactorReaders<Cfg>);
@@ -170,7 +197,7 @@ struct Recompute {
     round_fragments<Element>(X_rounded, X);
     smem.ring_A.wait_full(at_A);
     wgmma_fence();
-    multiply_transposed<Element, ScaleIn::One>(X, X_rounded, smem.A_minus_I[at_A.stage], true);
+    multiply_triangle_transposed<Element>(X, X_rounded, smem.A_minus_I[at_A.stage], true);
   }
 
   __device__ void wait_R() {
@@ -261,7 +288,7 @@ struct Reverse {
   __device__ void begin_dR(FragmentA const (&dO)[4]) {
     smem.ring_k.wait_full(at_k);
     wgmma_fence();
-    multiply<Element, ScaleIn::One>(dR, dO, smem.factors_k[at_k.stage].P, false);
+    multiply_triangle<Element>(dR, dO, smem.factors_k[at_k.stage].P, false);
   }
 
   // dR^T += dS'^T Kt^T, then dS^T = dS'^T Diag(gamma[C-1]) + dO^T (scale*gamma*q): issued. dS decays behind
@@ -283,7 +310,7 @@ struct Reverse {
     FragmentA dR_rounded[4];
     round_fragments<Element>(dR_rounded, dR);
     wgmma_fence();
-    multiply<Element, ScaleIn::One>(dR, dR_rounded, smem.factors_q[at_q.stage].A_minus_I, true);
+    multiply_triangle<Element>(dR, dR_rounded, smem.factors_q[at_q.stage].A_minus_I, true);
   }
 
   __device__ void wait_dX() {
@@ -340,7 +367,7 @@ struct Reverse {
 // Walks of a sequence, value head and slice: first the reverse ones (those that make N: of all segments but
 // the first), then those of the recomputation.
 __host__ __device__ int num_reverse_walks(ScanBackwardParams const& params) {
-  return params.segment_N != nullptr ? params.num_segments - 1 : params.num_segments;
+  return params.makes_N ? params.num_segments - 1 : params.num_segments;
 }
 __host__ __device__ int num_walks(ScanBackwardParams const& params) {
   return num_reverse_walks(params) + params.num_recomputed;

@@ -9,10 +9,10 @@
 #include "sm90/token_map.h"
 #include "tile/activation.cuh"
 #include "tile/convert.cuh"
-#include "tile/launch_order.cuh"
 #include "tile/mma.cuh"
 #include "tile/pipeline.cuh"
 #include "tile/tma.cuh"
+#include "tile/triangle.cuh"
 #include "tile/wgmma.cuh"
 
 namespace gdn2 {
@@ -153,14 +153,22 @@ __device__ void make_values(Storage& smem, GateParams const& gates, Work const& 
 }
 
 // By one thread, and not the one that loads factors: that one waits for their rings, and v and w, which come
-// from further away, must not wait with it.
-template <class Cfg, class Storage, class Maps>
+// from further away, must not wait with it. With kFetchesAhead the L2 cache has been asked for them a chunk
+// before.
+template <class Cfg, bool kFetchesAhead = false, class Storage, class Maps>
 __device__ void load_values(Storage& smem, Maps const& maps, Work const& work) {
   RingPosition<Cfg::kStagesValues> at;
   for (int chunk = 0; chunk < work.num_chunks; ++chunk, at.advance()) {
     auto& values = smem.values[at.stage];
-    FullBarrier& full = smem.ring_values.begin_fill(at, sizeof(values));
     int const token = work.first_token + chunk * kChunk;
+    if constexpr (kFetchesAhead) {
+      static_assert(Cfg::kWarpgroups == 1);
+      if (chunk + 1 < work.num_chunks) {
+        tma_fetch(maps.v, work.first_column, work.value_head, token + kChunk, work.batch);
+        tma_fetch(maps.w, work.first_column, work.value_head, token + kChunk, work.batch);
+      }
+    }
+    FullBarrier& full = smem.ring_values.begin_fill(at, sizeof(values));
     for (int wg = 0; wg < Cfg::kWarpgroups; ++wg) {
       int const column = work.first_column + wg * kColumns;
       tma_load(maps.v, full, values.v[wg], column, work.value_head, token, work.batch);
@@ -169,7 +177,7 @@ __device__ void load_values(Storage& smem, Maps const& maps, Work const& work) {
   }
 }
 
-// ---- factors, which all value columns need: CTAs of two slices may be a pair, a cluster ---------------------
+// ---- factors, which all value columns need: CTAs of two slices may be a pair -------------------------------
 
 // A tile of factors: of two paired CTAs, each loads a half for both.
 template <class Cfg>
@@ -180,6 +188,22 @@ __device__ void load_factors(void* smem, void const* global, int bytes, FullBarr
                       static_cast<std::uint8_t const*>(global) + first, half, full);
   } else {
     bulk_load(smem, global, bytes, full);
+  }
+}
+
+// And a lower triangle, A - I or P: two of its strips each, half of the bytes.
+template <class Cfg>
+__device__ void load_triangle(std::uint8_t* image, void const* tiles, std::int64_t tile, FullBarrier& full) {
+  auto const* const global = static_cast<std::uint8_t const*>(tiles) + tile * kTriangleBytes;
+  if constexpr (Cfg::kPaired) {
+    std::uint32_t const own = cute::block_rank_in_cluster() == 0 ? 0b1001 : 0b0110;
+    for_strips(image, global, own, [&](std::uint8_t* to, std::uint8_t const* from, int bytes) {
+      bulk_load_to_pair(to, from, bytes, full);
+    });
+  } else {
+    for_strips(image, global, 0b1111, [&](std::uint8_t* to, std::uint8_t const* from, int bytes) {
+      bulk_load(to, from, bytes, full);
+    });
   }
 }
 
@@ -327,30 +351,6 @@ __device__ void for_each_element(int first_column, Body body) {
   }
 }
 
-// Calls access(element of S, place) for pairs of this thread's state: the element and the next, and where
-// they lie. `place_of(channel, column)` is one more for the next channel, and 32 more for one 32 further. As
-// few instructions as can be: each is run once, by a warp alone on its scheduler, at the start or the end of
-// a kernel that the next one waits for.
-template <int kDimK, class PlaceOf, class Access>
-__device__ void for_each_pair(int first_column, int num_columns, PlaceOf place_of, Access access) {
-  static_assert(kDimK % 32 == 0);
-  int const lane = lane_index(), warp = threadIdx.x % kWarpgroupThreads / kWarpThreads;
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    int const column = first_column + 16 * warp + lane / 4 + 8 * half;
-    if (column < num_columns) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        int const place = place_of(8 * i + 2 * (lane % 4), column);
-#pragma unroll
-        for (int j = 0; j < kDimK / 32; ++j) {
-          access(4 * (4 * j + i) + 2 * half, place + 32 * j);
-        }
-      }
-    }
-  }
-}
-
 // Calls body(element of S, index among [K, V] or [V, K]) for what of this thread's state lies inside.
 template <int kDimK, class Body>
 __device__ void for_each_state(CallShape const& shape, bool state_v_first, int first_column, Body body) {
@@ -387,33 +387,43 @@ __device__ inline std::int64_t segment_row(Work const& work, int index, int num_
   return static_cast<std::int64_t>(work.sequence) * (num_segments - 1) + index;
 }
 
-// S^T from and to a row of states [.., num_value_heads, dim_v, kDimK] of segments.
+// States of segments lie as accumulators do: [row, value head, slice of 64 value columns], four accumulators
+// of every thread at a time.
+template <int kDimK>
+using StateFragments = float4[kDimK / 8][kWarpgroupThreads];
+
+__device__ inline std::int64_t segment_state_index(CallShape const& shape, std::int64_t row, int value_head,
+                                                   int slice) {
+  int const slices = (shape.dim_v + kColumns - 1) / kColumns;
+  return (row * shape.num_value_heads + value_head) * slices + slice;
+}
+
+// S^T from and to one, where the warpgroup has value columns.
 template <int kDimK>
 __device__ void read_segment_state(float (&S)[kDimK / 2], float const* states, CallShape const& shape,
                                    std::int64_t row, int value_head, int first_column) {
+  bool const exists = first_column < shape.dim_v;
+  auto const& state = reinterpret_cast<StateFragments<kDimK> const*>(
+      states)[segment_state_index(shape, row, value_head, exists ? first_column / kColumns : 0)];
 #pragma unroll
-  for (float& s : S) {
-    s = 0.f;
+  for (int i = 0; i < kDimK / 8; ++i) {
+    float4 const four = state[i][threadIdx.x % kWarpgroupThreads];
+    S[4 * i] = four.x, S[4 * i + 1] = four.y, S[4 * i + 2] = four.z, S[4 * i + 3] = four.w;
   }
-  float const* const state = states + (row * shape.num_value_heads + value_head) * shape.dim_v * kDimK;
-  for_each_pair<kDimK>(
-      first_column, shape.dim_v,
-      [](int channel, int column) { return place_in_state(channel, column, kDimK); },
-      [&](int acc, int place) {
-        auto const pair = *reinterpret_cast<float2 const*>(state + place);
-        S[acc] = pair.x;
-        S[acc + 1] = pair.y;
-      });
 }
 
 template <int kDimK>
 __device__ void write_segment_state(float const (&S)[kDimK / 2], float* states, CallShape const& shape,
                                     std::int64_t row, int value_head, int first_column) {
-  float* const state = states + (row * shape.num_value_heads + value_head) * shape.dim_v * kDimK;
-  for_each_pair<kDimK>(
-      first_column, shape.dim_v,
-      [](int channel, int column) { return place_in_state(channel, column, kDimK); },
-      [&](int acc, int place) { *reinterpret_cast<float2*>(state + place) = float2{S[acc], S[acc + 1]}; });
+  if (first_column >= shape.dim_v) {
+    return;
+  }
+  auto& state = reinterpret_cast<StateFragments<kDimK>*>(
+      states)[segment_state_index(shape, row, value_head, first_column / kColumns)];
+#pragma unroll
+  for (int i = 0; i < kDimK / 8; ++i) {
+    state[i][threadIdx.x % kWarpgroupThreads] = float4{S[4 * i], S[4 * i + 1], S[4 * i + 2], S[4 * i + 3]};
+  }
 }
 
 // S^T to the work's sequence of states that may be null; NaN for a malformed sequence.

@@ -4,8 +4,8 @@
 //     (the first segment's from the initial state: it starts nowhere else, and needs no M)
 //     X^T = Z^T - S^T (gamma*E)^T     R^T = X^T + X^T (A-I)^T     S^T = S^T Diag(gamma[C-1]) + R^T Kt
 //
-// Nothing comes out but the last state, in float32: N^T with channels side by side, and M^T as place_in_map
-// has it. M is that of a gate head, for all of its value heads.
+// Nothing comes out but the last state, as SegmentMapsParams describes it. M is that of a gate head, for all
+// of its value heads.
 //
 // Grid: one CTA for 64 columns of N (of a sequence and value head) or of M (of a sequence and gate head), and
 // a segment; the last segment of a sequence needs none. CTAs of neighbouring columns are pairs, as in scan.
@@ -17,9 +17,9 @@
 // Tensor cores, one chunk: X 256 | R 128 | S' 256 cycles, one after the other.
 #include <cutlass/arch/barrier.h>
 
-#include "api/cuda_error.h"
 #include "api/sequence_split.h"
-#include "sm90/scan_parts.cuh"
+#include "sm90/segment_start.cuh"
+#include "tile/launch.h"
 #include "tile/launch_order.cuh"
 #include "tile/tensor_map.h"
 
@@ -57,7 +57,7 @@ struct SharedStorage {
   };
   alignas(kSwizzleAtomBytes) Values values[Cfg::kStagesValues];
   std::uint8_t gamma_E[Cfg::kStagesE][Cfg::kTileBytes];
-  std::uint8_t A_minus_I[Cfg::kStagesA][kBoxBytes];
+  std::uint8_t A_minus_I[Cfg::kStagesA][kTriangleImageBytes];
   std::uint8_t Kt[Cfg::kStagesKt][Cfg::kTileBytes];
   FragmentsZ Z[Cfg::kStagesZ][1];
   float gamma_last[Cfg::kStagesE][Cfg::kDimK];  // in the ring of gamma_E
@@ -67,6 +67,13 @@ struct SharedStorage {
   RingBarriers<Cfg::kStagesA> ring_A;
   RingBarriers<Cfg::kStagesKt> ring_Kt;
   MapWork work;  // where it costs no registers
+
+  // By all threads.
+  __device__ void clear_above_triangles() {
+    for (auto& image : A_minus_I) {
+      clear_above_triangle(image, threadIdx.x, Cfg::kThreads);
+    }
+  }
 
   // By one thread.
   __device__ void init_barriers() {
@@ -122,10 +129,8 @@ __device__ void load(SharedStorage<Cfg>& smem, SegmentMapsParams const& params, 
                       full_E);
     at_E.advance();
 
-    FullBarrier& full_A = smem.ring_A.begin_fill(at_A, kBoxBytes);
-    load_factors<Cfg>(smem.A_minus_I[at_A.stage],
-                      static_cast<std::uint8_t const*>(tiles.A_minus_I) + tile * kBoxBytes, kBoxBytes,
-                      full_A);
+    FullBarrier& full_A = smem.ring_A.begin_fill(at_A, kTriangleBytes);
+    load_triangle<Cfg>(smem.A_minus_I[at_A.stage], tiles.A_minus_I, tile, full_A);
     at_A.advance();
 
     FullBarrier& full_Kt = smem.ring_Kt.begin_fill(at_Kt, Cfg::kTileBytes);
@@ -178,7 +183,7 @@ struct Walk {
     round_fragments<Element>(X_rounded, X);
     smem.ring_A.wait_full(at_A);
     wgmma_fence();
-    multiply_transposed<Element, ScaleIn::One>(X, X_rounded, smem.A_minus_I[at_A.stage], true);
+    multiply_triangle_transposed<Element>(X, X_rounded, smem.A_minus_I[at_A.stage], true);
     wgmma_wait<0>();
     release_factors<Cfg>(smem.ring_A, at_A);
   }
@@ -217,21 +222,38 @@ struct Walk {
 
   __device__ void store(SegmentMapsParams const& params) {
     CallShape const& shape = params.shape;
-    int const group = shape.num_value_heads / shape.num_gate_heads;
-    int const heads = work.is_M ? shape.num_gate_heads : shape.num_value_heads;
-    int const head = work.is_M ? work.value_head / group : work.value_head;
-    int const columns = work.is_M ? Cfg::kDimK : shape.dim_v;
-    // The first segment has no M.
-    std::int64_t const row = work.is_M ? segment_row(work, work.segment - 1, params.num_segments - 1)
-                                       : segment_row(work, work.segment, params.num_segments);
-    float* const map = (work.is_M ? params.M : params.N) + (row * heads + head) * columns * Cfg::kDimK;
-    for_each_pair<Cfg::kDimK>(
-        work.first_column, columns,
-        [&](int channel, int column) {
-          return work.is_M ? place_in_map(channel, column, Cfg::kDimK)
-                           : place_in_state(channel, column, Cfg::kDimK);
-        },
-        [&](int acc, int place) { *reinterpret_cast<float2*>(map + place) = float2{S[acc], S[acc + 1]}; });
+    if (work.is_M) {
+      // The first segment has none.
+      std::int64_t const row = segment_row(work, work.segment - 1, params.num_segments - 1);
+      int const gate_head = work.value_head / (shape.num_value_heads / shape.num_gate_heads);
+      float* const map = params.M + (row * shape.num_gate_heads + gate_head) * Cfg::kDimK * Cfg::kDimK;
+      store_M(reinterpret_cast<std::uint8_t*>(map));
+    } else {
+      write_segment_state<Cfg::kDimK>(S, params.N, shape,
+                                      segment_row(work, work.segment, params.num_segments), work.value_head,
+                                      work.first_column);
+    }
+  }
+
+  // Both parts, in boxes of 64 channels before (which this walk's columns are) and 64 after.
+  __device__ void store_M(std::uint8_t* map) const {
+    constexpr int kBoxes = Cfg::kDimK / kBoxColumns;
+    FragmentA larger[Cfg::kSteps], smaller[Cfg::kSteps];
+    split_fragments(larger, smaller, S);
+    int const lane = lane_index(), warp = threadIdx.x % kWarpgroupThreads / kWarpThreads;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      int const before = 16 * warp + 8 * half + lane / 4;
+      auto* const row =
+          map + work.first_column / kBoxColumns * kBoxBytes + before * kBoxRowBytes + lane % 4 * 4;
+#pragma unroll
+      for (int piece = 0; piece < Cfg::kDimK / 8; ++piece) {
+        auto* const place = row + piece / 8 * kBoxes * kBoxBytes + ((piece % 8 ^ lane / 4) << 4);
+        int const i = piece % 2 * 2 + half;
+        *reinterpret_cast<std::uint32_t*>(place) = larger[piece / 2].pairs[i];
+        *reinterpret_cast<std::uint32_t*>(place + kBoxes * kBoxes * kBoxBytes) = smaller[piece / 2].pairs[i];
+      }
+    }
   }
 };
 
@@ -246,6 +268,7 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
     work = find_map(params);
     smem.init_barriers();
   }
+  smem.clear_above_triangles();
   sync_before_loads<Cfg>();
   let_next_kernel_start();
   if (work.is_M && work.segment == 0) {
@@ -269,7 +292,7 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
       load(smem, params, work);
     } else if (warp == 1 && !work.is_M && elect_one()) {
       wait_for_earlier_kernels();
-      load_values<Cfg>(smem, maps, work);
+      load_values<Cfg, true>(smem, maps, work);
     }
   }
   leave_together<Cfg>();
@@ -279,22 +302,18 @@ template <class Cfg>
 void launch(SegmentMapsParams const& params, cudaStream_t stream) {
   CallShape const& shape = params.shape;
   TensorMaps const maps{.v = value_map(params.v, shape), .w = value_map(params.w, shape)};
-  auto const kernel = segment_maps_kernel<Cfg>;
   constexpr int kSmemBytes = sizeof(SharedStorage<Cfg>);
   static_assert(kSmemBytes <= 227 * 1024);
-  throw_on_error(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSmemBytes),
-                 "segment_maps: shared memory");
   int const maps_of_a_segment = shape.num_sequences * (shape.num_value_heads * num_slices(shape.dim_v) +
                                                        shape.num_gate_heads * num_slices(shape.dim_k));
-  cudaLaunchAttribute attributes[] = {cluster_launch(Cfg::kPaired ? 2 : 1), overlapping_launch()};
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(maps_of_a_segment, params.num_segments - 1);
-  config.blockDim = dim3(Cfg::kThreads);
-  config.dynamicSmemBytes = kSmemBytes;
-  config.stream = stream;
-  config.attrs = attributes;
-  config.numAttrs = 2;
-  throw_on_error(cudaLaunchKernelEx(&config, kernel, params, maps), "segment_maps: launch");
+  launch_kernel<segment_maps_kernel<Cfg>>({.name = "segment_maps",
+                                           .grid = dim3(maps_of_a_segment, params.num_segments - 1),
+                                           .num_threads = Cfg::kThreads,
+                                           .shared_bytes = kSmemBytes,
+                                           .stream = stream,
+                                           .cluster = dim3(Cfg::kPaired ? 2 : 1),
+                                           .overlaps = true},
+                                          params, maps);
 }
 
 template <class Element>

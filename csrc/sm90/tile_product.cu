@@ -8,8 +8,8 @@
 //
 //     load     | A0 B0 | A1 B1 | A2 B2 | wait for empty 0 | A3 B3 ...
 //     compute          | full 0: C += A0 B0, empty 0      | full 1: ...
-#include "api/cuda_error.h"
 #include "api/tile_product.h"
+#include "tile/launch.h"
 #include "tile/mma.cuh"
 #include "tile/pipeline.cuh"
 #include "tile/tensor_map.h"
@@ -144,11 +144,12 @@ void launch(TileProductParams const& params, cudaStream_t stream) {
                                                               {.extent = {kColumns, depth},
                                                                .stride_bytes = {2 * kColumns},
                                                                .box = {kBoxColumns, Config::kDepth}});
-  auto const kernel = tile_product_kernel<kMajorB>;
-  constexpr int kSmemBytes = sizeof(SharedStorage);
-  throw_on_error(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSmemBytes),
-                 "tile_product: shared memory");
-  kernel<<<static_cast<unsigned>(params.rows / Config::kRows), Config::kThreads, kSmemBytes, stream>>>(
+  launch_kernel<tile_product_kernel<kMajorB>>(
+      {.name = "tile_product",
+       .grid = dim3(static_cast<unsigned>(params.rows / Config::kRows)),
+       .num_threads = Config::kThreads,
+       .shared_bytes = sizeof(SharedStorage),
+       .stream = stream},
       map_A, map_B, params.c, static_cast<int>(params.depth / Config::kDepth));
 }
 

@@ -1,28 +1,10 @@
-// Which CTAs run at the same time: those of a cluster; and with programmatic dependent launch those of a kernel
-// and of the one before it on its stream.
+// Programmatic dependent launch: a kernel that is launched to overlap with the one before it on its stream
+// (Launch::overlaps).
 #pragma once
-
-#include <cuda_runtime_api.h>
 
 #include "tile/arch.cuh"
 
 namespace gdn2 {
-
-// Of a launch whose CTAs are clusters.
-inline cudaLaunchAttribute cluster_launch(unsigned x, unsigned y = 1) {
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim = {x, y, 1};
-  return attribute;
-}
-
-// Of a launch that may begin before the kernel before it on the stream has ended.
-inline cudaLaunchAttribute overlapping_launch() {
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  return attribute;
-}
 
 // A value that is known from here on, as far as the compiler can tell.
 template <class T>

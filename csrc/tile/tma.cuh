@@ -1,7 +1,8 @@
 // Copies between global and shared memory by the bulk tensor copy engine (TMA), one thread a copy.
 //
-// Every tile lies in shared memory as boxes of 64 16-bit columns: rows of 128 bytes, their 16-byte pieces
-// permuted by the 128-byte swizzle, which ldmatrix and wgmma read without bank conflicts.
+// Every tile but triangles (tile/triangle.h) lies in shared memory as boxes of 64 16-bit columns: rows of 128
+// bytes, their 16-byte pieces permuted by the 128-byte swizzle, which ldmatrix and wgmma read without bank
+// conflicts.
 #pragma once
 
 #include <cutlass/arch/barrier.h>
@@ -27,6 +28,12 @@ __device__ void tma_load(CUtensorMap const& map, cutlass::arch::ClusterTransacti
   constexpr auto kEvictNormal = static_cast<std::uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL);
   cute::SM90_TMA_LOAD::copy(&map, reinterpret_cast<std::uint64_t*>(&full), kEvictNormal, smem,
                             static_cast<std::int32_t>(coordinates)...);
+}
+
+// The same box, to the L2 cache alone.
+template <class... Coordinates>
+__device__ void tma_fetch(CUtensorMap const& map, Coordinates... coordinates) {
+  cute::SM90_TMA_LOAD::PREFETCH::copy(&map, static_cast<std::int32_t>(coordinates)...);
 }
 
 // Copies contiguous bytes, a multiple of 16, from global to shared memory and counts them on the barrier.
