@@ -13,8 +13,7 @@ namespace {
 // idle; no call that is split by itself is like that.)
 int recomputed_at_first(ChunkCall const& call) {
   CallShape const& shape = call.shape;
-  std::int64_t const ctas =
-      std::int64_t{shape.num_sequences} * shape.num_value_heads * ((shape.dim_v + kSlice - 1) / kSlice);
+  std::int64_t const ctas = std::int64_t{shape.num_sequences} * shape.num_value_heads * num_slices(shape);
   std::int64_t const reverse_walks = call.num_segments - 1;
   return static_cast<int>(std::clamp<std::int64_t>(
       call.gpu.num_sms / std::max<std::int64_t>(ctas, 1) - reverse_walks, 0, call.num_segments));

@@ -36,6 +36,10 @@ inline std::int64_t padded_k(CallShape const& shape) {
   return shape.dim_k <= 64 ? 64 : 128;
 }
 
+inline std::int64_t num_slices(CallShape const& shape) {
+  return (shape.dim_v + kSlice - 1) / kSlice;
+}
+
 inline std::int64_t num_slots(std::int64_t batch, std::int64_t seqlen, std::int64_t num_sequences,
                               bool packed) {
   return packed ? seqlen / kChunk + num_sequences : batch * ((seqlen + kChunk - 1) / kChunk);
@@ -72,8 +76,7 @@ struct SplitSizes {
     };
     std::int64_t const k = padded_k(shape);
     M = rows(num_segments - 2) * shape.num_gate_heads * k * k;
-    states =
-        rows(num_segments - 1) * shape.num_value_heads * ((shape.dim_v + kSlice - 1) / kSlice * kSlice) * k;
+    states = rows(num_segments - 1) * shape.num_value_heads * num_slices(shape) * kSlice * k;
   }
 };
 
@@ -119,8 +122,7 @@ inline void take_room(Workspace& room, ChunkBackwardParams& params, bool packed)
   ChunkCall& call = params.call;
   CallShape const& shape = call.shape;
   take_call_room(room, call, packed, params.has_tiles);
-  std::int64_t const slices =
-      std::int64_t{shape.num_slots} * shape.num_value_heads * ((shape.dim_v + kSlice - 1) / kSlice);
+  std::int64_t const slices = std::int64_t{shape.num_slots} * shape.num_value_heads * num_slices(shape);
   std::int64_t const state = kSlice * padded_k(shape) * kElementBytes,
                      square = kChunk * kSlice * kElementBytes;
   params.tiles.S = room.take(slices * state);

@@ -181,7 +181,7 @@ __device__ void store_tile(void const* tile, void* image, int bytes, bool wanted
 template <class Cfg>
 __device__ void store(Outgoing<Cfg> const& outgoing, OutgoingRings<Cfg>& rings, void* states, void* rows,
                       bool forwards, CallShape const& shape, Work const& work, int wg) {
-  int const slices = (shape.dim_v + kColumns - 1) / kColumns;
+  int const slices = num_slices(shape.dim_v);
   int const slice = work.first_column / kColumns + wg;
   // The last CTA's second warpgroup may have no columns.
   bool const wanted = slice < slices && states != nullptr;
@@ -337,7 +337,7 @@ template <class Element, int kDimK>
 void dispatch(ScanBackwardParams const& params, cudaStream_t stream) {
   // As in scan: two warpgroups share the factors that they load, or two CTAs.
   CallShape const& shape = params.shape;
-  std::int64_t const slices = (shape.dim_v + kColumns - 1) / kColumns;
+  std::int64_t const slices = num_slices(shape.dim_v);
   std::int64_t const walks = std::int64_t{shape.num_sequences} * shape.num_value_heads * num_walks(params);
   bool const share = slices > 1 && walks * slices > params.num_sms;
   if (share) {

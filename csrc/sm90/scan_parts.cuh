@@ -18,6 +18,10 @@
 namespace gdn2 {
 
 constexpr int kColumns = 64;  // value columns of a warpgroup
+__host__ __device__ constexpr int num_slices(int columns) {
+  return (columns + kColumns - 1) / kColumns;
+}
+
 constexpr int kBoxBytes = kChunk * kBoxRowBytes;
 
 // What one CTA works on.
@@ -394,8 +398,7 @@ using StateFragments = float4[kDimK / 8][kWarpgroupThreads];
 
 __device__ inline std::int64_t segment_state_index(CallShape const& shape, std::int64_t row, int value_head,
                                                    int slice) {
-  int const slices = (shape.dim_v + kColumns - 1) / kColumns;
-  return (row * shape.num_value_heads + value_head) * slices + slice;
+  return (row * shape.num_value_heads + value_head) * num_slices(shape.dim_v) + slice;
 }
 
 // S^T from and to one, where the warpgroup has value columns.

@@ -87,10 +87,6 @@ struct SharedStorage {
   }
 };
 
-__host__ __device__ int num_slices(int columns) {
-  return (columns + kColumns - 1) / kColumns;
-}
-
 __device__ MapWork find_map(SegmentMapsParams const& params) {
   CallShape const& shape = params.shape;
   int const num_N = shape.num_sequences * shape.num_value_heads * num_slices(shape.dim_v);
