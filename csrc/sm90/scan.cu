@@ -416,9 +416,6 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
     } else if (warp <= Cfg::kWarpgroups) {
       store_outputs(smem, params, maps, work, warp - 1);
     } else if (warp == Cfg::kWarpgroups + 1 && elect_one()) {
-      if (params.ready == nullptr) {
-        wait_for_earlier_kernels();  // those that prepare waited for
-      }
       load_values<Cfg>(smem, maps, work);
     }
   }

@@ -145,7 +145,7 @@ __device__ void load(ReverseStorage<Cfg>& smem, ScanBackwardParams const& params
   }
 }
 
-// By another thread than the one that loads factors, as v and w are (see load_values).
+// By another thread than the one that loads factors and at once, as v and w are (see load_values).
 template <class Cfg>
 __device__ void load_dO(ReverseStorage<Cfg>& smem, TensorMaps const& maps, Work const& work) {
   RingPosition<Cfg::kStagesO> at;
@@ -304,7 +304,6 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
                    params.shape, work, warp - 1);
       }
     } else if (warp == Cfg::kWarpgroups + 1 && elect_one()) {
-      wait_for_earlier_kernels();
       forwards ? load_values<Cfg>(recompute, maps, work) : load_dO<Cfg>(reverse, maps, work);
     }
   }

@@ -157,8 +157,8 @@ __device__ void make_values(Storage& smem, GateParams const& gates, Work const& 
 }
 
 // By one thread, and not the one that loads factors: that one waits for their rings, and v and w, which come
-// from further away, must not wait with it. With kFetchesAhead the L2 cache has been asked for them a chunk
-// before.
+// from further away, must not wait with it; nor for earlier kernels, for they are inputs of the call. With
+// kFetchesAhead the L2 cache has been asked for them a chunk before.
 template <class Cfg, bool kFetchesAhead = false, class Storage, class Maps>
 __device__ void load_values(Storage& smem, Maps const& maps, Work const& work) {
   RingPosition<Cfg::kStagesValues> at;

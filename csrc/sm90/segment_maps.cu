@@ -287,7 +287,6 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
     if (warp == 0 && elect_one()) {
       load(smem, params, work);
     } else if (warp == 1 && !work.is_M && elect_one()) {
-      wait_for_earlier_kernels();
       load_values<Cfg, true>(smem, maps, work);
     }
   }
