@@ -66,9 +66,10 @@ struct TileSizes {
 };
 
 // In floats: M of the segments between the first and the last, and the states that all but the first start
-// from. Room of the second size is what each direction needs for N. Nothing where there is one segment.
+// from. Room of the second size is what each direction needs for N, of whose parts in reverse each has a flag.
+// Nothing where there is one segment.
 struct SplitSizes {
-  std::int64_t M = 0, states = 0;
+  std::int64_t M = 0, states = 0, flags = 0;
 
   SplitSizes(CallShape const& shape, std::int64_t num_segments) {
     auto const rows = [&](std::int64_t of_a_sequence) {
@@ -76,7 +77,8 @@ struct SplitSizes {
     };
     std::int64_t const k = padded_k(shape);
     M = rows(num_segments - 2) * shape.num_gate_heads * k * k;
-    states = rows(num_segments - 1) * shape.num_value_heads * num_slices(shape) * kSlice * k;
+    flags = rows(num_segments - 1) * shape.num_value_heads * num_slices(shape);
+    states = flags * kSlice * k;
   }
 };
 
@@ -137,6 +139,7 @@ inline void take_room(Workspace& room, ChunkBackwardParams& params, bool packed)
   if (call.num_segments > 1) {
     SplitSizes const sizes(shape, call.num_segments);
     params.segment_N = room.take<float>(sizes.states * sizeof(float));
+    params.N_ready = room.take<std::uint32_t>(sizes.flags * sizeof(std::uint32_t));
   }
 }
 
