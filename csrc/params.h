@@ -104,6 +104,11 @@ struct PrepareParams {
   // many SMs prepare takes. Null where the walk comes after.
   std::uint32_t* ready;
   int num_sms;
+  // Flags of the kernel behind it, which become 0 before that one starts.
+  std::uint32_t* cleared;
+  int num_cleared;
+  // How many of the last chunks and heads the L2 cache keeps the factors of, for the walk: see KeptChunks.
+  int num_kept;
 };
 
 struct ScanParams {
@@ -125,7 +130,8 @@ struct ScanParams {
   float const *segment_M, *segment_N;
   float* segment_states;
   bool state_v_first;
-  int num_sms;  // of the GPU
+  int num_kept;  // first chunks of a segment: see KeptChunks
+  int num_sms;   // of the GPU
 };
 
 // Between the kernels of the backward: images of shared memory as in ChunkTiles, for 64 value columns each.
@@ -150,15 +156,17 @@ struct ScanBackwardParams {
   float* d_initial_state;
   bool state_v_first;
   int num_segments;      // of a sequence, walked side by side
-  bool follows_prepare;  // or another walk, on the stream: what else is read was there before those
-  float const *segment_M, *segment_states;  // as in ScanParams, not used where there is one segment
-  // The reverse walk of all segments but the first, from a gradient of zero (the last one's is
-  // d_final_state). Nothing comes out of it but the gradients of their first states, to segment_N.
-  bool makes_N;
-  // Of segments 1, 2, .., as in SegmentMapsParams. Else it is read.
+  bool follows_prepare;  // on the stream: what else is read was there before that
+  // Of a sequence in several segments: as in ScanParams; and room for what those from a gradient of zero make
+  // for the other walks, the gradients of the first states of segments 1, 2, .., as in SegmentMapsParams, with
+  // a flag each: [num_sequences, num_segments - 1, num_value_heads, slices of 64 value columns], 0 until it is
+  // made.
+  float const *segment_M, *segment_states;
   float* segment_N;
-  // The segments that are walked forwards too, beside either kind of reverse walk.
-  int first_recomputed, num_recomputed;
+  std::uint32_t* N_ready;
+  int num_kept;  // last chunks of a segment: see KeptChunks
+  // The segments that are walked forwards too: the first ones beside the reverse walks from zero.
+  int num_recomputed, num_recomputed_first;
   int num_sms;  // of the GPU
 };
 

@@ -8,13 +8,12 @@
 namespace gdn2 {
 namespace {
 
-// How many segments' recomputation runs beside the reverse walks from zero: as many as find SMs. None where
-// the reverse walks alone have more CTAs than there are SMs. (Two slices share a CTA there, and SMs may stay
-// idle; no call that is split by itself is like that.)
-int recomputed_at_first(ChunkCall const& call) {
+// How many segments' recomputation is beside the reverse walks from zero: as many as find SMs. None where the
+// reverse walks alone have more CTAs than there are SMs. (Two slices share a CTA there, and SMs may stay idle;
+// no call that is split by itself is like that.)
+int recomputed_first(ChunkCall const& call) {
   CallShape const& shape = call.shape;
-  std::int64_t const ctas =
-      std::int64_t{shape.num_sequences} * shape.num_value_heads * ((shape.dim_v + kSlice - 1) / kSlice);
+  std::int64_t const ctas = std::int64_t{shape.num_sequences} * shape.num_value_heads * num_slices(shape);
   std::int64_t const reverse_walks = call.num_segments - 1;
   return static_cast<int>(std::clamp<std::int64_t>(
       call.gpu.num_sms / std::max<std::int64_t>(ctas, 1) - reverse_walks, 0, call.num_segments));
@@ -24,43 +23,48 @@ int recomputed_at_first(ChunkCall const& call) {
 
 void chunk_backward(ChunkBackwardParams const& params, cudaStream_t stream) {
   ChunkCall const& call = params.call;
-  if (params.has_tiles) {
-    plan(call, stream);
+  bool const split = call.num_segments > 1;
+  int const num_flags = split ? static_cast<int>(SplitSizes(call.shape, call.num_segments).flags) : 0;
+  bool const prepares = !params.has_tiles && call.shape.seqlen > 0;
+  if (prepares) {
+    plan_and_prepare(call,
+                     {.factors_only = true,
+                      .row_norms = params.row_norms,
+                      .cleared = params.N_ready,
+                      .num_cleared = num_flags},
+                     stream);
   } else {
-    plan_and_prepare(call, {.factors_only = true, .row_norms = params.row_norms}, stream);
+    plan(call, stream);
+    if (num_flags > 0) {
+      throw_on_error(cudaMemsetAsync(params.N_ready, 0, num_flags * sizeof(*params.N_ready), stream),
+                     "chunk_backward");
+    }
   }
   bool const only_initial_state = !params.dq && !params.dk && !params.dv && !params.dg && !params.db &&
                                   !params.dw && !params.dA_log && !params.d_dt_bias;
-  ScanBackwardParams walks{.shape = call.shape,
-                           .v = call.v,
-                           .w = call.w,
-                           .dO = params.dO,
-                           .gates = call.gates,
-                           .plan = call.plan,
-                           .tiles = call.tiles,
-                           .out = params.tiles,
-                           .initial_state = call.initial_state,
-                           .d_final_state = params.d_final_state,
-                           .d_initial_state = params.d_initial_state,
-                           .state_v_first = call.state_v_first,
-                           .num_segments = call.num_segments,
-                           .follows_prepare = !params.has_tiles,
-                           .segment_M = params.segment_M,
-                           .segment_states = params.segment_states,
-                           .makes_N = call.num_segments > 1,
-                           .segment_N = params.segment_N,
-                           .first_recomputed = 0,
-                           .num_recomputed = only_initial_state ? 0 : call.num_segments,
-                           .num_sms = call.gpu.num_sms};
-  if (call.num_segments > 1) {
-    walks.num_recomputed = only_initial_state ? 0 : recomputed_at_first(call);
-    run_scan_backward(walks, stream);
-    walks.makes_N = false;
-    walks.follows_prepare = true;
-    walks.first_recomputed = walks.num_recomputed;
-    walks.num_recomputed = only_initial_state ? 0 : call.num_segments - walks.first_recomputed;
-  }
-  run_scan_backward(walks, stream);
+  run_scan_backward({.shape = call.shape,
+                     .v = call.v,
+                     .w = call.w,
+                     .dO = params.dO,
+                     .gates = call.gates,
+                     .plan = call.plan,
+                     .tiles = call.tiles,
+                     .out = params.tiles,
+                     .initial_state = call.initial_state,
+                     .d_final_state = params.d_final_state,
+                     .d_initial_state = params.d_initial_state,
+                     .state_v_first = call.state_v_first,
+                     .num_segments = call.num_segments,
+                     .follows_prepare = prepares,
+                     .segment_M = params.segment_M,
+                     .segment_states = params.segment_states,
+                     .segment_N = params.segment_N,
+                     .N_ready = params.N_ready,
+                     .num_kept = num_kept_backward(call.shape, call.num_segments),
+                     .num_recomputed = only_initial_state ? 0 : call.num_segments,
+                     .num_recomputed_first = only_initial_state || !split ? 0 : recomputed_first(call),
+                     .num_sms = call.gpu.num_sms},
+                    stream);
   if (only_initial_state) {
     return;
   }

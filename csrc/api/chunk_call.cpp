@@ -41,7 +41,10 @@ void plan_and_prepare(ChunkCall const& call, Preparation const& how, cudaStream_
                .row_norms = how.row_norms,
                .factors_only = how.factors_only,
                .ready = how.num_sms > 0 ? call.ready : nullptr,
-               .num_sms = how.num_sms},
+               .num_sms = how.num_sms,
+               .cleared = how.cleared,
+               .num_cleared = how.num_cleared,
+               .num_kept = how.num_kept},
               stream);
 }
 

@@ -29,9 +29,12 @@ struct ChunkCall {
 SplitChoice split_choice(ChunkCall const& call);
 
 struct Preparation {
-  bool factors_only = false;   // see PrepareParams
-  float* row_norms = nullptr;  // likewise
-  int num_sms = 0;             // of a prepare beside its walk, or 0: the walk comes after
+  int num_sms = 0;  // of a prepare beside its walk, or 0: the walk comes after
+  // See PrepareParams.
+  bool factors_only = false;
+  float* row_norms = nullptr;
+  std::uint32_t* cleared = nullptr;
+  int num_cleared = 0, num_kept = 0;
 };
 void plan_and_prepare(ChunkCall const& call, Preparation const& how, cudaStream_t stream);
 void plan(ChunkCall const& call, cudaStream_t stream);  // alone

@@ -9,7 +9,13 @@ void chunk_forward(ChunkForwardParams const& params, cudaStream_t stream) {
   bool const split = call.num_segments > 1;
   // Where the walk has few CTAs prepare may run beside it on the other SMs.
   int const num_sms = params.chunk_states == nullptr && !split ? sms_beside_scan(split_choice(call)) : 0;
-  plan_and_prepare(call, {.row_norms = params.row_norms, .num_sms = num_sms}, stream);
+  int const num_kept =
+      num_sms > 0 ? 0 : num_kept_forward(call.shape, call.cu_seqlens != nullptr, call.num_segments);
+  plan_and_prepare(call,
+                   {.num_sms = num_sms,
+                    .row_norms = params.row_norms,
+                    .num_kept = split ? 0 : num_kept * call.shape.num_sequences * call.shape.num_gate_heads},
+                   stream);
   if (split) {
     run_segment_maps({.shape = call.shape,
                       .v = call.v,
@@ -20,6 +26,7 @@ void chunk_forward(ChunkForwardParams const& params, cudaStream_t stream) {
                       .initial_state = call.initial_state,
                       .state_v_first = call.state_v_first,
                       .num_segments = call.num_segments,
+                      .num_kept = num_kept,
                       .M = params.segment_M,
                       .N = params.segment_N},
                      stream);
@@ -40,6 +47,7 @@ void chunk_forward(ChunkForwardParams const& params, cudaStream_t stream) {
             .segment_N = params.segment_N,
             .segment_states = params.segment_states,
             .state_v_first = call.state_v_first,
+            .num_kept = num_kept,
             .num_sms = call.gpu.num_sms},
            stream);
 }

@@ -36,6 +36,10 @@ inline std::int64_t padded_k(CallShape const& shape) {
   return shape.dim_k <= 64 ? 64 : 128;
 }
 
+inline std::int64_t num_slices(CallShape const& shape) {
+  return (shape.dim_v + kSlice - 1) / kSlice;
+}
+
 inline std::int64_t num_slots(std::int64_t batch, std::int64_t seqlen, std::int64_t num_sequences,
                               bool packed) {
   return packed ? seqlen / kChunk + num_sequences : batch * ((seqlen + kChunk - 1) / kChunk);
@@ -62,9 +66,10 @@ struct TileSizes {
 };
 
 // In floats: M of the segments between the first and the last, and the states that all but the first start
-// from. Room of the second size is what each direction needs for N. Nothing where there is one segment.
+// from. Room of the second size is what each direction needs for N, of whose parts in reverse each has a flag.
+// Nothing where there is one segment.
 struct SplitSizes {
-  std::int64_t M = 0, states = 0;
+  std::int64_t M = 0, states = 0, flags = 0;
 
   SplitSizes(CallShape const& shape, std::int64_t num_segments) {
     auto const rows = [&](std::int64_t of_a_sequence) {
@@ -72,8 +77,8 @@ struct SplitSizes {
     };
     std::int64_t const k = padded_k(shape);
     M = rows(num_segments - 2) * shape.num_gate_heads * k * k;
-    states =
-        rows(num_segments - 1) * shape.num_value_heads * ((shape.dim_v + kSlice - 1) / kSlice * kSlice) * k;
+    flags = rows(num_segments - 1) * shape.num_value_heads * num_slices(shape);
+    states = flags * kSlice * k;
   }
 };
 
@@ -119,8 +124,7 @@ inline void take_room(Workspace& room, ChunkBackwardParams& params, bool packed)
   ChunkCall& call = params.call;
   CallShape const& shape = call.shape;
   take_call_room(room, call, packed, params.has_tiles);
-  std::int64_t const slices =
-      std::int64_t{shape.num_slots} * shape.num_value_heads * ((shape.dim_v + kSlice - 1) / kSlice);
+  std::int64_t const slices = std::int64_t{shape.num_slots} * shape.num_value_heads * num_slices(shape);
   std::int64_t const state = kSlice * padded_k(shape) * kElementBytes,
                      square = kChunk * kSlice * kElementBytes;
   params.tiles.S = room.take(slices * state);
@@ -135,6 +139,7 @@ inline void take_room(Workspace& room, ChunkBackwardParams& params, bool packed)
   if (call.num_segments > 1) {
     SplitSizes const sizes(shape, call.num_segments);
     params.segment_N = room.take<float>(sizes.states * sizeof(float));
+    params.N_ready = room.take<std::uint32_t>(sizes.flags * sizeof(std::uint32_t));
   }
 }
 

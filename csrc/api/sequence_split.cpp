@@ -31,6 +31,11 @@ constexpr double kBesidePrepareShare = 2.6, kBesidePrepareShareOfSm = 0.033;
 // so far ahead that its tiles have left the L2 cache when the walks take them.
 constexpr std::int64_t kBesideSms = 16, kBesideSmsOfHead = 4;
 
+// In chunks and heads, whose tiles are 60 KB each: how many fit an L2 cache of 50 MB; and how many are kept there,
+// from prepare to scan, from segment_maps to scan with v and w, and from reverse walks from zero to the others
+// (docs/kernels.md).
+constexpr int kTilesOfCache = 800, kKeptForScan = 512, kKeptForSegments = 640, kKeptForReverse = 384;
+
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) {
   return (a + b - 1) / b;
 }
@@ -91,6 +96,10 @@ class Estimate {
   }
 };
 
+bool tiles_fit_cache(CallShape const& shape) {
+  return std::int64_t{shape.num_slots} * shape.num_gate_heads <= kTilesOfCache;
+}
+
 }  // namespace
 
 int num_segments(SplitChoice const& call) {
@@ -111,6 +120,22 @@ int num_segments(SplitChoice const& call) {
 
 int sms_beside_scan(SplitChoice const& call) {
   return Estimate(call).sms_beside_scan();
+}
+
+int num_kept_forward(CallShape const& shape, bool packed, int num_segments) {
+  int const heads = std::max(shape.num_sequences * shape.num_gate_heads, 1);
+  if (num_segments > 1) {
+    return kKeptForSegments / (heads * (num_segments - 1));
+  }
+  // Packed chunks do not come in the order of the walks.
+  return packed || tiles_fit_cache(shape) ? 0 : kKeptForScan / heads;
+}
+
+int num_kept_backward(CallShape const& shape, int num_segments) {
+  if (num_segments == 1 || tiles_fit_cache(shape)) {
+    return 0;
+  }
+  return kKeptForReverse / (shape.num_sequences * shape.num_gate_heads * (num_segments - 1));
 }
 
 }  // namespace gdn2

@@ -25,6 +25,7 @@ struct SegmentMapsParams {
   float const* initial_state;  // as in ScanParams
   bool state_v_first;          // of the initial state
   int num_segments;            // of every sequence, at least 2
+  int num_kept;                // first chunks of a segment: see KeptChunks
   // [num_sequences, num_segments - 2, num_gate_heads, kDimK * kDimK], of segments 1, 2, ..
   float* M;
   float* N;  // [num_sequences, num_segments - 1, num_value_heads, ceil(dim_v / 64), 64 * kDimK]
@@ -43,6 +44,11 @@ int num_segments(SplitChoice const& call);
 
 // Of whole sequences: on how many SMs prepare runs beside scan; 0 where one after the other is quicker.
 int sms_beside_scan(SplitChoice const& call);
+
+// How many chunks of every segment (one: whole sequences, prepare before scan) the L2 cache keeps, of those that
+// a walk reads first: in the forward, and in the backward from the reverse walks from zero to the others.
+int num_kept_forward(CallShape const& shape, bool packed, int num_segments);
+int num_kept_backward(CallShape const& shape, int num_segments);
 
 void run_segment_maps(SegmentMapsParams const& params, cudaStream_t stream);  // csrc/sm90/segment_maps.cu
 

@@ -437,6 +437,16 @@ __device__ void run_tile(SharedStorage<Cfg>& smem, PrepareParams const& params, 
   }
 }
 
+// The factors' tiles of a chunk that the walk reads first.
+template <class Cfg>
+__device__ void keep_factors(PrepareParams const& params, Work const& work) {
+  constexpr int kBytes = 3 * Cfg::kTileBytes, kLineBytes = 128;
+  auto const* const factors = static_cast<std::uint8_t const*>(params.tiles.factors) + work.tile * kBytes;
+  for (int at = static_cast<int>(threadIdx.x) * kLineBytes; at < kBytes; at += Cfg::kThreads * kLineBytes) {
+    keep_in_cache(factors + at);
+  }
+}
+
 template <class Cfg>
 __global__ void __launch_bounds__(Cfg::kThreads, Cfg::kCtasPerSm)
     prepare_kernel(__grid_constant__ PrepareParams const params, __grid_constant__ ChunkDivisors const by,
@@ -445,6 +455,9 @@ __global__ void __launch_bounds__(Cfg::kThreads, Cfg::kCtasPerSm)
   auto& smem = reinterpret_cast<SharedStorage<Cfg>*>(smem_bytes)[team_index<Cfg>()];
   InputLoads<Cfg> const loads{smem, maps, params.gate_element};
   int const first_order = blockIdx.x * Cfg::kTeams + team_index<Cfg>();
+  if (Cfg::kFactorsOnly && blockIdx.x == 0) {
+    clear_flags(params.cleared, params.num_cleared);
+  }
   if (thread_of_team<Cfg>() == 0) {
     smem.inputs_full.init(1);
     cutlass::arch::fence_barrier_init();
@@ -485,6 +498,9 @@ __global__ void __launch_bounds__(Cfg::kThreads, Cfg::kCtasPerSm)
     GateChannels const channels = load_piece_channels<Cfg>(params, smem.work[0]);
     smem.inputs_full.wait(0);
     run_tile(smem, params, smem.work[0], channels, [] {}, [] {});
+    if (!Cfg::kFactorsOnly && !has_order(params, static_cast<int>(blockIdx.x) + params.num_kept)) {
+      keep_factors<Cfg>(params, smem.work[0]);
+    }
   }
 }
 

@@ -83,7 +83,9 @@ __global__ void __launch_bounds__(kCtaThreads<Cfg>, kCtasPerSm)
   int const slot = load_slot(params, sequence);
   if (copies && slot != kNoSlot) {
     smem.state_full.arrive_and_expect_tx(kBytes);
-    bulk_load_kept(smem.state, matrix_address(params.states, slot, value_head), kBytes, smem.state_full);
+    // Kept longer than what is written meanwhile.
+    bulk_load(smem.state, matrix_address(params.states, slot, value_head), kBytes, smem.state_full,
+              CacheHint::EVICT_LAST);
   }
 
   int const group = threadIdx.x / Cfg::kThreads;

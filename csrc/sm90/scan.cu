@@ -19,8 +19,8 @@
 // nearly to itself, so that every instruction it is spared shortens the chain.
 // Shared memory (K 128): rings of stages, each let go as soon as its product is done: v and w (16 KB a
 // warpgroup), Z (16 KB a warpgroup, float32, in the order of the accumulators), gamma*E (16 KB),
-// scale*gamma*q and A-I (24 KB), Kt and P (24 KB); O 8 KB a warpgroup. Maps come to
-// where the q of chunks after the first and all k will be.
+// scale*gamma*q and A-I (24 KB), Kt and P (24 KB); O 8 KB a warpgroup. Maps come to where the q of chunks after
+// the first and all k will be.
 //
 // Beside prepare (few heads): the loads of a chunk's tiles wait for its flag.
 //
@@ -123,8 +123,16 @@ struct TensorMaps {
   CUtensorMap v, w, o;
 };
 
+__device__ int find_segment(ScanParams const& params) {
+  return find_walk(params.shape, blockIdx.x, params.num_segments);
+}
+
 __device__ MapsToStart<false> maps_to_start(ScanParams const& params) {
-  return {find_walk(params.shape, params.num_segments), params.num_segments};
+  return {find_segment(params), params.num_segments};
+}
+
+__device__ KeptChunks kept_chunks(ScanParams const& params) {
+  return {.number = params.num_kept, .again = true};
 }
 
 // ---- load role --------------------------------------------------------------------------------------------
@@ -143,6 +151,7 @@ __device__ void load(SharedStorage<Cfg>& smem, ScanParams const& params, Work co
   MapsToStart<false> const maps = maps_to_start(params);
   load_maps<Cfg>(smem.start, smem.maps(), params.segment_M, params.segment_N, params.shape, work, maps);
   for (int chunk = 0; chunk < work.num_chunks; ++chunk) {
+    CacheHint const hint = kept_chunks(params).hint(chunk);
     std::int64_t const tile = work.first_tile + static_cast<std::int64_t>(chunk) * work.tile_stride;
     auto const* const factors = static_cast<std::uint8_t const*>(tiles.factors) + tile * 3 * kTile;
 
@@ -150,14 +159,15 @@ __device__ void load(SharedStorage<Cfg>& smem, ScanParams const& params, Work co
     if (params.ready != nullptr) {
       wait_ready(params.ready + tile);
     }
-    load_factors<Cfg>(smem.gamma_E[at_E.stage], factors + 2 * kTile, kTile, full_E);
-    load_factors<Cfg>(smem.gamma_last[at_E.stage], tiles.gamma_last + tile * Cfg::kDimK, kGammaBytes, full_E);
+    load_factors<Cfg>(smem.gamma_E[at_E.stage], factors + 2 * kTile, kTile, full_E, hint);
+    load_factors<Cfg>(smem.gamma_last[at_E.stage], tiles.gamma_last + tile * Cfg::kDimK, kGammaBytes, full_E,
+                      hint);
     at_E.advance();
 
     auto& factors_q = smem.factors_q[at_q.stage];
     FullBarrier& full_q = smem.ring_q.begin_fill(at_q, kTile + kTriangleBytes);
-    load_factors<Cfg>(factors_q.gamma_q, factors, kTile, full_q);
-    load_triangle<Cfg>(factors_q.A_minus_I, tiles.A_minus_I, tile, full_q);
+    load_factors<Cfg>(factors_q.gamma_q, factors, kTile, full_q, hint);
+    load_triangle<Cfg>(factors_q.A_minus_I, tiles.A_minus_I, tile, full_q, hint);
     at_q.advance();
 
     if (chunk == 0 && maps.number() > 0) {
@@ -165,8 +175,8 @@ __device__ void load(SharedStorage<Cfg>& smem, ScanParams const& params, Work co
     }
     auto& factors_k = smem.factors_k[at_k.stage];
     FullBarrier& full_k = smem.ring_k.begin_fill(at_k, kTile + kTriangleBytes);
-    load_factors<Cfg>(factors_k.Kt, factors + kTile, kTile, full_k);
-    load_triangle<Cfg>(factors_k.P, tiles.P, tile, full_k);
+    load_factors<Cfg>(factors_k.Kt, factors + kTile, kTile, full_k, hint);
+    load_triangle<Cfg>(factors_k.P, tiles.P, tile, full_k, hint);
     at_k.advance();
   }
   if (params.ready != nullptr) {
@@ -359,7 +369,7 @@ struct Walk {
 template <class Cfg>
 __device__ void compute(SharedStorage<Cfg>& smem, ScanParams const& params, Work const& work, int wg) {
   int const first_column = work.first_column + wg * kColumns;
-  int const segment = find_walk(params.shape, params.num_segments), last_segment = params.num_segments - 1;
+  int const segment = find_segment(params), last_segment = params.num_segments - 1;
   Walk<Cfg> walk{smem, params, work, wg};
   if (segment == 0) {
     read_state<Cfg::kDimK>(walk.S, params.initial_state, params.shape, params.state_v_first, work,
@@ -389,8 +399,9 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
     scan_kernel(__grid_constant__ ScanParams const params, __grid_constant__ TensorMaps const maps) {
   extern __shared__ std::uint8_t smem_bytes[];
   auto& smem = *reinterpret_cast<SharedStorage<Cfg>*>(smem_bytes);
-  Work work = find_work(params.shape, params.plan, params.num_segments, Cfg::kWarpgroups * kColumns);
-  take_segment(work, find_walk(params.shape, params.num_segments), params.num_segments);
+  Work work =
+      find_cta_work(params.shape, params.plan, blockIdx.x, params.num_segments, Cfg::kWarpgroups * kColumns);
+  take_segment(work, find_segment(params), params.num_segments);
   if (threadIdx.x == 0) {
     smem.init_barriers();
   }
@@ -416,10 +427,7 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
     } else if (warp <= Cfg::kWarpgroups) {
       store_outputs(smem, params, maps, work, warp - 1);
     } else if (warp == Cfg::kWarpgroups + 1 && elect_one()) {
-      if (params.ready == nullptr) {
-        wait_for_earlier_kernels();  // those that prepare waited for
-      }
-      load_values<Cfg>(smem, maps, work);
+      load_values<Cfg>(smem, maps, work, kept_chunks(params));
     }
   }
   leave_together<Cfg>();
@@ -457,7 +465,7 @@ void dispatch(ScanParams const& params, cudaStream_t stream) {
   // Value columns share the factors that are loaded. Two warpgroups do so at half the number of CTAs: where
   // one warpgroup a CTA would not run all at once, they are the better choice. Elsewhere pairs of CTAs do.
   CallShape const& shape = params.shape;
-  std::int64_t const slices = (shape.dim_v + kColumns - 1) / kColumns;
+  std::int64_t const slices = num_slices(shape.dim_v);
   std::int64_t const walks = std::int64_t{shape.num_sequences} * shape.num_value_heads * params.num_segments;
   bool const share = slices > 1 && walks * slices > params.num_sms;
   // Beside prepare there may be no two SMs free that could be a cluster.

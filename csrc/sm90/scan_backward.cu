@@ -12,8 +12,8 @@
 //
 // Grid: one CTA for a sequence, walk, segment, value head and kWarpgroups * 64 value columns; longer
 // sequences first, of each the reverse walks first. CTAs of neighbouring columns are pairs, as in scan. A
-// sequence is one segment, or several whose first states are known. Those take two launches: reverse walks
-// from zero, and those from their last gradients, which they then find (segment_start.cuh); walks of the
+// sequence is one segment, or several whose first states are known. Then reverse walks from zero come first, and
+// those behind them wait for what they make, the maps to their last gradients (segment_start.cuh); walks of the
 // recomputation are beside either.
 // Roles: kWarpgroups math warpgroups of 64 value columns each (S or dS 64, X or dR 32 accumulators; 32
 // rounded S or dS', 16 rounded R or dX, 16 rounded X or dR, 16 dO a thread; 240 registers, 216 where there
@@ -39,6 +39,7 @@
 #include "sm90/scan_backward_walks.cuh"
 #include "tile/launch.h"
 #include "tile/launch_order.cuh"
+#include "tile/ready_flag.cuh"
 #include "tile/tensor_map.h"
 
 namespace gdn2 {
@@ -50,22 +51,12 @@ struct TensorMaps {
   CUtensorMap v, w, dO;
 };
 
-// ---- which walk -------------------------------------------------------------------------------------------
+// ---- N of segments, from walks that make them to those that need them --------------------------------------
 
-// The CTA's walk; asked of the machine, it needs no register in between.
-__device__ int find_own_walk(ScanBackwardParams const& params) {
-  asm volatile("" ::: "memory");
-  return find_walk(params.shape, num_walks(params));
-}
-
-__device__ int find_segment(ScanBackwardParams const& params) {
-  int const walk = find_own_walk(params), recomputed = walk - num_reverse_walks(params);
-  return recomputed >= 0 ? params.first_recomputed + recomputed : params.makes_N ? walk + 1 : walk;
-}
-
-// Reverse walks from zero need none.
-__device__ MapsToStart<true> maps_to_start(ScanBackwardParams const& params) {
-  return {find_segment(params), params.makes_N ? 0 : params.num_segments};
+// Of the `row`-th of a sequence's, and the CTA's value columns.
+__device__ std::uint32_t* find_N_ready(ScanBackwardParams const& params, Work const& work, int row) {
+  return params.N_ready + segment_state_index(params.shape, segment_row(work, row, params.num_segments),
+                                              work.value_head, work.first_column / kColumns);
 }
 
 // ---- load role --------------------------------------------------------------------------------------------
@@ -91,7 +82,7 @@ __device__ void load(RecomputeStorage<Cfg>& smem, ScanBackwardParams const& para
   RingPosition<Cfg::kStagesRecomputeE> at_E;
   RingPosition<Cfg::kStagesA> at_A;
   RingPosition<Cfg::kStagesKt> at_Kt;
-  wait_for_earlier_kernels();  // prepare, or the reverse walks from zero
+  wait_for_earlier_kernels();  // prepare
   for (int chunk = 0; chunk < work.num_chunks; ++chunk) {
     ChunkFactors<Cfg> const factors(params.tiles, work, chunk);
 
@@ -117,17 +108,23 @@ __device__ void load(ReverseStorage<Cfg>& smem, ScanBackwardParams const& params
   RingPosition<Cfg::kStagesK> at_k;
   RingPosition<Cfg::kStagesQ> at_q;
   RingPosition<Cfg::kStagesE> at_E;
-  wait_for_earlier_kernels();  // prepare, or what has made N
-  MapsToStart<true> const maps = maps_to_start(params);
+  wait_for_earlier_kernels();  // prepare
+  OwnWalk const own(params);
+  MapsToStart<true> const maps = own.maps_to_start(params);
+  KeptChunks const kept{params.num_kept, !own.makes_N};
+  for (int step = 0; step < maps.number(); ++step) {
+    wait_ready(find_N_ready(params, work, maps.N_of(step)));
+  }
   load_maps<Cfg>(smem.start, smem.maps(), params.segment_M, params.segment_N, params.shape, work, maps);
   for (int chunk = work.num_chunks - 1; chunk >= 0; --chunk) {
+    CacheHint const hint = kept.hint(work.num_chunks - 1 - chunk);
     ChunkFactors<Cfg> const factors(params.tiles, work, chunk);
 
     auto& factors_k = smem.factors_k[at_k.stage];
     FullBarrier& full_k = smem.ring_k.begin_fill(at_k, Cfg::kTileBytes + kTriangleBytes + Cfg::kGammaBytes);
-    load_triangle<Cfg>(factors_k.P, params.tiles.P, factors.tile, full_k);
-    load_factors<Cfg>(smem.gamma_last[at_k.stage], factors.gamma_last, Cfg::kGammaBytes, full_k);
-    load_factors<Cfg>(factors_k.Kt, factors.Kt, Cfg::kTileBytes, full_k);
+    load_triangle<Cfg>(factors_k.P, params.tiles.P, factors.tile, full_k, hint);
+    load_factors<Cfg>(smem.gamma_last[at_k.stage], factors.gamma_last, Cfg::kGammaBytes, full_k, hint);
+    load_factors<Cfg>(factors_k.Kt, factors.Kt, Cfg::kTileBytes, full_k, hint);
     at_k.advance();
 
     if (chunk == work.num_chunks - 1 && maps.number() > 0) {
@@ -135,17 +132,17 @@ __device__ void load(ReverseStorage<Cfg>& smem, ScanBackwardParams const& params
     }
     auto& factors_q = smem.factors_q[at_q.stage];
     FullBarrier& full_q = smem.ring_q.begin_fill(at_q, Cfg::kTileBytes + kTriangleBytes);
-    load_factors<Cfg>(factors_q.gamma_q, factors.gamma_q, Cfg::kTileBytes, full_q);
-    load_triangle<Cfg>(factors_q.A_minus_I, params.tiles.A_minus_I, factors.tile, full_q);
+    load_factors<Cfg>(factors_q.gamma_q, factors.gamma_q, Cfg::kTileBytes, full_q, hint);
+    load_triangle<Cfg>(factors_q.A_minus_I, params.tiles.A_minus_I, factors.tile, full_q, hint);
     at_q.advance();
 
     FullBarrier& full_E = smem.ring_E.begin_fill(at_E, Cfg::kTileBytes);
-    load_factors<Cfg>(smem.gamma_E[at_E.stage], factors.gamma_E, Cfg::kTileBytes, full_E);
+    load_factors<Cfg>(smem.gamma_E[at_E.stage], factors.gamma_E, Cfg::kTileBytes, full_E, hint);
     at_E.advance();
   }
 }
 
-// By another thread than the one that loads factors, as v and w are (see load_values).
+// By another thread than the one that loads factors and at once, as v and w are (see load_values).
 template <class Cfg>
 __device__ void load_dO(ReverseStorage<Cfg>& smem, TensorMaps const& maps, Work const& work) {
   RingPosition<Cfg::kStagesO> at;
@@ -181,7 +178,7 @@ __device__ void store_tile(void const* tile, void* image, int bytes, bool wanted
 template <class Cfg>
 __device__ void store(Outgoing<Cfg> const& outgoing, OutgoingRings<Cfg>& rings, void* states, void* rows,
                       bool forwards, CallShape const& shape, Work const& work, int wg) {
-  int const slices = (shape.dim_v + kColumns - 1) / kColumns;
+  int const slices = num_slices(shape.dim_v);
   int const slice = work.first_column / kColumns + wg;
   // The last CTA's second warpgroup may have no columns.
   bool const wanted = slice < slices && states != nullptr;
@@ -204,7 +201,7 @@ template <class Cfg>
 __device__ void compute(RecomputeStorage<Cfg>& smem, ScanBackwardParams const& params, Work const& work,
                         int wg) {
   int const first_column = work.first_column + wg * kColumns;
-  int const segment = find_segment(params);
+  int const segment = OwnWalk(params).segment;
   Recompute<Cfg> walk{smem, work, wg, {smem.outgoing, smem.rings_outgoing, wg}};
   if (segment == 0) {
     read_state<Cfg::kDimK>(walk.S, params.initial_state, params.shape, params.state_v_first, work,
@@ -221,26 +218,29 @@ template <class Cfg>
 __device__ void compute(ReverseStorage<Cfg>& smem, ScanBackwardParams const& params, Work const& work,
                         int wg) {
   int const first_column = work.first_column + wg * kColumns;
-  bool const only_N = params.makes_N;
   Reverse<Cfg> walk{smem, work, wg, {smem.outgoing, smem.rings_outgoing, wg}};
-  int const segment = find_segment(params);
-  bool const is_last = segment == params.num_segments - 1;
-  if (is_last || only_N) {
+  OwnWalk const own(params);
+  bool const is_last = own.segment == params.num_segments - 1;
+  if (is_last || own.makes_N) {
     read_state<Cfg::kDimK>(walk.dS, is_last ? params.d_final_state : nullptr, params.shape,
                            params.state_v_first, work, first_column);
   } else {
-    wait_for_earlier_kernels();  // what has made N
-    find_start<Cfg>(walk.dS, smem.start, smem.maps(), params.segment_N, params.shape, work, wg,
-                    maps_to_start(params),
+    MapsToStart<true> const maps = own.maps_to_start(params);
+    wait_ready(find_N_ready(params, work, maps.first_N()));
+    find_start<Cfg>(walk.dS, smem.start, smem.maps(), params.segment_N, params.shape, work, wg, maps,
                     [&] { smem.clear_above_triangles(Cfg::kMathWarps * kWarpThreads); });
   }
   walk.run();
-  int const again = find_segment(params);  // which needs no register during the walk
-  if (only_N) {
+  OwnWalk const again(params);  // which needs no register during the walk
+  if (again.makes_N) {
     write_segment_state<Cfg::kDimK>(walk.dS, params.segment_N, params.shape,
-                                    segment_row(work, again - 1, params.num_segments), work.value_head,
-                                    first_column);
-  } else if (again == 0) {
+                                    segment_row(work, again.segment - 1, params.num_segments),
+                                    work.value_head, first_column);
+    cutlass::arch::NamedBarrier::sync(Cfg::kMathWarps * kWarpThreads, 0);
+    if (threadIdx.x == 0) {
+      publish_ready(find_N_ready(params, work, again.segment - 1));
+    }
+  } else if (again.segment == 0) {
     write_state<Cfg::kDimK>(walk.dS, params.d_initial_state, params.shape, params.state_v_first, work,
                             first_column);
   }
@@ -260,18 +260,19 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
   extern __shared__ std::uint8_t smem_bytes[];
   auto& recompute = *reinterpret_cast<RecomputeStorage<Cfg>*>(smem_bytes);
   auto& reverse = *reinterpret_cast<ReverseStorage<Cfg>*>(smem_bytes);
-  bool const forwards = find_own_walk(params) >= num_reverse_walks(params);
+  bool const forwards = OwnWalk(params).forwards;
   Work& work = *reinterpret_cast<Work*>(smem_bytes + kStorageBytes<Cfg>);  // where it costs no registers
   if (threadIdx.x == 0) {
-    work = find_work(params.shape, params.plan, num_walks(params), Cfg::kWarpgroups * kColumns);
-    take_segment(work, find_segment(params), params.num_segments);
+    OwnWalk const own(params);
+    work = find_cta_work(params.shape, params.plan, own.cta, own.number, Cfg::kWarpgroups * kColumns);
+    take_segment(work, own.segment, params.num_segments);
     forwards ? recompute.init_barriers() : reverse.init_barriers();
   }
   if (forwards) {
     recompute.clear_above_triangles(Cfg::kThreads);
   } else {
     reverse.clear_above_first_triangle(Cfg::kThreads);
-    if (maps_to_start(params).number() <= 0) {
+    if (OwnWalk(params).maps_to_start(params).number() <= 0) {
       reverse.clear_above_triangles(Cfg::kThreads);
     }
   }
@@ -299,13 +300,12 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
         store<Cfg>(recompute.outgoing, recompute.rings_outgoing, out.S, out.R, true, params.shape, work,
                    warp - 1);
       } else {
-        bool const only_N = params.makes_N;
+        bool const only_N = OwnWalk(params).makes_N;
         store<Cfg>(reverse.outgoing, reverse.rings_outgoing, only_N ? nullptr : out.dS, out.dX, false,
                    params.shape, work, warp - 1);
       }
     } else if (warp == Cfg::kWarpgroups + 1 && elect_one()) {
-      wait_for_earlier_kernels();
-      forwards ? load_values<Cfg>(recompute, maps, work) : load_dO<Cfg>(reverse, maps, work);
+      forwards ? load_values<Cfg>(recompute, maps, work, {}) : load_dO<Cfg>(reverse, maps, work);
     }
   }
   leave_together<Cfg>();
@@ -320,16 +320,17 @@ void launch(ScanBackwardParams const& params, cudaStream_t stream) {
         .v = value_map(params.v, shape), .w = value_map(params.w, shape), .dO = value_map(params.dO, shape)};
   }
   static_assert(kSharedBytes<Cfg> <= 227 * 1024);
+  int const num_walks = WalksOfPart(params, true).number() + WalksOfPart(params, false).number();
   constexpr int kColumnsPerCta = Cfg::kWarpgroups * kColumns;
   launch_kernel<scan_backward_kernel<Cfg>>(
       {.name = "scan_backward",
-       .grid = dim3(static_cast<unsigned>(shape.num_sequences) * num_walks(params) * shape.num_value_heads,
+       .grid = dim3(static_cast<unsigned>(shape.num_sequences) * num_walks * shape.num_value_heads,
                     (shape.dim_v + kColumnsPerCta - 1) / kColumnsPerCta),
        .num_threads = Cfg::kThreads,
        .shared_bytes = kSharedBytes<Cfg>,
        .stream = stream,
        .cluster = dim3(1, Cfg::kPaired ? 2 : 1),
-       .overlaps = params.follows_prepare && shape.seqlen > 0},
+       .overlaps = params.follows_prepare},
       params, maps);
 }
 
@@ -337,8 +338,10 @@ template <class Element, int kDimK>
 void dispatch(ScanBackwardParams const& params, cudaStream_t stream) {
   // As in scan: two warpgroups share the factors that they load, or two CTAs.
   CallShape const& shape = params.shape;
-  std::int64_t const slices = (shape.dim_v + kColumns - 1) / kColumns;
-  std::int64_t const walks = std::int64_t{shape.num_sequences} * shape.num_value_heads * num_walks(params);
+  std::int64_t const slices = num_slices(shape.dim_v);
+  std::int64_t const walks =
+      std::int64_t{shape.num_sequences} * shape.num_value_heads *
+      std::max(WalksOfPart(params, true).number(), WalksOfPart(params, false).number());
   bool const share = slices > 1 && walks * slices > params.num_sms;
   if (share) {
     launch<Config<Element, kDimK, 2, false>>(params, stream);

@@ -364,13 +364,50 @@ struct Reverse {
   }
 };
 
-// Walks of a sequence, value head and slice: first the reverse ones (those that make N: of all segments but
-// the first), then those of the recomputation.
-__host__ __device__ int num_reverse_walks(ScanBackwardParams const& params) {
-  return params.makes_N ? params.num_segments - 1 : params.num_segments;
-}
-__host__ __device__ int num_walks(ScanBackwardParams const& params) {
-  return num_reverse_walks(params) + params.num_recomputed;
-}
+// ---- walks of a sequence, value head and slice ------------------------------------------------------------
+
+// The grid has two parts. In the first one segments but the first are walked in reverse from a gradient of
+// zero, the last one from d_final_state; nothing comes out of it but N. The second one has all segments'
+// reverse walks, each from the gradient that those N lead to. Both have walks of the recomputation beside them.
+// CTAs start in the order of their numbers: what one waits for has started before it.
+struct WalksOfPart {
+  int reverse, forwards;
+
+  __host__ __device__ WalksOfPart(ScanBackwardParams const& params, bool makes_N)
+      : reverse(makes_N ? params.num_segments - 1 : params.num_segments),
+        forwards(makes_N ? params.num_recomputed_first
+                         : params.num_recomputed - params.num_recomputed_first) {}
+  __host__ __device__ int number() const { return reverse + forwards; }
+};
+
+// The CTA's own. Asked of the machine, it needs no register in between.
+struct OwnWalk {
+  unsigned cta;  // of its part of the grid
+  int number;    // of walks in that
+  bool forwards, makes_N;
+  int segment;
+
+  __device__ explicit OwnWalk(ScanBackwardParams const& params) {
+    asm volatile("" ::: "memory");
+    unsigned const ctas_of_walk = params.shape.num_sequences * params.shape.num_value_heads;
+    unsigned const first_part = ctas_of_walk * WalksOfPart(params, true).number();
+    cta = blockIdx.x;
+    makes_N = cta < first_part;
+    cta = makes_N ? cta : cta - first_part;
+    WalksOfPart const walks(params, makes_N);
+    number = walks.number();
+    int const walk = find_walk(params.shape, cta, number), recomputed = walk - walks.reverse;
+    forwards = recomputed >= 0;
+    segment = forwards  ? (makes_N ? recomputed : params.num_recomputed_first + recomputed)
+              : makes_N ? walk + 1
+                        : walk;
+    makes_N = makes_N && !forwards;
+  }
+
+  // Reverse walks from zero need none.
+  __device__ MapsToStart<true> maps_to_start(ScanBackwardParams const& params) const {
+    return {segment, makes_N ? 0 : params.num_segments};
+  }
+};
 
 }  // namespace gdn2::scan_backward

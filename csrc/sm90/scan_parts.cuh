@@ -18,6 +18,10 @@
 namespace gdn2 {
 
 constexpr int kColumns = 64;  // value columns of a warpgroup
+__host__ __device__ constexpr int num_slices(int columns) {
+  return (columns + kColumns - 1) / kColumns;
+}
+
 constexpr int kBoxBytes = kChunk * kBoxRowBytes;
 
 // What one CTA works on.
@@ -58,18 +62,18 @@ __device__ inline Work find_work(CallShape const& shape, PackedPlan const& plan,
 }
 
 // A sequence's walks (segments, directions) one after the other, heads fastest within each, longer sequences
-// first: blockIdx.x of a grid of num_sequences * num_walks * num_value_heads. Which walk of its sequence the
-// CTA's is:
-__device__ inline int find_walk(CallShape const& shape, int num_walks) {
-  return blockIdx.x / shape.num_value_heads % num_walks;
+// first: cta is blockIdx.x of a grid of num_sequences * num_walks * num_value_heads, or counts from where such
+// a part of it begins. Which walk of its sequence the CTA's is:
+__device__ inline int find_walk(CallShape const& shape, unsigned cta, int num_walks) {
+  return cta / shape.num_value_heads % num_walks;
 }
 
 // columns_per_cta: how many value columns the CTA owns, by blockIdx.y.
-__device__ inline Work find_work(CallShape const& shape, PackedPlan const& plan, int num_walks,
-                                 int columns_per_cta) {
-  int const in_order = blockIdx.x / (shape.num_value_heads * num_walks);
+__device__ inline Work find_cta_work(CallShape const& shape, PackedPlan const& plan, unsigned cta,
+                                     int num_walks, int columns_per_cta) {
+  int const in_order = cta / (shape.num_value_heads * num_walks);
   int const sequence = plan.sequences != nullptr ? plan.sequences[in_order] : in_order;
-  return find_work(shape, plan, sequence, static_cast<int>(blockIdx.x % shape.num_value_heads),
+  return find_work(shape, plan, sequence, static_cast<int>(cta % shape.num_value_heads),
                    static_cast<int>(blockIdx.y) * columns_per_cta);
 }
 
@@ -152,11 +156,23 @@ __device__ void make_values(Storage& smem, GateParams const& gates, Work const& 
   }
 }
 
+// The chunks that a walk reads first in a segment, where a kernel or walk before it has had the same: from there
+// on they are the last to leave the L2 cache, and once read again the first.
+struct KeptChunks {
+  int number;
+  bool again;  // this is the walk that they are kept for
+
+  // rank: how many chunks of the segment the walk has read before.
+  __device__ CacheHint hint(int rank) const {
+    return rank >= number ? CacheHint::EVICT_NORMAL : again ? CacheHint::EVICT_FIRST : CacheHint::EVICT_LAST;
+  }
+};
+
 // By one thread, and not the one that loads factors: that one waits for their rings, and v and w, which come
-// from further away, must not wait with it. With kFetchesAhead the L2 cache has been asked for them a chunk
-// before.
+// from further away, must not wait with it; nor for earlier kernels, for they are inputs of the call. With
+// kFetchesAhead the L2 cache has been asked for them a chunk before.
 template <class Cfg, bool kFetchesAhead = false, class Storage, class Maps>
-__device__ void load_values(Storage& smem, Maps const& maps, Work const& work) {
+__device__ void load_values(Storage& smem, Maps const& maps, Work const& work, KeptChunks kept) {
   RingPosition<Cfg::kStagesValues> at;
   for (int chunk = 0; chunk < work.num_chunks; ++chunk, at.advance()) {
     auto& values = smem.values[at.stage];
@@ -169,10 +185,11 @@ __device__ void load_values(Storage& smem, Maps const& maps, Work const& work) {
       }
     }
     FullBarrier& full = smem.ring_values.begin_fill(at, sizeof(values));
+    CacheHint const hint = kept.hint(chunk);
     for (int wg = 0; wg < Cfg::kWarpgroups; ++wg) {
       int const column = work.first_column + wg * kColumns;
-      tma_load(maps.v, full, values.v[wg], column, work.value_head, token, work.batch);
-      tma_load(maps.w, full, values.w[wg], column, work.value_head, token, work.batch);
+      tma_load(maps.v, full, hint, values.v[wg], column, work.value_head, token, work.batch);
+      tma_load(maps.w, full, hint, values.w[wg], column, work.value_head, token, work.batch);
     }
   }
 }
@@ -181,28 +198,30 @@ __device__ void load_values(Storage& smem, Maps const& maps, Work const& work) {
 
 // A tile of factors: of two paired CTAs, each loads a half for both.
 template <class Cfg>
-__device__ void load_factors(void* smem, void const* global, int bytes, FullBarrier& full) {
+__device__ void load_factors(void* smem, void const* global, int bytes, FullBarrier& full,
+                             CacheHint hint = CacheHint::EVICT_NORMAL) {
   if constexpr (Cfg::kPaired) {
     int const half = bytes / 2, first = cute::block_rank_in_cluster() * half;
     bulk_load_to_pair(static_cast<std::uint8_t*>(smem) + first,
-                      static_cast<std::uint8_t const*>(global) + first, half, full);
+                      static_cast<std::uint8_t const*>(global) + first, half, full, hint);
   } else {
-    bulk_load(smem, global, bytes, full);
+    bulk_load(smem, global, bytes, full, hint);
   }
 }
 
 // And a lower triangle, A - I or P: two of its strips each, half of the bytes.
 template <class Cfg>
-__device__ void load_triangle(std::uint8_t* image, void const* tiles, std::int64_t tile, FullBarrier& full) {
+__device__ void load_triangle(std::uint8_t* image, void const* tiles, std::int64_t tile, FullBarrier& full,
+                              CacheHint hint = CacheHint::EVICT_NORMAL) {
   auto const* const global = static_cast<std::uint8_t const*>(tiles) + tile * kTriangleBytes;
   if constexpr (Cfg::kPaired) {
     std::uint32_t const own = cute::block_rank_in_cluster() == 0 ? 0b1001 : 0b0110;
     for_strips(image, global, own, [&](std::uint8_t* to, std::uint8_t const* from, int bytes) {
-      bulk_load_to_pair(to, from, bytes, full);
+      bulk_load_to_pair(to, from, bytes, full, hint);
     });
   } else {
     for_strips(image, global, 0b1111, [&](std::uint8_t* to, std::uint8_t const* from, int bytes) {
-      bulk_load(to, from, bytes, full);
+      bulk_load(to, from, bytes, full, hint);
     });
   }
 }
@@ -394,8 +413,7 @@ using StateFragments = float4[kDimK / 8][kWarpgroupThreads];
 
 __device__ inline std::int64_t segment_state_index(CallShape const& shape, std::int64_t row, int value_head,
                                                    int slice) {
-  int const slices = (shape.dim_v + kColumns - 1) / kColumns;
-  return (row * shape.num_value_heads + value_head) * slices + slice;
+  return (row * shape.num_value_heads + value_head) * num_slices(shape.dim_v) + slice;
 }
 
 // S^T from and to one, where the warpgroup has value columns.

@@ -87,10 +87,6 @@ struct SharedStorage {
   }
 };
 
-__host__ __device__ int num_slices(int columns) {
-  return (columns + kColumns - 1) / kColumns;
-}
-
 __device__ MapWork find_map(SegmentMapsParams const& params) {
   CallShape const& shape = params.shape;
   int const num_N = shape.num_sequences * shape.num_value_heads * num_slices(shape.dim_v);
@@ -110,6 +106,10 @@ __device__ MapWork find_map(SegmentMapsParams const& params) {
   return work;
 }
 
+__device__ KeptChunks kept_chunks(SegmentMapsParams const& params) {
+  return {.number = params.num_kept, .again = false};
+}
+
 // ---- load role --------------------------------------------------------------------------------------------
 
 template <class Cfg>
@@ -120,21 +120,22 @@ __device__ void load(SharedStorage<Cfg>& smem, SegmentMapsParams const& params, 
   RingPosition<Cfg::kStagesKt> at_Kt;
   wait_for_earlier_kernels();  // prepare
   for (int chunk = 0; chunk < work.num_chunks; ++chunk) {
+    CacheHint const hint = kept_chunks(params).hint(chunk);
     std::int64_t const tile = work.first_tile + static_cast<std::int64_t>(chunk) * work.tile_stride;
     auto const* const factors = static_cast<std::uint8_t const*>(tiles.factors) + tile * 3 * Cfg::kTileBytes;
 
     FullBarrier& full_E = smem.ring_E.begin_fill(at_E, Cfg::kTileBytes + Cfg::kGammaBytes);
-    load_factors<Cfg>(smem.gamma_E[at_E.stage], factors + 2 * Cfg::kTileBytes, Cfg::kTileBytes, full_E);
+    load_factors<Cfg>(smem.gamma_E[at_E.stage], factors + 2 * Cfg::kTileBytes, Cfg::kTileBytes, full_E, hint);
     load_factors<Cfg>(smem.gamma_last[at_E.stage], tiles.gamma_last + tile * Cfg::kDimK, Cfg::kGammaBytes,
-                      full_E);
+                      full_E, hint);
     at_E.advance();
 
     FullBarrier& full_A = smem.ring_A.begin_fill(at_A, kTriangleBytes);
-    load_triangle<Cfg>(smem.A_minus_I[at_A.stage], tiles.A_minus_I, tile, full_A);
+    load_triangle<Cfg>(smem.A_minus_I[at_A.stage], tiles.A_minus_I, tile, full_A, hint);
     at_A.advance();
 
     FullBarrier& full_Kt = smem.ring_Kt.begin_fill(at_Kt, Cfg::kTileBytes);
-    load_factors<Cfg>(smem.Kt[at_Kt.stage], factors + Cfg::kTileBytes, Cfg::kTileBytes, full_Kt);
+    load_factors<Cfg>(smem.Kt[at_Kt.stage], factors + Cfg::kTileBytes, Cfg::kTileBytes, full_Kt, hint);
     at_Kt.advance();
   }
 }
@@ -291,8 +292,7 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
     if (warp == 0 && elect_one()) {
       load(smem, params, work);
     } else if (warp == 1 && !work.is_M && elect_one()) {
-      wait_for_earlier_kernels();
-      load_values<Cfg, true>(smem, maps, work);
+      load_values<Cfg, true>(smem, maps, work, kept_chunks(params));
     }
   }
   leave_together<Cfg>();

@@ -20,14 +20,21 @@ __device__ inline void prefetch_tensor_map(CUtensorMap const& map) {
   cute::prefetch_tma_descriptor(reinterpret_cast<cute::TmaDescriptor const*>(&map));
 }
 
+// Which of what lies in the L2 cache is first to go for something else, and which last.
+using CacheHint = cute::TMA::CacheHintSm90;
+
 // Loads the box whose first element has these coordinates (innermost first) and counts its bytes on the
 // barrier.
 template <class... Coordinates>
+__device__ void tma_load(CUtensorMap const& map, cutlass::arch::ClusterTransactionBarrier& full,
+                         CacheHint hint, void* smem, Coordinates... coordinates) {
+  cute::SM90_TMA_LOAD::copy(&map, reinterpret_cast<std::uint64_t*>(&full), static_cast<std::uint64_t>(hint),
+                            smem, static_cast<std::int32_t>(coordinates)...);
+}
+template <class... Coordinates>
 __device__ void tma_load(CUtensorMap const& map, cutlass::arch::ClusterTransactionBarrier& full, void* smem,
                          Coordinates... coordinates) {
-  constexpr auto kEvictNormal = static_cast<std::uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL);
-  cute::SM90_TMA_LOAD::copy(&map, reinterpret_cast<std::uint64_t*>(&full), kEvictNormal, smem,
-                            static_cast<std::int32_t>(coordinates)...);
+  tma_load(map, full, CacheHint::EVICT_NORMAL, smem, coordinates...);
 }
 
 // The same box, to the L2 cache alone.
@@ -36,32 +43,32 @@ __device__ void tma_fetch(CUtensorMap const& map, Coordinates... coordinates) {
   cute::SM90_TMA_LOAD::PREFETCH::copy(&map, static_cast<std::int32_t>(coordinates)...);
 }
 
-// Copies contiguous bytes, a multiple of 16, from global to shared memory and counts them on the barrier.
-__device__ inline void bulk_load(void* smem, void const* global, std::uint32_t bytes,
-                                 cutlass::arch::ClusterTransactionBarrier& full) {
-  cute::SM90_BULK_COPY_G2S::copy(global, reinterpret_cast<std::uint64_t*>(&full), smem, bytes);
+// Makes the 128 bytes at an address the last to go.
+__device__ inline void keep_in_cache(void const* global) {
+  asm volatile("prefetch.global.L2::evict_last [%0];\n" ::"l"(global) : "memory");
 }
 
-// The same, kept in the L2 cache longer than what is written meanwhile.
-__device__ inline void bulk_load_kept(void* smem, void const* global, std::uint32_t bytes,
-                                      cutlass::arch::ClusterTransactionBarrier& full) {
-  constexpr auto kKeep = static_cast<std::uint64_t>(cute::TMA::CacheHintSm90::EVICT_LAST);
+// Copies contiguous bytes, a multiple of 16, from global to shared memory and counts them on the barrier.
+__device__ inline void bulk_load(void* smem, void const* global, std::uint32_t bytes,
+                                 cutlass::arch::ClusterTransactionBarrier& full,
+                                 CacheHint hint = CacheHint::EVICT_NORMAL) {
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;\n" ::
           "r"(cute::cast_smem_ptr_to_uint(smem)),
-      "l"(global), "r"(bytes), "r"(cute::cast_smem_ptr_to_uint(&full)), "l"(kKeep)
+      "l"(global), "r"(bytes), "r"(cute::cast_smem_ptr_to_uint(&full)), "l"(static_cast<std::uint64_t>(hint))
       : "memory");
 }
 
 // The same to this CTA of a cluster of two and to the other one, at the same place of both, counted on the
 // barriers of both.
 __device__ inline void bulk_load_to_pair(void* smem, void const* global, std::uint32_t bytes,
-                                         cutlass::arch::ClusterTransactionBarrier& full) {
+                                         cutlass::arch::ClusterTransactionBarrier& full, CacheHint hint) {
   constexpr std::uint16_t kBoth = 3;
   asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;\n" ::
-          "r"(cute::cast_smem_ptr_to_uint(smem)),
-      "l"(global), "r"(bytes), "r"(cute::cast_smem_ptr_to_uint(&full)), "h"(kBoth)
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint"
+      " [%0], [%1], %2, [%3], %4, %5;\n" ::"r"(cute::cast_smem_ptr_to_uint(smem)),
+      "l"(global), "r"(bytes), "r"(cute::cast_smem_ptr_to_uint(&full)), "h"(kBoth),
+      "l"(static_cast<std::uint64_t>(hint))
       : "memory");
 }
 
