@@ -38,18 +38,14 @@ def alternate(calls: dict[str, Callable[[], object]], repeats: int, warmup: int 
     return {name: _summary([begin.elapsed_time(end) for begin, end in x]) for name, x in events.items()}
 
 
-def in_a_row(call: Callable[[], object], number: int, repeats: int, warmup: int = 500) -> Time:
+def in_a_row(call: Callable[[], object], number: int, repeats: int) -> Time:
     """Of a call among `number` that follow each other without events, which take the host's time."""
-    for _ in range(warmup):
-        call()
-    events = [(_event(), _event()) for _ in range(repeats)]
-    for begin, end in events:
-        begin.record()
+
+    def row() -> None:
         for _ in range(number):
             call()
-        end.record()
-    torch.cuda.synchronize()
-    return _summary([begin.elapsed_time(end) / number for begin, end in events])
+
+    return Time(*(x / number for x in alternate({"row": row}, repeats)["row"]))
 
 
 def _event() -> torch.cuda.Event:
