@@ -1,8 +1,8 @@
 """Gradients of the operators in library.py: what is saved, and which backward operator runs.
 
-Saved between forward and backward: the inputs, A - I and P, and with disable_recompute the tiles that the
-walks read. The states are recomputed. Only gradients that somebody asked for are returned. A second
-derivative does not exist and says so.
+Saved between forward and backward: the inputs, and in one tensor A - I and P, the maps and first states of a
+split's segments, and with disable_recompute the tiles that the walks read. The states are recomputed. Only
+gradients that somebody asked for are returned. A second derivative does not exist and says so.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ _NUM_OPTIONS = 7  # scale ... state_v_first
 
 
 def _save_chunk_forward(ctx, inputs, output):
-    _, final_state, h, A_minus_I, P, kept = output
-    ctx.save_for_backward(*inputs[:_NUM_INPUTS], A_minus_I, P, kept if kept.numel() else None)
+    *_, h, kept = output
+    ctx.save_for_backward(*inputs[:_NUM_INPUTS], kept)
     ctx.options = inputs[_NUM_INPUTS : _NUM_INPUTS + _NUM_OPTIONS]
     *_, ctx.save_for_backward_asked, _, ctx.sequence_split, ctx.backend = inputs[_NUM_INPUTS + _NUM_OPTIONS :]
-    ctx.mark_non_differentiable(h, A_minus_I, P, kept)
+    ctx.mark_non_differentiable(h, kept)
     ctx.set_materialize_grads(False)
 
 
@@ -30,7 +30,7 @@ def _chunk_gradients(ctx, do, d_final_state, *_):
         raise RuntimeError(
             "gdn2_ext::chunk_forward was called with save_for_backward=False: it has no backward"
         )
-    *inputs, A_minus_I, P, kept = ctx.saved_tensors
+    *inputs, kept = ctx.saved_tensors
     needed = [
         asked and tensor is not None for tensor, asked in zip(inputs[: len(_TENSORS)], ctx.needs_input_grad)
     ]
@@ -40,7 +40,7 @@ def _chunk_gradients(ctx, do, d_final_state, *_):
     if d_final_state is not None and d_final_state.numel() == 0:
         d_final_state = None
     gradients = torch.ops.gdn2_ext.chunk_backward(
-        do, d_final_state, *inputs, A_minus_I, P, kept, *ctx.options, needed, ctx.sequence_split, ctx.backend
+        do, d_final_state, *inputs, kept, *ctx.options, needed, ctx.sequence_split, ctx.backend
     )
     gradients = [x if wanted else None for x, wanted in zip(gradients, needed)]
     num_others = 1 + _NUM_OPTIONS + 6  # cu_seqlens, the options, output_final_state ... backend

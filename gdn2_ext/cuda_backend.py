@@ -15,7 +15,7 @@ from .torch_backend import CHUNK, GateOptions, Gradients, PackedTokens, num_chun
 
 MAX_DIM_K = 128
 MAX_DIM_V = 256
-TRIANGLE = (10, 16 * 16)  # of a chunk's A - I or P: blocks on and below the diagonal (csrc/tile/triangle.h)
+_TRIANGLE = 10 * 16 * 16  # of a chunk's A - I or P: blocks on and below the diagonal (csrc/tile/triangle.h)
 _ALIGNMENT = 16  # bytes: what a bulk tensor copy asks of addresses and strides
 
 
@@ -85,7 +85,7 @@ def kept_size(
     q: Tensor, v: Tensor, g: Tensor, cu_seqlens: Tensor | None, num_segments: int, keep_tiles: bool,
     use_qk_l2norm: bool,
 ) -> int:  # fmt: skip
-    """How many floats a call keeps for its backward beside A - I and P."""
+    """How many elements of q's dtype a call keeps for its backward."""
     return _Sizes.of(q, v, g, cu_seqlens).kept_size(num_segments, keep_tiles, use_qk_l2norm)
 
 
@@ -130,30 +130,22 @@ class _Sizes(NamedTuple):
         )  # fmt: skip
 
     def kept_size(self, num_segments: int, keep_tiles: bool, use_qk_l2norm: bool) -> int:
-        """Of what `kept` makes: SplitSizes and TileSizes of csrc/api/chunk_room.h."""
+        """In floats, without gaps: `take_kept` of csrc/api/chunk_room.h."""
+        tiles = self.num_slots * self.num_gate_heads
         padded_k = 64 if self.dim_k <= 64 else 128
         maps = self.num_sequences * max(num_segments - 2, 0) * self.num_gate_heads
         states = self.num_sequences * (num_segments - 1) * self.num_value_heads
         padded_v = (self.dim_v + 63) // 64 * 64
-        size = padded_k * (maps * padded_k + states * padded_v)
+        floats = padded_k * (maps * padded_k + states * padded_v)
         if keep_tiles:
             norms = 2 * CHUNK if use_qk_l2norm else 0
-            size += self.num_slots * self.num_gate_heads * (3 * CHUNK * padded_k // 2 + padded_k + norms)
-        return size
-
-    def kept(
-        self, q: Tensor, num_segments: int, keep_tiles: bool = False, use_qk_l2norm: bool = False
-    ) -> Tensor | None:
-        """Where a split call keeps the maps of its segments and the states that they start from; and the
-        tiles of prepare, where they are kept.
-        """
-        size = self.kept_size(num_segments, keep_tiles, use_qk_l2norm)
-        return q.new_empty(size, dtype=torch.float32) if size else None
+            floats += tiles * (3 * CHUNK * padded_k // 2 + padded_k + norms)
+        return tiles * _TRIANGLE + floats  # a float for an element of each
 
     def workspace(
         self,
         q: Tensor,
-        keeps_matrices: bool,
+        keeps: bool,
         backward: bool,
         use_qk_l2norm: bool,
         num_segments: int = 1,
@@ -162,7 +154,7 @@ class _Sizes(NamedTuple):
         """Memory that the kernels of a call use among themselves."""
         num_bytes = cuda_launch._C.chunk_workspace_bytes(
             self.batch, self.seqlen, self.num_sequences, self.num_gate_heads, self.num_value_heads,
-            self.dim_k, self.dim_v, self.packed, keeps_matrices, backward, use_qk_l2norm, num_segments,
+            self.dim_k, self.dim_v, self.packed, keeps, backward, use_qk_l2norm, num_segments,
             keeps_tiles,
         )  # fmt: skip
         return q.new_empty(num_bytes // q.element_size())
@@ -198,11 +190,13 @@ def chunk_forward(
     state_v_first: bool,
     output_final_state: bool,
     num_state_chunks: int | None,
+    keep: bool,
     sequence_split: int = 0,
     keep_tiles: bool = False,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor, Tensor | None]:
-    """o, final_state (or None), chunk states (or None); A - I and P as `chunk_backward` reads them
-    (ChunkTiles of csrc/params.h); and what else is kept for it, or None. Everything has been checked.
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """o, final_state (or None), chunk states (or None), and with keep what `chunk_backward` reads (or None).
+
+    Everything has been checked.
     """
     sizes = _Sizes.of(q, v, g, cu_seqlens)
     o = torch.empty_like(v, memory_format=torch.contiguous_format)
@@ -212,15 +206,15 @@ def chunk_forward(
         final_state = q.new_empty(shape, dtype=torch.float32)
     if num_state_chunks is not None:
         chunk_states = q.new_empty(sizes.states(sizes.num_slots, state_v_first), dtype=torch.float32)
-    # Without tokens nothing runs that would write them.
-    new = q.new_empty if sizes.seqlen else q.new_zeros
-    A_minus_I, P = (new(sizes.num_slots, sizes.num_gate_heads, *TRIANGLE) for _ in range(2))
     segments = sizes.num_segments(sequence_split, q.device)
-    kept = sizes.kept(q, segments, keep_tiles, options.use_qk_l2norm)
+    kept = None
+    if keep:
+        new = q.new_empty if sizes.seqlen else q.new_zeros  # without tokens nothing runs that would write it
+        kept = new(sizes.kept_size(segments, keep_tiles, options.use_qk_l2norm), dtype=torch.float32)
     tensors = [
         *map(_readable, (q, k, v, g, b, w)), *_contiguous(A_log, dt_bias, initial_state, cu_seqlens),
-        o, final_state, chunk_states, A_minus_I, P, kept,
-        sizes.workspace(q, True, False, options.use_qk_l2norm, segments, keep_tiles),
+        o, final_state, chunk_states, kept,
+        sizes.workspace(q, keep, False, options.use_qk_l2norm, segments, keep_tiles),
     ]  # fmt: skip
     _launch(cuda_launch._C.chunk_forward, tensors, (scale, *options, state_v_first, segments))
     if chunk_states is not None:
@@ -228,7 +222,7 @@ def chunk_forward(
             tokens = PackedTokens(cu_seqlens, sizes.seqlen)
             chunk_states = tokens.in_sequence_order(chunk_states, num_state_chunks)
         chunk_states = chunk_states.unflatten(0, (sizes.batch, num_state_chunks))
-    return o, final_state, chunk_states, A_minus_I, P, kept
+    return o, final_state, chunk_states, kept
 
 
 def _new_gradients(sizes: _Sizes, inputs: Sequence[Tensor | None], needed: Sequence[bool]) -> list:
@@ -273,9 +267,7 @@ def chunk_backward(
     dt_bias: Tensor | None,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
-    A_minus_I: Tensor,
-    P: Tensor,
-    kept: Tensor | None,
+    kept: Tensor,
     scale: float,
     options: GateOptions,
     *,
@@ -283,14 +275,15 @@ def chunk_backward(
     needed: Sequence[bool],
     sequence_split: int = 0,
 ) -> Gradients:
-    """The gradients that are needed, None for the others; A - I, P and kept come from `chunk_forward`."""
+    """The gradients that are needed, None for the others; kept comes from `chunk_forward`."""
     sizes = _Sizes.of(q, v, g, cu_seqlens)
     out = _new_gradients(sizes, (q, k, v, g, b, w, A_log, dt_bias, initial_state), needed)
-    segments = 1 if kept is None else sizes.num_segments(sequence_split, q.device)
-    keeps_tiles = kept is not None and kept.numel() > sizes.kept_size(segments, False, False)
+    whole = kept.numel() == sizes.kept_size(1, False, False)
+    segments = 1 if whole else sizes.num_segments(sequence_split, q.device)
+    keeps_tiles = kept.numel() > sizes.kept_size(segments, False, False)
     tensors = [
         _readable(do), *_contiguous(d_final_state), *map(_readable, (q, k, v, g, b, w)),
-        *_contiguous(A_log, dt_bias, initial_state, cu_seqlens), A_minus_I, P, kept,
+        *_contiguous(A_log, dt_bias, initial_state, cu_seqlens), kept,
         sizes.workspace(q, True, True, options.use_qk_l2norm, segments, keeps_tiles), *out,
     ]  # fmt: skip
     _launch(cuda_launch._C.chunk_backward, tensors, (scale, *options, state_v_first, segments))
@@ -312,20 +305,20 @@ class _Chunk(torch.autograd.Function):
         )
         if results is None:
             return None, None
-        o, final_state, *kept = results
-        ctx.save_for_backward(*tensors, *kept)
+        o, final_state, kept = results
+        ctx.save_for_backward(*tensors, kept)
         ctx.options = options
         ctx.set_materialize_grads(False)
         return o, final_state
 
     @staticmethod
     def backward(ctx, do, d_final_state):
-        *inputs, A_minus_I, P, kept = ctx.saved_tensors
+        *inputs, kept = ctx.saved_tensors
         needed = [asked and x is not None for x, asked in zip(inputs[:9], ctx.needs_input_grad[3:])]
         q, v, g = inputs[0], inputs[2], inputs[3]
         if do is None:
             do = v.new_zeros(v.shape)
-        tensors = (do, d_final_state, *inputs, A_minus_I, P, kept)
+        tensors = (do, d_final_state, *inputs, kept)
         gradients = None
         if not torch.is_grad_enabled() and nobody_traces():
             gradients = cuda_launch._C.chunk_backward_at_once(

@@ -29,11 +29,10 @@ lib = torch.library.Library("gdn2_ext", "DEF")
 lib.define(
     f"chunk_forward({_INPUTS}, {_OPTIONS}, bool output_final_state, SymInt? num_state_chunks, "
     "bool save_for_backward, bool disable_recompute, int sequence_split, str backend) "
-    "-> (Tensor o, Tensor final_state, Tensor h, Tensor A_minus_I, Tensor P, Tensor kept)"
+    "-> (Tensor o, Tensor final_state, Tensor h, Tensor kept)"
 )
 lib.define(
-    f"chunk_backward(Tensor do, Tensor? d_final_state, {_INPUTS}, Tensor A_minus_I, Tensor P, Tensor? kept, "
-    f"{_OPTIONS}, "
+    f"chunk_backward(Tensor do, Tensor? d_final_state, {_INPUTS}, Tensor kept, {_OPTIONS}, "
     "bool[] needed, int sequence_split, str backend) "
     "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dg, Tensor db, Tensor dw, Tensor dA_log, Tensor d_dt_bias, "
     "Tensor d_initial_state)"
@@ -55,15 +54,15 @@ def state_shape(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, state_v_first: 
     return (num_sequences, v.shape[2], *matrix)
 
 
-def _chunk_matrix_shape(q: Tensor, g: Tensor, cu_seqlens: Tensor | None, backend: str) -> tuple:
-    """A - I and P: [chunk slots, heads of g, C, C], or of the kernels the blocks of their lower triangles."""
+def _chunk_matrices_shape(q: Tensor, g: Tensor, cu_seqlens: Tensor | None) -> tuple:
+    """What the torch backend keeps, A - I and P: [2, chunk slots, heads of g, C, C]."""
     num_sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     slots = num_chunk_slots(q.shape[0], q.shape[1], num_sequences, cu_seqlens is not None)
-    return (slots, g.shape[2], *(cuda_backend.TRIANGLE if backend == "cuda" else (CHUNK, CHUNK)))
+    return (2, slots, g.shape[2], CHUNK, CHUNK)
 
 
-def _empty(q: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    return q.new_empty(0, dtype=dtype)
+def _empty(q: Tensor) -> Tensor:
+    return q.new_empty(0)
 
 
 def _without_autocast(kernel):
@@ -96,23 +95,15 @@ def _chunk_forward(
     inputs = (q, k, v, g, b, w, A_log, dt_bias, initial_state, cu_seqlens, scale, options)
     arguments = {
         "state_v_first": state_v_first, "output_final_state": output_final_state,
-        "num_state_chunks": num_state_chunks,
+        "num_state_chunks": num_state_chunks, "keep": save_for_backward,
     }  # fmt: skip
-    kept = None
     if backend == "cuda":
         arguments["sequence_split"] = sequence_split
         arguments["keep_tiles"] = save_for_backward and disable_recompute
-        o, final_state, h, A_minus_I, P, kept = cuda_backend.chunk_forward(*inputs, **arguments)
+        o, *others = cuda_backend.chunk_forward(*inputs, **arguments)
     else:
-        o, final_state, h, A_minus_I, P = torch_backend.chunk_forward(*inputs, **arguments)
-    return (
-        o,
-        _empty(q) if final_state is None else final_state,
-        _empty(q) if h is None else h,
-        A_minus_I if save_for_backward else _empty(q),
-        P if save_for_backward else _empty(q),
-        kept if save_for_backward and kept is not None else _empty(q, torch.float32),
-    )
+        o, *others = torch_backend.chunk_forward(*inputs, **arguments)
+    return (o, *(_empty(q) if x is None else x for x in others))
 
 
 def _chunk_forward_fake(
@@ -128,19 +119,19 @@ def _chunk_forward_fake(
         h = _empty(q)
     else:
         h = q.new_empty((q.shape[0], num_state_chunks, *state[1:]), dtype=dtype)
-    matrix = _chunk_matrix_shape(q, g, cu_seqlens, backend) if save_for_backward else (0,)
-    matrix_dtype = dtype if save_for_backward and backend == "torch" else q.dtype
-    A_minus_I, P = (q.new_empty(matrix, dtype=matrix_dtype) for _ in range(2))
-    kept = _empty(q, torch.float32)
-    if save_for_backward and backend == "cuda" and (sequence_split > 1 or disable_recompute):
+    if not save_for_backward:
+        kept = _empty(q)
+    elif backend == "cuda":
         segments = sequence_split if sequence_split > 1 and q.shape[1] != 0 else 1
         size = kept_size(q, v, g, cu_seqlens, segments, disable_recompute, use_qk_l2norm)
         kept = q.new_empty(size, dtype=torch.float32)
-    return o, final_state, h, A_minus_I, P, kept
+    else:
+        kept = q.new_empty(_chunk_matrices_shape(q, g, cu_seqlens), dtype=dtype)
+    return o, final_state, h, kept
 
 
 def _chunk_backward(
-    do, d_final_state, q, k, v, g, b, w, A_log, dt_bias, initial_state, cu_seqlens, A_minus_I, P, kept,
+    do, d_final_state, q, k, v, g, b, w, A_log, dt_bias, initial_state, cu_seqlens, kept,
     scale, use_qk_l2norm, use_gate, lower_bound, use_gate_sigmoid, erase_scale, state_v_first,
     needed, sequence_split, backend,
 ):  # fmt: skip
@@ -149,20 +140,19 @@ def _chunk_backward(
         return tuple(torch.zeros_like(x) if wanted else _empty(q) for x, wanted in zip(inputs, needed))
     options = GateOptions(use_qk_l2norm, use_gate, lower_bound, use_gate_sigmoid, erase_scale)
     arguments = (
-        do, d_final_state, q, k, v, g, b, w, A_log, dt_bias, initial_state, cu_seqlens, A_minus_I, P,
+        do, d_final_state, q, k, v, g, b, w, A_log, dt_bias, initial_state, cu_seqlens, kept, scale, options,
     )  # fmt: skip
     if backend == "cuda":
         gradients = cuda_backend.chunk_backward(
-            *arguments, kept, scale, options, state_v_first=state_v_first,
-            needed=needed, sequence_split=sequence_split,
-        )  # fmt: skip
+            *arguments, state_v_first=state_v_first, needed=needed, sequence_split=sequence_split
+        )
     else:
-        gradients = torch_backend.chunk_backward(*arguments, scale, options, state_v_first=state_v_first)
+        gradients = torch_backend.chunk_backward(*arguments, state_v_first=state_v_first)
     return tuple(x.contiguous() if wanted else _empty(q) for x, wanted in zip(gradients, needed))
 
 
 def _chunk_backward_fake(
-    do, d_final_state, q, k, v, g, b, w, A_log, dt_bias, initial_state, cu_seqlens, A_minus_I, P, kept,
+    do, d_final_state, q, k, v, g, b, w, A_log, dt_bias, initial_state, cu_seqlens, kept,
     scale, use_qk_l2norm, use_gate, lower_bound, use_gate_sigmoid, erase_scale, state_v_first,
     needed, sequence_split, backend,
 ):  # fmt: skip

@@ -508,8 +508,10 @@ def chunk_forward(
     state_v_first: bool,
     output_final_state: bool,
     num_state_chunks: int | None,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor]:
-    """o, final_state (or None), states at the chunks' starts (or None), A - I, P [slots, lane heads, C, C].
+    keep: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """o, final_state (or None), states at the chunks' starts (or None), and with keep A - I and P in one
+    tensor [2, slots, lane heads, C, C] (or None).
 
     num_state_chunks: how many chunk states to return (per sequence for a dense call, in all for a packed
     one); None returns none.
@@ -532,7 +534,8 @@ def chunk_forward(
     if h is not None:
         h = _states_at_chunks(call, h, num_state_chunks, state_v_first)
     final_state = call.states_out(states, state_v_first) if output_final_state else None
-    return o, final_state, h, call.tokens.slots_first(A_minus_I), call.tokens.slots_first(P)
+    kept = torch.stack([call.tokens.slots_first(x) for x in (A_minus_I, P)]) if keep else None
+    return o, final_state, h, kept
 
 
 class _Step(NamedTuple):
@@ -584,16 +587,15 @@ def chunk_backward(
     dt_bias: Tensor | None,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
-    A_minus_I: Tensor,
-    P: Tensor,
+    kept: Tensor,
     scale: float,
     options: GateOptions,
     *,
     state_v_first: bool,
 ) -> Gradients:
-    """The analytic chunk backward; A - I and P come from the forward, states are recomputed."""
+    """The analytic chunk backward; kept comes from `chunk_forward`, states are recomputed."""
     call = _Call(q, k, v, g, b, w, A_log, dt_bias, cu_seqlens, scale, options)
-    A_minus_I, P = (call.tokens.steps_first(x.to(call.dtype)) for x in (A_minus_I, P))
+    A_minus_I, P = (call.tokens.steps_first(x) for x in kept.to(call.dtype).unbind())
     dO = call.values_to_chunks(do.to(call.dtype))
 
     levels = _DecayLevels(call.g)

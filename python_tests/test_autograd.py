@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from gdn2_ext import chunk_gdn2, cuda_backend, fused_recurrent_gdn2
+from gdn2_ext import chunk_gdn2, fused_recurrent_gdn2
 
 SHAPE = {"batch": 2, "seqlen": 100, "heads": 2, "value_heads": 4, "dim_k": 32, "dim_v": 32}
 DIFFERENTIABLE = ("q", "k", "v", "g", "b", "w", "A_log", "dt_bias", "initial_state")
@@ -168,16 +168,19 @@ def test_a_loss_that_needs_no_gradient_of_the_op_runs_no_backward(leaves):
 # -- what is kept --------------------------------------------------------------------------------------------
 
 
-def test_between_forward_and_backward_the_inputs_and_two_matrices_are_kept(leaves):
-    """A - I and P [chunks, heads, 64, 64], or blocks of triangles, and no state: those are computed again."""
+def test_between_forward_and_backward_the_inputs_and_one_more_tensor_are_kept(leaves):
+    """A - I and P of every chunk and head, 64 x 64 or ten blocks of 16 x 16 each, and no state: those are
+    computed again.
+    """
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
         leaves(*leaves.tensors)
     inputs = {x.data_ptr() for x in leaves.tensors}
     others = [x for x in kept if x.data_ptr() not in inputs]
     chunks = 2 * SHAPE["batch"]
-    matrix = cuda_backend.TRIANGLE if leaves.backend.name == "cuda" else (64, 64)
-    assert [tuple(x.shape) for x in others] == [(chunks, 2, *matrix)] * 2
+    # As many floats as elements of either.
+    shape = (chunks * 2 * 2560,) if leaves.backend.name == "cuda" else (2, chunks, 2, 64, 64)
+    assert [tuple(x.shape) for x in others] == [shape]
     assert len(kept) - len(others) == len(DIFFERENTIABLE)
 
 

@@ -74,15 +74,13 @@ def test_chunk_forward_with_intermediate_states_passes_opcheck(backend, packed, 
 @pytest.mark.parametrize("with_d_final_state", [False, True])
 def test_chunk_backward_passes_opcheck(backend, kind, options, with_d_final_state, seed):
     tensors, do, d_final_state = operator_inputs(backend, kind, options, seed)
-    *_, A_minus_I, P, _ = torch.ops.gdn2_ext.chunk_forward(
-        *tensors, *options, True, None, True, False, 0, backend.name
-    )
+    *_, kept = torch.ops.gdn2_ext.chunk_forward(*tensors, *options, True, None, True, False, 0, backend.name)
     needed = [x is not None for x in tensors[:9]]
     d_final_state = d_final_state if with_d_final_state else None
-    arguments = (do, d_final_state, *tensors, A_minus_I, P, None, *options, needed, 0, backend.name)
+    arguments = (do, d_final_state, *tensors, kept, *options, needed, 0, backend.name)
     opcheck(torch.ops.gdn2_ext.chunk_backward.default, arguments)
     some = [wanted and place % 2 == 0 for place, wanted in enumerate(needed)]
-    arguments = (do, d_final_state, *tensors, A_minus_I, P, None, *options, some, 0, backend.name)
+    arguments = (do, d_final_state, *tensors, kept, *options, some, 0, backend.name)
     opcheck(torch.ops.gdn2_ext.chunk_backward.default, arguments)
 
 

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from gdn2_ext import cuda_backend, cuda_launch
+from gdn2_ext.sequence_split import Gpu
+from gdn2_ext.torch_backend import GateOptions
 
 B, T, H, HV, K, V = 2, 100, 2, 4, 32, 64
 SLOTS = B * 2
@@ -17,9 +19,9 @@ pytestmark = disguise.MARKS
 read_tensors = disguise.read_tensors
 
 INPUTS = ("q", "k", "v", "g", "b", "w", "A_log", "dt_bias", "initial_state", "cu_seqlens")
-FORWARD = (*INPUTS, "o", "final_state", "chunk_states", "A_minus_I", "P", "kept", "workspace")
+FORWARD = (*INPUTS, "o", "final_state", "chunk_states", "kept", "workspace")
 GRADIENTS = ("dq", "dk", "dv", "dg", "db", "dw", "dA_log", "d_dt_bias", "d_initial_state")
-BACKWARD = ("do", "d_final_state", *INPUTS, "A_minus_I", "P", "kept", "workspace", *GRADIENTS)
+BACKWARD = ("do", "d_final_state", *INPUTS, "kept", "workspace", *GRADIENTS)
 OPTIONS = {
     "scale": None, "use_qk_l2norm": False, "use_gate": False, "lower_bound": None, "use_gate_sigmoid": False,
     "erase_scale": 1.0, "state_v_first": False, "num_segments": 1, "stream": 0,
@@ -63,58 +65,32 @@ def workspace_of(call: dict, *flags) -> torch.Tensor:
     return placed(sizes(call).workspace(call["q"], *flags))
 
 
-def kept_of(call: dict, *flags) -> torch.Tensor:
-    return placed(sizes(call).kept(call["q"], *flags))
+def kept_of(call: dict, num_segments: int = 1, keep_tiles: bool = False) -> torch.Tensor:
+    size = sizes(call).kept_size(num_segments, keep_tiles, call.get("use_qk_l2norm", False))
+    return placed(torch.zeros(size))
 
 
-def forward(call: dict) -> dict:
-    workspace = workspace_of(call, False, False, False)
+def forward(call: dict, num_segments: int = 1) -> dict:
+    workspace = workspace_of(call, False, False, False, num_segments)
     o, final_state = torch.zeros_like(call["v"]), torch.zeros(B, HV, K, V)
-    return call | {"o": o, "final_state": final_state, "workspace": workspace}
+    return call | {"o": o, "final_state": final_state, "workspace": workspace, "num_segments": num_segments}
 
 
-def split(call: dict) -> dict:
-    """The forward in three segments."""
-    call = forward(call) | {"num_segments": 3, "kept": kept_of(call, 3)}
-    return call | {"workspace": workspace_of(call, False, False, False, 3)}
-
-
-def split_backward(call: dict) -> dict:
-    call = backward(call) | {"num_segments": 3, "kept": kept_of(call, 3)}
+def keeping(call: dict, num_segments: int = 1, tiles: bool = False) -> dict:
+    """The forward of training, and with tiles that of disable_recompute."""
     norms = call.get("use_qk_l2norm", False)
-    return call | {"workspace": workspace_of(call, True, True, norms, 3)}
+    workspace = workspace_of(call, True, False, norms, num_segments, tiles)
+    kept = kept_of(call, num_segments, tiles)
+    return forward(call, num_segments) | {"kept": kept, "workspace": workspace}
 
 
-def keeping(call: dict) -> dict:
-    """The forward of training, which keeps A - I and P."""
-    call = forward(call)
-    shape = (sizes(call).num_slots, call["g"].shape[2], *cuda_backend.TRIANGLE)
-    matrices = torch.zeros(shape, dtype=call["q"].dtype)
-    workspace = workspace_of(call, True, False, False)
-    return call | {"A_minus_I": matrices, "P": matrices.clone(), "workspace": workspace}
-
-
-def keeping_tiles(call: dict, num_segments: int = 1) -> dict:
-    """The same with disable_recompute."""
-    call, norms = keeping(call), call.get("use_qk_l2norm", False)
-    kept = kept_of(call, num_segments, True, norms)
-    workspace = workspace_of(call, True, False, norms, num_segments, True)
-    return call | {"num_segments": num_segments, "kept": kept, "workspace": workspace}
-
-
-def backward_of_tiles(call: dict, num_segments: int = 1) -> dict:
-    call, norms = backward(call), call.get("use_qk_l2norm", False)
-    kept = kept_of(call, num_segments, True, norms)
-    workspace = workspace_of(call, True, True, norms, num_segments, True)
-    return call | {"num_segments": num_segments, "kept": kept, "workspace": workspace}
-
-
-def backward(call: dict) -> dict:
-    kept = {name: keeping(call)[name] for name in ("A_minus_I", "P")}
+def backward(call: dict, num_segments: int = 1, tiles: bool = False) -> dict:
     given = [call.get(name) for name in INPUTS[:9]]
     out = cuda_backend._new_gradients(sizes(call), given, [x is not None for x in given])
-    workspace = workspace_of(call, True, True, call.get("use_qk_l2norm", False))
-    call = call | kept | dict(zip(GRADIENTS, out, strict=True)) | {"workspace": workspace}
+    norms = call.get("use_qk_l2norm", False)
+    workspace = workspace_of(call, True, True, norms, num_segments, tiles)
+    call = call | dict(zip(GRADIENTS, out, strict=True)) | {"workspace": workspace}
+    call |= {"kept": kept_of(call, num_segments, tiles), "num_segments": num_segments}
     return call | {"do": torch.zeros_like(call["v"]), "d_final_state": torch.zeros(B, HV, K, V)}
 
 
@@ -139,12 +115,17 @@ def at_once_takes(read_tensors, call: dict, sequence_split: int = 0) -> bool:
     inputs, options = [call[name] for name in INPUTS], [call[name] for name in tuple(OPTIONS)[:7]]
     how = (read_tensors, cuda_launch.MAKE_TENSORS)
     if call["do"] is None:
-        wanted = [call[name] is not None for name in ("final_state", "P", "kept")]
-        arguments = (*inputs, *options, sequence_split, *wanted)
-        return disguise.gets_to_the_gpu("chunk_forward_at_once", *how, *arguments)
-    kept = [call[name] for name in ("A_minus_I", "P", "kept")]
+        keep = call["kept"] is not None
+        arguments = (*inputs, *options, sequence_split, call["final_state"] is not None, keep)
+        with_tiles_and_without = {
+            disguise.gets_to_the_gpu("chunk_forward_at_once", *how, *arguments, tiles)
+            for tiles in (False, keep)
+        }
+        assert len(with_tiles_and_without) == 1
+        return with_tiles_and_without.pop()
     needed = [call[name] is not None for name in GRADIENTS]
-    arguments = (call["do"], call["d_final_state"], *inputs, *kept, *options, sequence_split, *needed)
+    tensors = (call["do"], call["d_final_state"], *inputs, call["kept"])
+    arguments = (*tensors, *options, sequence_split, *needed)
     return disguise.gets_to_the_gpu("chunk_backward_at_once", *how, *arguments)
 
 
@@ -157,14 +138,15 @@ KINDS = {
 }
 PASSES = {
     "forward": forward,
-    "split": split,
+    "split": lambda call: forward(call, 3),
     "keeping": keeping,
+    "keeping and split": lambda call: keeping(call, 3),
+    "keeping tiles": lambda call: keeping(call, tiles=True),
+    "keeping tiles and split": lambda call: keeping(call, 3, tiles=True),
     "backward": backward,
-    "split_backward": split_backward,
-    "keeping tiles": keeping_tiles,
-    "keeping tiles and split": lambda call: keeping_tiles(call, 3),
-    "backward of tiles": backward_of_tiles,
-    "backward of tiles and split": lambda call: backward_of_tiles(call, 3),
+    "split backward": lambda call: backward(call, 3),
+    "backward of tiles": lambda call: backward(call, tiles=True),
+    "backward of tiles and split": lambda call: backward(call, 3, tiles=True),
 }
 
 
@@ -251,8 +233,19 @@ BAD_ROOM = {
     "no workspace": ("workspace", lambda _: None),
     "no segments": ("num_segments", lambda _: 0),
     "a workspace between tiles' places": ("workspace", lambda x: placed(x, 16)),
-    "too little that is kept": ("kept", lambda x: placed(torch.zeros(8))),
-    "kept between tiles' places": ("kept", lambda x: placed(torch.zeros(8) if x is None else x, 64)),
+}
+# Of what a forward keeps.
+BAD_KEPT = {
+    "nothing": lambda _: torch.zeros(0),
+    "too little": lambda x: x[:-64],
+    "too much": lambda x: placed(torch.cat((x, x[:64]))),
+    "as much as two": lambda x: placed(x.repeat(2)),
+    "between tiles' places": lambda x: placed(x, 64),
+    "as many in bfloat16": lambda x: placed(x.bfloat16()),
+    "as large in bfloat16": lambda x: x.view(torch.bfloat16),
+    "as large in int32": lambda x: x.view(torch.int32),
+    "with gaps": lambda x: placed(x.repeat(2))[::2],
+    "in two dimensions": lambda x: x.unsqueeze(1),
 }
 
 
@@ -290,6 +283,38 @@ def test_calls_without_room_do_not(stage, name, change):
     assert not lets_through(call | {name: change(call.get(name))})
 
 
+@pytest.mark.parametrize("change", BAD_KEPT.values(), ids=BAD_KEPT)
+@pytest.mark.parametrize("tiles", [False, True])
+@pytest.mark.parametrize("num_segments", [1, 2, 3])
+@pytest.mark.parametrize("stage", [keeping, backward])
+def test_what_is_kept_has_its_size_its_type_and_its_place(stage, num_segments, tiles, change):
+    call = stage(gated(inputs()), num_segments, tiles)
+    assert lets_through(call)
+    assert not lets_through(call | {"kept": change(call["kept"])})
+
+
+@pytest.mark.parametrize("other", [1, 2, 4])
+def test_what_is_kept_is_of_as_many_segments(other):
+    for stage in (keeping, backward):
+        call = stage(inputs(), 3)
+        assert not lets_through(call | {"kept": kept_of(call, other)})
+        assert not lets_through(call | {"kept": kept_of(call, other, True)})
+
+
+def test_a_backward_needs_what_is_kept():
+    assert not lets_through(backward(inputs()) | {"kept": None})
+
+
+def test_what_is_kept_has_no_gaps():
+    """Bytes: A - I and P, 10 blocks of 512 each; M, first states; factors, last decays, norms."""
+    tiles, value_states, key_states = SLOTS * H, B * HV * 64 * 64 * 4, B * H * 64 * 64 * 4
+    matrices, prepared = 2 * 5120 * tiles, tiles * (3 * 64 * 64 * 2 + 64 * 4 + 2 * 64 * 4)
+    for num_segments in (1, 2, 5):
+        split = max(num_segments - 2, 0) * key_states + (num_segments - 1) * value_states
+        assert 4 * kept_of(gated(inputs()), num_segments).numel() == matrices + split
+        assert 4 * kept_of(gated(inputs()), num_segments, True).numel() == matrices + split + prepared
+
+
 @pytest.mark.parametrize(("name", "change"), BAD_OBJECTS.values(), ids=BAD_OBJECTS)
 def test_wrong_objects_do_not(read_tensors, stage, name, change):
     call = stage(inputs())
@@ -301,7 +326,7 @@ def test_numbers_of_segments_are_checked(read_tensors, stage, number):
     assert not at_once_takes(read_tensors, stage(inputs()), sequence_split=number)
 
 
-@pytest.mark.parametrize("name", ["o", "final_state", "A_minus_I", "P", *GRADIENTS[:6], "d_initial_state"])
+@pytest.mark.parametrize("name", ["o", "final_state", *GRADIENTS[:6], "d_initial_state"])
 def test_outputs_have_the_right_shape_and_no_gaps(name):
     call = backward(inputs()) if name.startswith("d") else keeping(inputs())
     x = call[name]
@@ -324,3 +349,79 @@ def test_segments_need_room_of_their_own():
     call = inputs()
     numbers = [sizes(call).workspace(call["q"], True, False, False, n).numel() for n in (1, 2, 3)]
     assert numbers == sorted(set(numbers))
+
+
+@pytest.fixture
+def launches(monkeypatch) -> list[tuple]:
+    """Segments, and elements kept or None, of all that cuda_backend launches; it gets to the GPU."""
+    out = []
+
+    def launch(function, tensors, options):
+        kept = tensors[(BACKWARD if "backward" in function.__name__ else FORWARD).index("kept")]
+        # Allocators of GPUs give multiples of 128 bytes.
+        tensors = [x if x is None else described(x) for x in tensors]
+        tensors = [x if x is None else (x[0] - x[0] % 128, *x[1:]) for x in tensors]
+        assert disguise.gets_to_the_gpu(function.__name__, *tensors, *options, 0)
+        out.append((options[-1], None if kept is None else kept.numel()))
+
+    monkeypatch.setattr(cuda_backend, "_launch", launch)
+    monkeypatch.setattr(cuda_backend, "gpu", lambda _: Gpu(132, 3350))
+    return out
+
+
+def launch_forward(tokens: list, asked: int, keep: bool = True, tiles: bool = False) -> torch.Tensor | None:
+    arguments = (*tokens, None, None, None, None, 0.5, GateOptions(True, False, None, False, 1.0))
+    flags = {"state_v_first": False, "output_final_state": True, "num_state_chunks": None}
+    flags |= {"sequence_split": asked, "keep": keep, "keep_tiles": tiles}
+    return cuda_backend.chunk_forward(*arguments, **flags)[-1]
+
+
+def launch_backward(tokens: list, kept: torch.Tensor, asked: int) -> None:
+    arguments = (*tokens, None, None, None, None, kept, 0.5, GateOptions(True, False, None, False, 1.0))
+    flags = {"state_v_first": False, "needed": [True] * 6 + [False] * 3, "sequence_split": asked}
+    cuda_backend.chunk_backward(tokens[2], None, *arguments, **flags)
+
+
+def some_tokens(seqlen: int) -> list[torch.Tensor]:
+    return [torch.zeros(1, seqlen, 1, K, dtype=torch.bfloat16) for _ in range(6)]
+
+
+@pytest.mark.parametrize("tiles", [False, True])
+@pytest.mark.parametrize(
+    ("seqlen", "asked", "fewest", "most"),
+    [(300, 1, 1, 1), (300, 2, 2, 2), (300, 5, 5, 5), (300, 0, 1, 1), (30_000, 0, 2, 64), (0, 3, 1, 1)],
+)
+def test_the_backward_walks_as_many_segments_as_the_forward(launches, seqlen, asked, fewest, most, tiles):
+    tokens = some_tokens(seqlen)
+    kept = launch_forward(tokens, asked, tiles=tiles)
+    launch_backward(tokens, kept, asked)
+    (segments, size), of_backward = launches
+    assert fewest <= segments <= most
+    assert kept.dtype == torch.float32 and kept.shape == (size,)
+    assert of_backward == (segments, size)
+
+
+@pytest.mark.parametrize("asked", [0, 2, 64])
+def test_what_a_whole_forward_keeps_says_that_it_was_whole(launches, asked):
+    tokens = some_tokens(30_000)
+    launch_backward(tokens, launch_forward(tokens, 1), asked)
+    assert [segments for segments, _ in launches] == [1, 1]
+
+
+@pytest.mark.parametrize("asked", [1, 3])
+def test_a_forward_without_a_backward_keeps_nothing(launches, asked):
+    assert launch_forward(some_tokens(300), asked, keep=False) is None
+    assert launches == [(asked, None)]
+
+
+@pytest.mark.parametrize("tiles", [False, True])
+@pytest.mark.parametrize("seqlen", [0, 300])
+def test_the_fake_operator_keeps_as_much(launches, seqlen, tiles):
+    for asked in (1, 3):
+        real = launch_forward(some_tokens(seqlen), asked, tiles=tiles)
+        tokens = [x.to("meta") for x in some_tokens(seqlen)]
+        options = (0.5, True, False, None, False, 1.0, False)
+        *_, kept = torch.ops.gdn2_ext.chunk_forward(
+            *tokens, None, None, None, None, *options, True, None, True, tiles, asked, "cuda"
+        )
+        assert (kept.shape, kept.dtype) == (real.shape, real.dtype)

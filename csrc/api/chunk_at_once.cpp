@@ -38,11 +38,7 @@ class TensorMaker {
   }
 
   // Of x's type and device.
-  template <class... Sizes>
-  py::object empty(PyObject* x, Sizes... sizes) const {
-    std::array const shape{static_cast<std::int64_t>(sizes)...};
-    return make(new_empty_, x, shape.begin(), shape.end());
-  }
+  py::object empty(PyObject* x, std::int64_t size) const { return make(new_empty_, x, &size, &size + 1); }
 
   template <class... Sizes>
   py::object empty_float32(PyObject* x, Sizes... sizes) const {
@@ -88,18 +84,18 @@ struct Inputs {
 
 // Whether the arguments, all read now, are of a call that the kernels take; what is wrong with one that they
 // do not, the caller goes on to say more precisely. Where Python asked for 0 segments they are as many as are
-// quickest, and one where the call is not `split`.
-bool takes(Parameters& parameters, ChunkCall& call, View const& q, bool split) {
+// quickest, and in any case one where A - I and P are all that a forward has kept.
+bool takes(Parameters& parameters, ChunkCall& call, CallViews const& x) {
   if (PyErr_Occurred()) {
     PyErr_Clear();
     return false;
   }
   CallShape const& shape = call.shape;
-  if (!parameters.fill(call) || shape.seqlen == 0 || !is_current_hopper(q.device)) {
+  if (!parameters.fill(call) || shape.seqlen == 0 || !is_current_hopper(x.q.device)) {
     return false;
   }
-  call.gpu = gpu(q.device);
-  if (!split) {
+  call.gpu = gpu(x.q.device);
+  if (x.kept.given && x.kept.shape[0] * kKeptBytes == 2 * matrix_size(shape)) {
     call.num_segments = 1;
   } else if (call.num_segments == 0) {
     call.num_segments = num_segments(split_choice(call));
@@ -132,12 +128,12 @@ py::object forward(Arguments& from, TensorReader const& reader, TensorMaker cons
   Parameters parameters(x, options);
   ChunkForwardParams params{};
   ChunkCall& call = params.call;
-  if (!takes(parameters, call, x.q, true)) {
+  if (!takes(parameters, call, x)) {
     return py::none();
   }
 
   CallShape const& shape = call.shape;
-  py::object final_state = py::none(), A_minus_I = py::none(), P = py::none(), kept = py::none();
+  py::object final_state = py::none(), kept;
   py::object o = maker.like(inputs.v(), x.v);
   x.o = reader.read(o.ptr());
   if (output_final_state) {
@@ -150,32 +146,22 @@ py::object forward(Arguments& from, TensorReader const& reader, TensorMaker cons
     x.final_state = reader.read(final_state.ptr());
   }
   if (keep) {
-    for (py::object* const matrix : {&A_minus_I, &P}) {
-      *matrix = maker.empty(inputs.q(), shape.num_slots, shape.num_gate_heads, kTriangleBlocks,
-                            kTriangleBlockElements);
-    }
-    x.A_minus_I = reader.read(A_minus_I.ptr());
-    x.P = reader.read(P.ptr());
-    SplitSizes const split(shape, call.num_segments);
-    std::int64_t const size = split.M + split.states + (keep_tiles ? TileSizes(call).total() : 0);
-    if (size > 0) {
-      kept = maker.empty_float32(inputs.q(), size);
-      x.kept = reader.read(kept.ptr());
-    }
+    Workspace needed(nullptr);
+    take_kept(needed, params, keep_tiles);
+    kept = maker.empty_float32(inputs.q(), needed.size() / kKeptBytes);
+    x.kept = reader.read(kept.ptr());
   }
   if (!parameters.fill(params, x)) {
     return py::none();
   }
   launch(
       reader, maker, inputs.q(), x.q.device,
-      [&](Workspace& room) {
-        take_room(room, params, x.cu_seqlens.given, {.matrices = keep, .split = keep});
-      },
+      [&](Workspace& room) { take_room(room, params, x.cu_seqlens.given, keep); },
       [&](cudaStream_t stream) { chunk_forward(params, stream); });
   if (!keep) {
     return py::make_tuple(o, final_state);
   }
-  return py::make_tuple(o, final_state, A_minus_I, P, kept);
+  return py::make_tuple(o, final_state, kept);
 }
 
 // Where the kernels write a gradient. With gates per value head those of q and k are float32 and of every one
@@ -199,9 +185,7 @@ py::object backward(Arguments& from, TensorReader const& reader, TensorMaker con
   x.o = reader.read(from.object());
   x.d_final_state = reader.read(from.object());
   Inputs const inputs(from, reader, x);
-  for (View CallViews::* const kept : {&CallViews::A_minus_I, &CallViews::P, &CallViews::kept}) {
-    x.*kept = reader.read(from.object());
-  }
+  x.kept = reader.read(from.object());
   Options const options(from);
   std::array<bool, kNumGradients> needed;
   for (bool& asked : needed) {
@@ -210,7 +194,7 @@ py::object backward(Arguments& from, TensorReader const& reader, TensorMaker con
   Parameters parameters(x, options);
   ChunkBackwardParams params{};
   ChunkCall& call = params.call;
-  if (!takes(parameters, call, x.q, x.kept.given)) {
+  if (!takes(parameters, call, x)) {
     return py::none();
   }
 
@@ -248,8 +232,8 @@ PyObject* call_at_once(char const* name, PyObject* const* arguments, Py_ssize_t 
 
 // How tensors are read and made, 10 inputs, 8 options; and output_final_state, keep, keep tiles.
 constexpr Py_ssize_t kNumForward = 2 + kNumInputs + 8 + 3;
-// The same; and do, d_final_state, A - I, P, what else is kept, which gradients are needed.
-constexpr Py_ssize_t kNumBackward = 2 + kNumInputs + 8 + 5 + kNumGradients;
+// The same; and do, d_final_state, what is kept, which gradients are needed.
+constexpr Py_ssize_t kNumBackward = 2 + kNumInputs + 8 + 3 + kNumGradients;
 
 }  // namespace
 

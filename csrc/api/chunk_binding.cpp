@@ -27,8 +27,6 @@ constexpr View F::* kForwardOrder[] = {&F::q,
                                        &F::o,
                                        &F::final_state,
                                        &F::chunk_states,
-                                       &F::A_minus_I,
-                                       &F::P,
                                        &F::kept,
                                        &F::workspace};
 
@@ -45,8 +43,6 @@ constexpr View B::* kBackwardOrder[] = {&B::o,
                                         &B::dt_bias,
                                         &B::initial_state,
                                         &B::cu_seqlens,
-                                        &B::A_minus_I,
-                                        &B::P,
                                         &B::kept,
                                         &B::workspace,
                                         &B::dq,
@@ -59,9 +55,8 @@ constexpr View B::* kBackwardOrder[] = {&B::o,
                                         &B::d_dt_bias,
                                         &B::d_initial_state};
 
-// What the caller keeps for a backward has memory of its own.
 void take_all_room(Workspace& room, ChunkForwardParams& params, ForwardViews const& x) {
-  take_room(room, params, x.cu_seqlens.given, {.matrices = x.P.given, .split = x.kept.given});
+  take_room(room, params, x.cu_seqlens.given, x.kept.given);
 }
 void take_all_room(Workspace& room, ChunkBackwardParams& params, BackwardViews const& x) {
   take_room(room, params, x.cu_seqlens.given);
@@ -107,8 +102,8 @@ PyObject* backward_of_python(PyObject*, PyObject* const* arguments, Py_ssize_t n
                      [](Arguments& from) { return launch<B>(from, kBackwardOrder, chunk_backward); });
 }
 
-// (batch, seqlen, num_sequences, gate heads, value heads, K, V, packed, keeps A - I and P, backward, L2 norm,
-// segments, keeps tiles) to bytes. What is kept has room of its own, and so have a split's maps.
+// (batch, seqlen, num_sequences, gate heads, value heads, K, V, packed, keeps, backward, L2 norm, segments,
+// keeps tiles) to bytes.
 PyObject* workspace_bytes(PyObject*, PyObject* const* arguments, Py_ssize_t number) {
   if (number != 13) {
     return PyErr_Format(PyExc_TypeError, "chunk_workspace_bytes: expected 13 arguments, got %zd", number);
@@ -122,7 +117,7 @@ PyObject* workspace_bytes(PyObject*, PyObject* const* arguments, Py_ssize_t numb
   shape.num_value_heads = static_cast<std::int32_t>(from.integer());
   shape.dim_k = static_cast<std::int32_t>(from.integer());
   shape.dim_v = static_cast<std::int32_t>(from.integer());
-  bool const packed = from.flag(), keeps_matrices = from.flag(), backward = from.flag();
+  bool const packed = from.flag(), keeps = from.flag(), backward = from.flag();
   call.gates.use_qk_l2norm = from.flag();
   call.num_segments = static_cast<int>(from.integer());
   bool const keeps_tiles = from.flag();
@@ -135,8 +130,7 @@ PyObject* workspace_bytes(PyObject*, PyObject* const* arguments, Py_ssize_t numb
   ChunkBackwardParams backward_params{};
   forward_params.call = backward_params.call = call;
   forward_params.keeps_tiles = backward_params.has_tiles = keeps_tiles;
-  backward ? take_room(room, backward_params, packed)
-           : take_room(room, forward_params, packed, {.matrices = keeps_matrices, .split = true});
+  backward ? take_room(room, backward_params, packed) : take_room(room, forward_params, packed, keeps);
   return PyLong_FromLongLong(room.size());
 }
 
@@ -222,7 +216,7 @@ PyMethodDef methods[] = {
     method(
         "chunk_forward_at_once", &chunk_forward_at_once,
         "The chunk forward of plain tensors on the current device: (o, final_state or None), and with keep also "
-        "A_minus_I, P and what else is kept or None. None, and nothing done, where an argument is not as the kernels need it."),
+        "what is kept for the backward. None, and nothing done, where an argument is not as the kernels need it."),
     method(
         "chunk_backward_at_once", &chunk_backward_at_once,
         "The chunk backward of the same: a tuple of gradients, with None for those that nobody asked for. None, "

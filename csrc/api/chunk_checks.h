@@ -11,7 +11,7 @@ constexpr std::int64_t kTileAlignment = 128;  // what images of shared memory as
 constexpr std::int64_t kMaxSegments = 65535;  // a grid's height
 
 struct CallViews : TokenViews {
-  View A_log, dt_bias, initial_state, cu_seqlens, A_minus_I, P, kept, workspace;
+  View A_log, dt_bias, initial_state, cu_seqlens, kept, workspace;
 };
 
 struct ForwardViews : CallViews {
@@ -70,10 +70,6 @@ class Parameters : public CallChecks {
     params.o = contiguous(x.o);
     params.final_state = states(x.final_state, shape.num_sequences, shape);
     params.chunk_states = states(x.chunk_states, shape.num_slots, shape);
-    need(x.A_minus_I.given == x.P.given);
-    if (x.P.given) {
-      fill_matrices(params.call.tiles, shape);
-    }
     if (x.kept.given) {
       params.keeps_tiles = fill_kept(params);
     }
@@ -85,15 +81,11 @@ class Parameters : public CallChecks {
     CallShape const& shape = params.call.shape;
     need(params.call.num_segments >= 1);
     need_output(x.o, x.v);
-    need(x.A_minus_I.given && x.P.given);
+    need(x.kept.given);
     if (!good()) {
       return false;
     }
-    fill_matrices(params.call.tiles, shape);
-    need(x.kept.given || params.call.num_segments == 1);
-    if (x.kept.given) {
-      params.has_tiles = fill_kept(params);
-    }
+    params.has_tiles = fill_kept(params);
     params.dO = tokens(x.o);
     params.d_final_state = states(x.d_final_state, shape.num_sequences, shape);
     params.d_initial_state = states(x.d_initial_state, shape.num_sequences, shape);
@@ -135,16 +127,6 @@ class Parameters : public CallChecks {
     shape.num_slots = small(num_slots(shape.batch, shape.seqlen, shape.num_sequences, offsets.given));
   }
 
-  // [slots, gate heads, 10, 16 * 16]
-  void fill_matrices(ChunkTiles& tiles, CallShape const& shape) {
-    for (View const* view : {&x_.A_minus_I, &x_.P}) {
-      need(view->has_shape(shape.num_slots, shape.num_gate_heads, kTriangleBlocks, kTriangleBlockElements) &&
-           view->kind == x_.q.kind);
-    }
-    tiles.A_minus_I = contiguous(x_.A_minus_I);
-    tiles.P = contiguous(x_.P);
-  }
-
   // Contiguous channels and strides of whole 16 bytes are read as they are. Without tokens nothing is read.
   TokenTensor tokens(View const& view) {
     if (view.shape[1] == 0) {
@@ -181,33 +163,21 @@ class Parameters : public CallChecks {
     return reinterpret_cast<float*>(contiguous(view, sizeof(float)));
   }
 
-  // What a forward keeps beside A - I and P, one after the other in float32: M and first states of segments
-  // where there are several, and prepare's tiles where there is room for them. Whether there is.
+  // Where the parts of what a forward keeps lie. Whether prepare's tiles are among them, which its size says.
   template <class Params>
   bool fill_kept(Params& params) {
-    ChunkCall& call = params.call;
     View const& view = x_.kept;
-    SplitSizes const split(call.shape, call.num_segments);
-    TileSizes const sizes(call);
     need(view.kind == Kind::kFloat32 && view.ndim == 1);
     std::uint8_t* const first = contiguous(view, kTileAlignment);
-    if (!good()) {
+    auto const fits = [&](bool tiles) {
+      Workspace room(first);
+      take_kept(room, params, tiles);
+      return room.size() == view.shape[0] * kKeptBytes;
+    };
+    if (fits(false)) {
       return false;
     }
-    Workspace room(first);
-    if (call.num_segments > 1) {
-      params.segment_M = room.take<float>(split.M * sizeof(float));
-      params.segment_states = room.take<float>(split.states * sizeof(float));
-    }
-    std::int64_t const rest = view.shape[0] - split.M - split.states;
-    need(rest == 0 || rest == sizes.total());
-    if (rest == 0) {
-      return false;
-    }
-    call.tiles.factors = room.take<float>(sizes.factors * sizeof(float));
-    call.tiles.gamma_last = room.take<float>(sizes.gamma_last * sizeof(float));
-    params.row_norms = sizes.row_norms > 0 ? room.take<float>(sizes.row_norms * sizeof(float)) : nullptr;
-    need(room.size() == view.shape[0] * static_cast<std::int64_t>(sizeof(float)));  // parts have no gaps
+    need(fits(true));
     return true;
   }
 

@@ -13,6 +13,8 @@ namespace gdn2 {
 constexpr std::int64_t kSlice = 64;           // value columns
 constexpr std::int64_t kRoomAlignment = 256;  // bytes, of what is carved out
 constexpr std::int64_t kElementBytes = 2;     // of q, and of all tiles
+// Of the tensor that a forward keeps, float32: as 16-bit elements its float32 parts would have NaNs among them.
+constexpr std::int64_t kKeptBytes = 4;
 
 // Carves room out of one allocation. Without an address it only counts.
 class Workspace {
@@ -62,7 +64,6 @@ struct TileSizes {
     gamma_last = tiles * k;
     row_norms = call.gates.use_qk_l2norm ? tiles * 2 * kChunk : 0;
   }
-  std::int64_t total() const { return factors + gamma_last + row_norms; }
 };
 
 // In floats: M of the segments between the first and the last, and the states that all but the first start
@@ -82,12 +83,45 @@ struct SplitSizes {
   }
 };
 
+// In bytes: A - I, or P.
+inline std::int64_t matrix_size(CallShape const& shape) {
+  return num_gate_tiles(shape) * kTriangleBytes;
+}
+
+inline void take_matrices(Workspace& room, ChunkCall& call) {
+  call.tiles.A_minus_I = room.take(matrix_size(call.shape));
+  call.tiles.P = room.take(matrix_size(call.shape));
+}
+
+inline void take_tiles(Workspace& room, ChunkCall& call) {
+  TileSizes const sizes(call);
+  call.tiles.factors = room.take<float>(sizes.factors * sizeof(float));
+  call.tiles.gamma_last = room.take<float>(sizes.gamma_last * sizeof(float));
+}
+
+// What a forward keeps for its backward: A - I and P, M and first states of segments where there are several,
+// and where they are asked for prepare's tiles.
+template <class Params>
+void take_kept(Workspace& room, Params& params, bool tiles) {
+  ChunkCall& call = params.call;
+  take_matrices(room, call);
+  if (call.num_segments > 1) {
+    SplitSizes const sizes(call.shape, call.num_segments);
+    params.segment_M = room.take<float>(sizes.M * sizeof(float));
+    params.segment_states = room.take<float>(sizes.states * sizeof(float));
+  }
+  if (tiles) {
+    take_tiles(room, call);
+    if (call.gates.use_qk_l2norm) {
+      params.row_norms = room.take<float>(TileSizes(call).row_norms * sizeof(float));
+    }
+  }
+}
+
 inline void take_call_room(Workspace& room, ChunkCall& call, bool packed, bool has_tiles) {
   CallShape const& shape = call.shape;
   if (!has_tiles) {
-    TileSizes const sizes(call);
-    call.tiles.factors = room.take<float>(sizes.factors * sizeof(float));
-    call.tiles.gamma_last = room.take<float>(sizes.gamma_last * sizeof(float));
+    take_tiles(room, call);
   }
   call.ready = room.take<std::uint32_t>(num_gate_tiles(shape) * sizeof(std::uint32_t));
   if (packed) {
@@ -97,24 +131,17 @@ inline void take_call_room(Workspace& room, ChunkCall& call, bool packed, bool h
   }
 }
 
-// What of a forward has memory of its own, for a backward.
-struct Kept {
-  bool matrices;  // A - I and P
-  bool split;     // M of the segments and their first states
-};
-
-inline void take_room(Workspace& room, ChunkForwardParams& params, bool packed, Kept const& kept) {
+// What a forward keeps has memory of its own.
+inline void take_room(Workspace& room, ChunkForwardParams& params, bool packed, bool keeps) {
   ChunkCall& call = params.call;
   take_call_room(room, call, packed, params.keeps_tiles);
-  if (!kept.matrices) {
-    std::int64_t const bytes = num_gate_tiles(call.shape) * kTriangleBytes;
-    call.tiles.A_minus_I = room.take(bytes);
-    call.tiles.P = room.take(bytes);
+  if (!keeps) {
+    take_matrices(room, call);
   }
   if (call.num_segments > 1) {
     SplitSizes const sizes(call.shape, call.num_segments);
     params.segment_N = room.take<float>(sizes.states * sizeof(float));
-    if (!kept.split) {
+    if (!keeps) {
       params.segment_M = room.take<float>(sizes.M * sizeof(float));
     }
   }

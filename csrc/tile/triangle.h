@@ -11,7 +11,6 @@ namespace gdn2 {
 
 constexpr int kTriangleBlock = 16, kTriangleStrips = 4;
 constexpr int kTriangleRows = kTriangleBlock * kTriangleStrips;
-constexpr int kTriangleBlockElements = kTriangleBlock * kTriangleBlock;
 constexpr int kTriangleRowBytes = 32;
 constexpr int kStripBytes = kTriangleRows * kTriangleRowBytes;
 constexpr int kTriangleBlockBytes = kTriangleBlock * kTriangleRowBytes;
