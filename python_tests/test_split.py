@@ -236,6 +236,16 @@ def test_later_tokens_change_no_bit_of_earlier_outputs(hopper, seed):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dim_v", [128, 256])
+def test_walks_that_wait_do_not_keep_others_from_running(hopper, dim_v, seed):
+    """More walks than there are SMs make what others wait for, forwards and in reverse."""
+    inputs = hopper.inputs("layer_init", seqlen=64 * 64, heads=12, dim_v=dim_v, seed=seed)
+    cut, whole = (hopper.run(inputs, sequence_split=n, poisoned=False) for n in (64, 1))
+    for name, x in cut.items():
+        compare.assert_close(x, whole[name], 2 * hopper.bar(name, "layer_init"), name)
+
+
+@pytest.mark.gpu
 def test_states_of_all_chunks_come_out_of_segments_too(hopper, seed):
     inputs = hopper.inputs("slow", seqlen=700, heads=2, seed=seed)
     *_, h = hopper.forward(inputs, sequence_split=3, return_intermediate_states=True)

@@ -9,8 +9,9 @@ void chunk_forward(ChunkForwardParams const& params, cudaStream_t stream) {
   bool const split = call.num_segments > 1;
   // Where the walk has few CTAs prepare may run beside it on the other SMs.
   int const num_sms = params.chunk_states == nullptr && !split ? sms_beside_scan(split_choice(call)) : 0;
-  int const num_kept =
-      num_sms > 0 ? 0 : num_kept_forward(call.shape, call.cu_seqlens != nullptr, call.num_segments);
+  int const num_kept = num_sms > 0 ? 0
+                                   : num_kept_forward(call.shape, call.cu_seqlens != nullptr,
+                                                      call.num_segments, params.chunk_states != nullptr);
   plan_and_prepare(call,
                    {.num_sms = num_sms,
                     .row_norms = params.row_norms,

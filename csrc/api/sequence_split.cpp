@@ -100,6 +100,12 @@ bool tiles_fit_cache(CallShape const& shape) {
   return std::int64_t{shape.num_slots} * shape.num_gate_heads <= kTilesOfCache;
 }
 
+// Whether one CTA, or one pair, of so many value columns reads a tile: the first of several readers would let
+// go of it for the others.
+bool have_one_reader(CallShape const& shape, std::int64_t columns) {
+  return shape.num_value_heads == shape.num_gate_heads && shape.dim_v <= columns;
+}
+
 }  // namespace
 
 int num_segments(SplitChoice const& call) {
@@ -122,7 +128,10 @@ int sms_beside_scan(SplitChoice const& call) {
   return Estimate(call).sms_beside_scan();
 }
 
-int num_kept_forward(CallShape const& shape, bool packed, int num_segments) {
+int num_kept_forward(CallShape const& shape, bool packed, int num_segments, bool stores_states) {
+  if (!have_one_reader(shape, stores_states ? kColumns : 2 * kColumns)) {  // as scan has its value columns
+    return 0;
+  }
   int const heads = std::max(shape.num_sequences * shape.num_gate_heads, 1);
   if (num_segments > 1) {
     return kKeptForSegments / (heads * (num_segments - 1));
@@ -132,7 +141,7 @@ int num_kept_forward(CallShape const& shape, bool packed, int num_segments) {
 }
 
 int num_kept_backward(CallShape const& shape, int num_segments) {
-  if (num_segments == 1 || tiles_fit_cache(shape)) {
+  if (num_segments == 1 || tiles_fit_cache(shape) || !have_one_reader(shape, 2 * kColumns)) {
     return 0;
   }
   return kKeptForReverse / (shape.num_sequences * shape.num_gate_heads * (num_segments - 1));

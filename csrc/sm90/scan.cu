@@ -11,7 +11,7 @@
 //
 // Grid: one CTA for a sequence, segment, value head and kWarpgroups * 64 value columns, longer sequences
 // first. CTAs of neighbouring columns are pairs (clusters): each loads a half of every tile of factors, for
-// both. A sequence is one segment, or several, which start where the maps of those before lead
+// both. A sequence is one segment, or several (kSplit), which start where the maps of those before lead
 // (segment_start.cuh).
 // Roles: kWarpgroups math warpgroups of 64 value columns each (S 64, X 32, O 32 accumulators; 32 rounded S,
 // 16 rounded X or R or O a thread); one warpgroup that makes Z; one whose first warp loads factors, whose
@@ -39,11 +39,12 @@
 namespace gdn2 {
 namespace {
 
-template <class Element_, int kDimK_, int kWarpgroups_, bool kStoreStates_, bool kPaired_>
+template <class Element_, int kDimK_, int kWarpgroups_, bool kSplit_, bool kStoreStates_, bool kPaired_>
 struct Config {
   using Element = Element_;
   static constexpr int kDimK = kDimK_;
   static constexpr int kWarpgroups = kWarpgroups_;
+  static constexpr bool kSplit = kSplit_;              // sequences of several segments
   static constexpr bool kStoreStates = kStoreStates_;  // of every chunk's start
   static constexpr bool kPaired = kPaired_;            // with the CTA of the neighbouring value columns
   static constexpr int kBoxes = kDimK / kBoxColumns;
@@ -85,6 +86,7 @@ struct SharedStorage {
   RingBarriers<Cfg::kStagesK> ring_k;
   RingBarriers<1> ring_O[Cfg::kWarpgroups];
   StartBarriers<Cfg> start;
+  Work work;  // of a split: here it costs no registers
 
   // Maps come to where the q of chunks after the first and all k will be.
   __device__ std::uint8_t* maps() { return factors_q[1].gamma_q; }
@@ -114,7 +116,9 @@ struct SharedStorage {
     for (auto& ring : ring_O) {
       ring.init(kWarpgroupWarps, 1);
     }
-    start.init();
+    if constexpr (Cfg::kSplit) {
+      start.init();
+    }
     cutlass::arch::fence_barrier_init();  // orders the inits before the copy engine's use of them
   }
 };
@@ -123,12 +127,26 @@ struct TensorMaps {
   CUtensorMap v, w, o;
 };
 
+// By how many value columns a CTA has.
+template <class Cfg>
+using Ctas = WalkCtas<Cfg::kWarpgroups * kColumns>;
+
+template <class Cfg>
 __device__ int find_segment(ScanParams const& params) {
-  return find_walk(params.shape, blockIdx.x, params.num_segments);
+  return Cfg::kSplit ? Ctas<Cfg>(params.shape).find_walk(blockIdx.x, params.num_segments) : 0;
 }
 
+template <class Cfg>
+__device__ Work find_work(ScanParams const& params) {
+  int const num_segments = Cfg::kSplit ? params.num_segments : 1;
+  Work work = Ctas<Cfg>(params.shape).find_work(params.shape, params.plan, blockIdx.x, num_segments);
+  take_segment(work, find_segment<Cfg>(params), num_segments);
+  return work;
+}
+
+template <class Cfg>
 __device__ MapsToStart<false> maps_to_start(ScanParams const& params) {
-  return {find_segment(params), params.num_segments};
+  return {find_segment<Cfg>(params), params.num_segments};
 }
 
 __device__ KeptChunks kept_chunks(ScanParams const& params) {
@@ -148,8 +166,10 @@ __device__ void load(SharedStorage<Cfg>& smem, ScanParams const& params, Work co
   if (params.ready == nullptr) {
     wait_for_earlier_kernels();  // prepare, or segment_maps
   }
-  MapsToStart<false> const maps = maps_to_start(params);
-  load_maps<Cfg>(smem.start, smem.maps(), params.segment_M, params.segment_N, params.shape, work, maps);
+  if constexpr (Cfg::kSplit) {
+    load_maps<Cfg>(smem.start, smem.maps(), params.segment_M, params.segment_N, params.shape, work,
+                   maps_to_start<Cfg>(params));
+  }
   for (int chunk = 0; chunk < work.num_chunks; ++chunk) {
     CacheHint const hint = kept_chunks(params).hint(chunk);
     std::int64_t const tile = work.first_tile + static_cast<std::int64_t>(chunk) * work.tile_stride;
@@ -170,8 +190,10 @@ __device__ void load(SharedStorage<Cfg>& smem, ScanParams const& params, Work co
     load_triangle<Cfg>(factors_q.A_minus_I, tiles.A_minus_I, tile, full_q, hint);
     at_q.advance();
 
-    if (chunk == 0 && maps.number() > 0) {
-      wait_for_start(smem.start);
+    if constexpr (Cfg::kSplit) {
+      if (chunk == 0 && maps_to_start<Cfg>(params).number() > 0) {
+        wait_for_start(smem.start);
+      }
     }
     auto& factors_k = smem.factors_k[at_k.stage];
     FullBarrier& full_k = smem.ring_k.begin_fill(at_k, kTile + kTriangleBytes);
@@ -267,13 +289,14 @@ struct Walk {
   RingPosition<Cfg::kStagesK> at_k;
   RingPosition<1> at_O;
   float S[Cfg::kDimK / 2], X[32], O[32];
+  MathThread own;
 
   // O^T, rounded, to the tile that the store role empties.
   __device__ void finish_O() {
     FragmentA O_rounded[4];
     round_fragments<Element>(O_rounded, O);
     smem.ring_O[wg].wait_empty(at_O);
-    store_token_rows(O_rounded, smem.O[wg]);
+    store_token_rows(O_rounded, smem.O[wg], own);
     smem.ring_O[wg].publish(at_O);
   }
 
@@ -282,7 +305,7 @@ struct Walk {
   __device__ void issue_X(FragmentA (&S_rounded)[kSteps]) {
     smem.ring_E.wait_full(at_E);
     round_fragments<Element>(S_rounded, S);
-    decay_state(S, smem.gamma_last[at_E.stage]);
+    decay_state(S, smem.gamma_last[at_E.stage], own);
     wgmma_fence();
     multiply_transposed<Element, ScaleIn::Neg>(X, S_rounded, smem.gamma_E[at_E.stage], true);
   }
@@ -330,7 +353,8 @@ struct Walk {
     if (work.num_chunks == 0) {
       return;
     }
-    take_Z(X, smem, at_Z, wg);
+    own.pin();
+    take_Z(X, smem, at_Z, wg, own);
     {
       if constexpr (Cfg::kStoreStates) {
         store_chunk_state(0);
@@ -344,7 +368,7 @@ struct Walk {
       FragmentA R_rounded[4];
       round_fragments<Element>(R_rounded, X);
       issue_S_and_O(R_rounded);
-      take_Z(X, smem, at_Z, wg);
+      take_Z(X, smem, at_Z, wg, own);
       if constexpr (Cfg::kStoreStates) {
         wgmma_wait<0>();
         store_chunk_state(chunk);
@@ -369,15 +393,15 @@ struct Walk {
 template <class Cfg>
 __device__ void compute(SharedStorage<Cfg>& smem, ScanParams const& params, Work const& work, int wg) {
   int const first_column = work.first_column + wg * kColumns;
-  int const segment = find_segment(params), last_segment = params.num_segments - 1;
+  int const segment = find_segment<Cfg>(params), last_segment = Cfg::kSplit ? params.num_segments - 1 : 0;
   Walk<Cfg> walk{smem, params, work, wg};
   if (segment == 0) {
     read_state<Cfg::kDimK>(walk.S, params.initial_state, params.shape, params.state_v_first, work,
                            first_column);
-  } else {
+  } else if constexpr (Cfg::kSplit) {
     wait_for_earlier_kernels();  // segment_maps
     find_start<Cfg>(walk.S, smem.start, smem.maps(), params.segment_N, params.shape, work, wg,
-                    maps_to_start(params), [&] { smem.clear_above_triangles(Cfg::kMathThreads); });
+                    maps_to_start<Cfg>(params), [&] { smem.clear_above_triangles(Cfg::kMathThreads); });
     if (params.segment_states != nullptr) {
       write_segment_state<Cfg::kDimK>(walk.S, params.segment_states, params.shape,
                                       segment_row(work, segment - 1, params.num_segments), work.value_head,
@@ -394,19 +418,15 @@ __device__ void compute(SharedStorage<Cfg>& smem, ScanParams const& params, Work
   }
 }
 
+// By all threads of a CTA. `work` may be read after sync_before_loads.
 template <class Cfg>
-__global__ void __launch_bounds__(Cfg::kThreads, 1)
-    scan_kernel(__grid_constant__ ScanParams const params, __grid_constant__ TensorMaps const maps) {
-  extern __shared__ std::uint8_t smem_bytes[];
-  auto& smem = *reinterpret_cast<SharedStorage<Cfg>*>(smem_bytes);
-  Work work =
-      find_cta_work(params.shape, params.plan, blockIdx.x, params.num_segments, Cfg::kWarpgroups * kColumns);
-  take_segment(work, find_segment(params), params.num_segments);
+__device__ void run(SharedStorage<Cfg>& smem, ScanParams const& params, TensorMaps const& maps,
+                    Work const& work) {
   if (threadIdx.x == 0) {
     smem.init_barriers();
   }
   smem.clear_above_first_triangle(Cfg::kThreads);
-  if (maps_to_start(params).number() <= 0) {
+  if (!Cfg::kSplit || maps_to_start<Cfg>(params).number() <= 0) {
     smem.clear_above_triangles(Cfg::kThreads);
   }
   sync_before_loads<Cfg>();
@@ -434,6 +454,21 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
 }
 
 template <class Cfg>
+__global__ void __launch_bounds__(Cfg::kThreads, 1)
+    scan_kernel(__grid_constant__ ScanParams const params, __grid_constant__ TensorMaps const maps) {
+  extern __shared__ std::uint8_t smem_bytes[];
+  auto& smem = *reinterpret_cast<SharedStorage<Cfg>*>(smem_bytes);
+  if constexpr (Cfg::kSplit) {
+    if (threadIdx.x == 0) {
+      smem.work = find_work<Cfg>(params);
+    }
+    run(smem, params, maps, smem.work);
+  } else {
+    run(smem, params, maps, find_work<Cfg>(params));
+  }
+}
+
+template <class Cfg>
 void launch(ScanParams const& params, cudaStream_t stream) {
   CallShape const& shape = params.shape;
   TensorMaps maps{};
@@ -447,15 +482,13 @@ void launch(ScanParams const& params, cudaStream_t stream) {
   }
   constexpr int kSmemBytes = sizeof(SharedStorage<Cfg>);
   static_assert(kSmemBytes <= 227 * 1024);
-  constexpr int kColumnsPerCta = Cfg::kWarpgroups * kColumns;
   launch_kernel<scan_kernel<Cfg>>(
       {.name = "scan",
-       .grid = dim3(static_cast<unsigned>(shape.num_sequences) * params.num_segments * shape.num_value_heads,
-                    (shape.dim_v + kColumnsPerCta - 1) / kColumnsPerCta),
+       .grid = dim3(Ctas<Cfg>(shape).of_walk * shape.num_sequences * params.num_segments),
        .num_threads = Cfg::kThreads,
        .shared_bytes = kSmemBytes,
        .stream = stream,
-       .cluster = dim3(1, Cfg::kPaired ? 2 : 1),
+       .cluster = dim3(Cfg::kPaired ? 2 : 1),
        .overlaps = shape.seqlen > 0},  // without tokens there has been no prepare
       params, maps);
 }
@@ -463,21 +496,26 @@ void launch(ScanParams const& params, cudaStream_t stream) {
 template <class Element, int kDimK>
 void dispatch(ScanParams const& params, cudaStream_t stream) {
   // Value columns share the factors that are loaded. Two warpgroups do so at half the number of CTAs: where
-  // one warpgroup a CTA would not run all at once, they are the better choice. Elsewhere pairs of CTAs do.
+  // one warpgroup a CTA would not run all at once, they are the better choice. Elsewhere pairs of CTAs do, and
+  // in a split, which is for few heads.
   CallShape const& shape = params.shape;
   std::int64_t const slices = num_slices(shape.dim_v);
-  std::int64_t const walks = std::int64_t{shape.num_sequences} * shape.num_value_heads * params.num_segments;
-  bool const share = slices > 1 && walks * slices > params.num_sms;
+  std::int64_t const walks = std::int64_t{shape.num_sequences} * shape.num_value_heads;
+  bool const split = params.num_segments > 1;
   // Beside prepare there may be no two SMs free that could be a cluster.
   bool const pair = slices % 2 == 0 && params.ready == nullptr;
   if (params.chunk_states != nullptr) {
-    launch<Config<Element, kDimK, 1, true, false>>(params, stream);
-  } else if (share) {
-    launch<Config<Element, kDimK, 2, false, false>>(params, stream);
+    split ? launch<Config<Element, kDimK, 1, true, true, false>>(params, stream)
+          : launch<Config<Element, kDimK, 1, false, true, false>>(params, stream);
+  } else if (split) {
+    pair ? launch<Config<Element, kDimK, 1, true, false, true>>(params, stream)
+         : launch<Config<Element, kDimK, 1, true, false, false>>(params, stream);
+  } else if (slices > 1 && walks * slices > params.num_sms) {
+    launch<Config<Element, kDimK, 2, false, false, false>>(params, stream);
   } else if (pair) {
-    launch<Config<Element, kDimK, 1, false, true>>(params, stream);
+    launch<Config<Element, kDimK, 1, false, false, true>>(params, stream);
   } else {
-    launch<Config<Element, kDimK, 1, false, false>>(params, stream);
+    launch<Config<Element, kDimK, 1, false, false, false>>(params, stream);
   }
 }
 

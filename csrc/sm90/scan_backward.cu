@@ -109,7 +109,7 @@ __device__ void load(ReverseStorage<Cfg>& smem, ScanBackwardParams const& params
   RingPosition<Cfg::kStagesQ> at_q;
   RingPosition<Cfg::kStagesE> at_E;
   wait_for_earlier_kernels();  // prepare
-  OwnWalk const own(params);
+  OwnWalk<Cfg> const own(params);
   MapsToStart<true> const maps = own.maps_to_start(params);
   KeptChunks const kept{params.num_kept, !own.makes_N};
   for (int step = 0; step < maps.number(); ++step) {
@@ -201,7 +201,7 @@ template <class Cfg>
 __device__ void compute(RecomputeStorage<Cfg>& smem, ScanBackwardParams const& params, Work const& work,
                         int wg) {
   int const first_column = work.first_column + wg * kColumns;
-  int const segment = OwnWalk(params).segment;
+  int const segment = OwnWalk<Cfg>(params).segment;
   Recompute<Cfg> walk{smem, work, wg, {smem.outgoing, smem.rings_outgoing, wg}};
   if (segment == 0) {
     read_state<Cfg::kDimK>(walk.S, params.initial_state, params.shape, params.state_v_first, work,
@@ -219,20 +219,22 @@ __device__ void compute(ReverseStorage<Cfg>& smem, ScanBackwardParams const& par
                         int wg) {
   int const first_column = work.first_column + wg * kColumns;
   Reverse<Cfg> walk{smem, work, wg, {smem.outgoing, smem.rings_outgoing, wg}};
-  OwnWalk const own(params);
+  OwnWalk<Cfg> const own(params);
   bool const is_last = own.segment == params.num_segments - 1;
   if (is_last || own.makes_N) {
     read_state<Cfg::kDimK>(walk.dS, is_last ? params.d_final_state : nullptr, params.shape,
                            params.state_v_first, work, first_column);
   } else {
     MapsToStart<true> const maps = own.maps_to_start(params);
+    wait_for_earlier_kernels();  // prepare, which clears flags
     wait_ready(find_N_ready(params, work, maps.first_N()));
     find_start<Cfg>(walk.dS, smem.start, smem.maps(), params.segment_N, params.shape, work, wg, maps,
                     [&] { smem.clear_above_triangles(Cfg::kMathWarps * kWarpThreads); });
   }
   walk.run();
-  OwnWalk const again(params);  // which needs no register during the walk
+  OwnWalk<Cfg> const again(params);  // which needs no register during the walk
   if (again.makes_N) {
+    wait_for_earlier_kernels();  // prepare, which clears flags: a segment may be without chunks
     write_segment_state<Cfg::kDimK>(walk.dS, params.segment_N, params.shape,
                                     segment_row(work, again.segment - 1, params.num_segments),
                                     work.value_head, first_column);
@@ -260,19 +262,17 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
   extern __shared__ std::uint8_t smem_bytes[];
   auto& recompute = *reinterpret_cast<RecomputeStorage<Cfg>*>(smem_bytes);
   auto& reverse = *reinterpret_cast<ReverseStorage<Cfg>*>(smem_bytes);
-  bool const forwards = OwnWalk(params).forwards;
+  bool const forwards = OwnWalk<Cfg>(params).forwards;
   Work& work = *reinterpret_cast<Work*>(smem_bytes + kStorageBytes<Cfg>);  // where it costs no registers
   if (threadIdx.x == 0) {
-    OwnWalk const own(params);
-    work = find_cta_work(params.shape, params.plan, own.cta, own.number, Cfg::kWarpgroups * kColumns);
-    take_segment(work, own.segment, params.num_segments);
+    work = OwnWalk<Cfg>(params).find_work(params);
     forwards ? recompute.init_barriers() : reverse.init_barriers();
   }
   if (forwards) {
     recompute.clear_above_triangles(Cfg::kThreads);
   } else {
     reverse.clear_above_first_triangle(Cfg::kThreads);
-    if (OwnWalk(params).maps_to_start(params).number() <= 0) {
+    if (OwnWalk<Cfg>(params).maps_to_start(params).number() <= 0) {
       reverse.clear_above_triangles(Cfg::kThreads);
     }
   }
@@ -300,7 +300,7 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
         store<Cfg>(recompute.outgoing, recompute.rings_outgoing, out.S, out.R, true, params.shape, work,
                    warp - 1);
       } else {
-        bool const only_N = OwnWalk(params).makes_N;
+        bool const only_N = OwnWalk<Cfg>(params).makes_N;
         store<Cfg>(reverse.outgoing, reverse.rings_outgoing, only_N ? nullptr : out.dS, out.dX, false,
                    params.shape, work, warp - 1);
       }
@@ -321,17 +321,15 @@ void launch(ScanBackwardParams const& params, cudaStream_t stream) {
   }
   static_assert(kSharedBytes<Cfg> <= 227 * 1024);
   int const num_walks = WalksOfPart(params, true).number() + WalksOfPart(params, false).number();
-  constexpr int kColumnsPerCta = Cfg::kWarpgroups * kColumns;
-  launch_kernel<scan_backward_kernel<Cfg>>(
-      {.name = "scan_backward",
-       .grid = dim3(static_cast<unsigned>(shape.num_sequences) * num_walks * shape.num_value_heads,
-                    (shape.dim_v + kColumnsPerCta - 1) / kColumnsPerCta),
-       .num_threads = Cfg::kThreads,
-       .shared_bytes = kSharedBytes<Cfg>,
-       .stream = stream,
-       .cluster = dim3(1, Cfg::kPaired ? 2 : 1),
-       .overlaps = params.follows_prepare},
-      params, maps);
+  unsigned const ctas_of_walk = WalkCtas<Cfg::kWarpgroups * kColumns>(shape).of_walk;
+  launch_kernel<scan_backward_kernel<Cfg>>({.name = "scan_backward",
+                                            .grid = dim3(ctas_of_walk * shape.num_sequences * num_walks),
+                                            .num_threads = Cfg::kThreads,
+                                            .shared_bytes = kSharedBytes<Cfg>,
+                                            .stream = stream,
+                                            .cluster = dim3(Cfg::kPaired ? 2 : 1),
+                                            .overlaps = params.follows_prepare},
+                                           params, maps);
 }
 
 template <class Element, int kDimK>

@@ -381,27 +381,35 @@ struct WalksOfPart {
 };
 
 // The CTA's own. Asked of the machine, it needs no register in between.
+template <class Cfg>
 struct OwnWalk {
+  WalkCtas<Cfg::kWarpgroups * kColumns> ctas;
   unsigned cta;  // of its part of the grid
   int number;    // of walks in that
   bool forwards, makes_N;
   int segment;
 
-  __device__ explicit OwnWalk(ScanBackwardParams const& params) {
+  __device__ explicit OwnWalk(ScanBackwardParams const& params) : ctas(params.shape) {
     asm volatile("" ::: "memory");
-    unsigned const ctas_of_walk = params.shape.num_sequences * params.shape.num_value_heads;
-    unsigned const first_part = ctas_of_walk * WalksOfPart(params, true).number();
+    unsigned const first_part =
+        ctas.of_walk * params.shape.num_sequences * WalksOfPart(params, true).number();
     cta = blockIdx.x;
     makes_N = cta < first_part;
     cta = makes_N ? cta : cta - first_part;
     WalksOfPart const walks(params, makes_N);
     number = walks.number();
-    int const walk = find_walk(params.shape, cta, number), recomputed = walk - walks.reverse;
+    int const walk = ctas.find_walk(cta, number), recomputed = walk - walks.reverse;
     forwards = recomputed >= 0;
     segment = forwards  ? (makes_N ? recomputed : params.num_recomputed_first + recomputed)
               : makes_N ? walk + 1
                         : walk;
     makes_N = makes_N && !forwards;
+  }
+
+  __device__ Work find_work(ScanBackwardParams const& params) const {
+    Work work = ctas.find_work(params.shape, params.plan, cta, number);
+    take_segment(work, segment, params.num_segments);
+    return work;
   }
 
   // Reverse walks from zero need none.

@@ -61,21 +61,26 @@ __device__ inline Work find_work(CallShape const& shape, PackedPlan const& plan,
   return work;
 }
 
-// A sequence's walks (segments, directions) one after the other, heads fastest within each, longer sequences
-// first: cta is blockIdx.x of a grid of num_sequences * num_walks * num_value_heads, or counts from where such
-// a part of it begins. Which walk of its sequence the CTA's is:
-__device__ inline int find_walk(CallShape const& shape, unsigned cta, int num_walks) {
-  return cta / shape.num_value_heads % num_walks;
-}
+// The walks of a call (segments, directions), a CTA for kColumnsPerCta value columns of a head: the walks of
+// a sequence one after the other, longer sequences first; within a walk heads, of each its value columns.
+template <int kColumnsPerCta>
+struct WalkCtas {
+  unsigned of_head, of_walk;
 
-// columns_per_cta: how many value columns the CTA owns, by blockIdx.y.
-__device__ inline Work find_cta_work(CallShape const& shape, PackedPlan const& plan, unsigned cta,
-                                     int num_walks, int columns_per_cta) {
-  int const in_order = cta / (shape.num_value_heads * num_walks);
-  int const sequence = plan.sequences != nullptr ? plan.sequences[in_order] : in_order;
-  return find_work(shape, plan, sequence, static_cast<int>(cta % shape.num_value_heads),
-                   static_cast<int>(blockIdx.y) * columns_per_cta);
-}
+  __host__ __device__ explicit WalkCtas(CallShape const& shape)
+      : of_head((shape.dim_v + kColumnsPerCta - 1) / kColumnsPerCta),
+        of_walk(shape.num_value_heads * of_head) {}
+
+  // Which of its sequence's num_walks walks the cta-th CTA's is.
+  __device__ int find_walk(unsigned cta, int num_walks) const { return cta / of_walk % num_walks; }
+
+  __device__ Work find_work(CallShape const& shape, PackedPlan const& plan, unsigned cta,
+                            int num_walks) const {
+    int const in_order = cta / (of_walk * num_walks);
+    int const sequence = plan.sequences != nullptr ? plan.sequences[in_order] : in_order;
+    return gdn2::find_work(shape, plan, sequence, cta % of_walk / of_head, cta % of_head * kColumnsPerCta);
+  }
+};
 
 // Narrows the work to a segment of its sequence. Segments have equally many chunks but for the last ones,
 // which may have fewer or none.
@@ -259,13 +264,34 @@ __device__ void leave_together() {
   }
 }
 
+// Where what is a math thread's own lies in shared memory, in bytes.
+struct MathThread {
+  std::uint32_t of_Z;       // of every piece of it
+  std::uint32_t of_gamma;   // [C-1]
+  std::uint32_t of_tokens;  // of a box with tokens on its rows
+
+  __device__ MathThread() {
+    int const thread = threadIdx.x % kWarpgroupThreads, lane = lane_index();
+    of_Z = thread * sizeof(float4);
+    of_gamma = lane % 4 * sizeof(float2);
+    of_tokens = swizzled_offset(lane % 16, 2 * (thread / kWarpThreads) + lane / 16);
+  }
+  // Found here, and not again in every chunk.
+  __device__ void pin() { asm volatile("" : "+r"(of_Z), "+r"(of_gamma), "+r"(of_tokens)); }
+};
+
+template <class T>
+__device__ T const& at_offset(void const* shared, std::uint32_t offset) {
+  return *reinterpret_cast<T const*>(static_cast<std::uint8_t const*>(shared) + offset);
+}
+
 // Z^T of the next chunk, this thread's accumulators of it, from the ring of Z.
 template <class Storage, class Position>
-__device__ void take_Z(float (&acc)[32], Storage& smem, Position& at, int wg) {
+__device__ void take_Z(float (&acc)[32], Storage& smem, Position& at, int wg, MathThread const& own = {}) {
   smem.ring_Z.wait_full(at);
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
-    float4 const z = smem.Z[at.stage][wg][i][threadIdx.x % kWarpgroupThreads];
+    float4 const z = at_offset<float4>(smem.Z[at.stage][wg][i], own.of_Z);
     acc[4 * i] = z.x;
     acc[4 * i + 1] = z.y;
     acc[4 * i + 2] = z.z;
@@ -290,10 +316,10 @@ __device__ void round_fragments(FragmentA (&a)[kRegisters / 8], float const (&ac
 
 // S^T Diag(gamma[C-1])
 template <int kRegisters>
-__device__ void decay_state(float (&S)[kRegisters], float const* gamma_last) {
+__device__ void decay_state(float (&S)[kRegisters], float const* gamma_last, MathThread const& own = {}) {
 #pragma unroll
   for (int j = 0; j < kRegisters / 4; ++j) {
-    float2 const gamma = *reinterpret_cast<float2 const*>(gamma_last + 8 * j + 2 * (lane_index() % 4));
+    float2 const gamma = at_offset<float2>(gamma_last + 8 * j, own.of_gamma);
     S[4 * j + 0] *= gamma.x;
     S[4 * j + 1] *= gamma.y;
     S[4 * j + 2] *= gamma.x;
@@ -347,13 +373,15 @@ __device__ void store_state_rows(FragmentA const (&a)[kSteps], std::uint8_t* box
 }
 
 // Rounded accumulators [value columns, tokens], transposed to a tile: tokens on the rows of the box.
-__device__ inline void store_token_rows(FragmentA const (&a)[4], std::uint8_t* box) {
+__device__ inline void store_token_rows(FragmentA const (&a)[4], std::uint8_t* box,
+                                        MathThread const& own = {}) {
+  auto const address = static_cast<std::uint32_t>(__cvta_generic_to_shared(box)) + own.of_tokens;
 #pragma unroll
   for (int t = 0; t < 4; ++t) {
     // tokens 16*t and 16*t + 8 of the warp's first eight value columns, then of its last eight
     std::uint32_t const(&p)[4] = a[t].pairs;
     std::uint32_t const r[4] = {p[0], p[2], p[1], p[3]};
-    store_matrices_transposed(r, box, 16 * t, 2 * (threadIdx.x % kWarpgroupThreads / kWarpThreads));
+    store_matrices_transposed(r, address + 16 * t * kBoxRowBytes);
   }
 }
 

@@ -39,15 +39,18 @@ __device__ inline void load_matrices_transposed(std::uint32_t (&r)[4], void cons
                : "memory");
 }
 
-// The inverse of load_matrices_transposed.
-__device__ inline void store_matrices_transposed(std::uint32_t const (&r)[4], void* smem_box, int row,
-                                                 int piece) {
-  int const lane = lane_index();
-  auto const address = static_cast<std::uint32_t>(__cvta_generic_to_shared(smem_box)) +
-                       swizzled_offset(row + lane % 16, piece + lane / 16);
+// The inverse of load_matrices_transposed; or by the address of the lane's row.
+__device__ inline void store_matrices_transposed(std::uint32_t const (&r)[4], std::uint32_t address) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};\n" ::"r"(address),
                "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
                : "memory");
+}
+
+__device__ inline void store_matrices_transposed(std::uint32_t const (&r)[4], void* smem_box, int row,
+                                                 int piece) {
+  int const lane = lane_index();
+  store_matrices_transposed(r, static_cast<std::uint32_t>(__cvta_generic_to_shared(smem_box)) +
+                                   swizzled_offset(row + lane % 16, piece + lane / 16));
 }
 
 // acc [16, 8] += A [16, 16] B [16, 8]; a as load_matrices gives it, b0 and b1 the rows 0-7 and 8-15 of B,
