@@ -19,6 +19,7 @@ VENV ?= .venv
 # Kept between installs, one folder for each Python and nvcc, so that a reinstall compiles only what changed.
 BUILD_DIR ?= build/{wheel_tag}-cuda$(NVCC_RELEASE)
 TEST_JOBS ?= 2
+GPU_TEST_JOBS ?= 4
 TEST_TIMEOUT ?= 600
 PYTEST_ARGS ?=
 
@@ -125,10 +126,11 @@ NEEDS_HOPPER = @$(BIN)/python -I -c 'import sys, torch; \
 	hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0); \
 	sys.exit(not hopper and "$@ needs a GPU of compute capability 9.0, and torch sees none")'
 
-# One process: GPU tests share one device, and their timings and memory readings want it for themselves.
+# Several workers on one device: what takes time is the host. No test takes times, and memory is read by process.
 gpu-test: $(INSTALLED) $(TEST_TOOLS)
 	$(NEEDS_HOPPER)
-	$(BIN)/pytest python_tests -m gpu --timeout $(TEST_TIMEOUT) --record bench/results/gpu_tests.json $(PYTEST_ARGS)
+	$(BIN)/pytest python_tests -m gpu -n $(GPU_TEST_JOBS) --timeout $(TEST_TIMEOUT) \
+	  --record bench/results/gpu_tests.json $(PYTEST_ARGS)
 
 # An access outside a tensor is seen where every tensor is an allocation by itself, which graphs cannot do with.
 # Instrumented are the kernels of gdn2_ext.
