@@ -85,7 +85,7 @@ def kept_size(
     q: Tensor, v: Tensor, g: Tensor, cu_seqlens: Tensor | None, num_segments: int, keep_tiles: bool,
     use_qk_l2norm: bool,
 ) -> int:  # fmt: skip
-    """How many elements of q's dtype a call keeps for its backward."""
+    """How many floats a call keeps for its backward."""
     return _Sizes.of(q, v, g, cu_seqlens).kept_size(num_segments, keep_tiles, use_qk_l2norm)
 
 

@@ -62,7 +62,7 @@ struct TileSizes {
     std::int64_t const tiles = num_gate_tiles(call.shape), k = padded_k(call.shape);
     factors = tiles * 3 * kChunk * k * kElementBytes / static_cast<std::int64_t>(sizeof(float));
     gamma_last = tiles * k;
-    row_norms = call.gates.use_qk_l2norm ? tiles * 2 * kChunk : 0;
+    row_norms = tiles * 2 * kChunk;
   }
 };
 
@@ -99,6 +99,14 @@ inline void take_tiles(Workspace& room, ChunkCall& call) {
   call.tiles.gamma_last = room.take<float>(sizes.gamma_last * sizeof(float));
 }
 
+// Of the tiles' rows, where the call has norms.
+template <class Params>
+void take_row_norms(Workspace& room, Params& params) {
+  if (params.call.gates.use_qk_l2norm) {
+    params.row_norms = room.take<float>(TileSizes(params.call).row_norms * sizeof(float));
+  }
+}
+
 // What a forward keeps for its backward: A - I and P, M and first states of segments where there are several,
 // and where they are asked for prepare's tiles.
 template <class Params>
@@ -112,9 +120,7 @@ void take_kept(Workspace& room, Params& params, bool tiles) {
   }
   if (tiles) {
     take_tiles(room, call);
-    if (call.gates.use_qk_l2norm) {
-      params.row_norms = room.take<float>(TileSizes(call).row_norms * sizeof(float));
-    }
+    take_row_norms(room, params);
   }
 }
 
@@ -158,8 +164,8 @@ inline void take_room(Workspace& room, ChunkBackwardParams& params, bool packed)
   params.tiles.dS = room.take(slices * state);
   params.tiles.R = room.take(slices * square);
   params.tiles.dX = room.take(slices * square);
-  if (call.gates.use_qk_l2norm && !params.has_tiles) {
-    params.row_norms = room.take<float>(TileSizes(call).row_norms * sizeof(float));
+  if (!params.has_tiles) {
+    take_row_norms(room, params);
   }
   params.dA_log_of_slots = room.take<float>(num_gate_tiles(shape) * padded_k(shape) / kSlice * sizeof(float));
   params.d_dt_bias_of_slots = room.take<float>(num_gate_tiles(shape) * shape.dim_k * sizeof(float));
