@@ -263,11 +263,13 @@ def split(result: Result) -> str:
     shapes = len({row["shape"] for row in rows})
     eager = [row["whole_ms"] / row["chosen_ms"] for row in rows]
     slower = sum(x < 0.995 for x in eager)
+    same = [row["whole_ms"] / row["again_ms"] for row in rows if "again_ms" in row]
+    itself = f" (whole against whole: {min(same):.2f} to {max(same):.2f})" if same else ""
     about = paragraph(
         f"Sequences cut into segments, where that is chosen, against whole ones on {result.gpu}, "
         f"over {shapes} shapes, in CUDA graphs: {ranges} faster (`python -m bench.split`, {result.source}). "
-        f"{slower} of {len(eager)} eager calls are slower, at worst {min(eager):.2f} times as fast: with the "
-        "backward short sequences wait for the host, which launches more kernels for a split; "
+        f"{slower} of {len(eager)} eager calls are slower, at worst {min(eager):.2f} times as fast{itself}: "
+        "with the backward short sequences wait for the host, which launches more kernels for a split; "
         "`sequence_split=1` turns it off."
     )
     return f"{about}\n\n![times faster than whole, over lengths]({result.path('png')})"

@@ -223,8 +223,15 @@ def test_splits_are_summed_up(results):
     text = block(results, "split")
     assert "over 3 shapes, in CUDA graphs: " in text
     assert "graphs: forward 1.00 to 6.00 times, forward + backward 0.95 to 3.00 times faster" in text
-    assert "2 of 6 eager calls are slower, at worst 0.76 times as fast" in text
+    assert "2 of 6 eager calls are slower, at worst 0.76 times as fast: with" in text
     assert "|" not in text
+
+    for n, row in enumerate(rows):
+        row["again_ms"] = 4.0 + n / 10
+    record(results, "split", rows=rows)
+    run(results)
+    text = " ".join(block(results, "split").split())
+    assert "at worst 0.76 times as fast (whole against whole: 0.89 to 1.00): with" in text
 
 
 def test_lines_are_short_and_commands_whole(results):
