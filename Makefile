@@ -1,9 +1,9 @@
 # Two commands for a fresh machine:
-#   make demo    own virtual environment, install, run the op forward and backward, one table
+#   make demo    own virtual environment, install, run the op forward and backward, two tables
 #   make test    the same set-up, every test that can run there
 #
 #   make gpu-test   the tests that need a GPU; fails where there is none
-#   make memcheck   the same tests of the kernels under compute-sanitizer: no access outside a tensor
+#   make memcheck   those of the kernels, but for slow ones, under compute-sanitizer: no access outside a tensor
 #   make coverage   tests with line coverage of gdn2_ext, at least 95%
 #   make develop    editable install; run it again after a change in csrc: only what changed is compiled
 #   make lint       ruff and clang-format, checking only; `make format` rewrites

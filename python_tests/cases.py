@@ -183,6 +183,24 @@ def raw_inputs(
     )
 
 
+def with_another_future(inputs: Inputs, t: int, seed: int) -> Inputs:
+    """Activated inputs with tokens from t on replaced: values far larger, decays up to a reset, erase gates
+    up to 2.
+    """
+    batch, seqlen, heads, dim_k = inputs.q.shape
+    other = make_inputs(
+        "erase2", batch=batch, seqlen=seqlen, heads=heads, dim_k=dim_k, dim_v=inputs.v.shape[3], seed=seed,
+        dtype=inputs.q.dtype, gate_dtype=inputs.g.dtype, device=inputs.q.device,
+    )  # fmt: skip
+    other.v *= 1e6 if inputs.v.dtype != torch.float16 else 1e2
+    other.g[:, ::3] = -50.0
+    other.g[:, 1::7, :, ::2] = -float("inf")
+    changed = (
+        torch.cat([x[:, :t], y[:, t:]], dim=1) for x, y in zip(inputs.tensors, other.tensors, strict=True)
+    )
+    return Inputs(*changed, do=inputs.do)
+
+
 def packed_offsets(lengths=PACKED_LENGTHS, *, dtype: torch.dtype = torch.int32, device="cpu") -> torch.Tensor:
     """cu_seqlens [N + 1] of sequences of these lengths."""
     return torch.tensor([sum(lengths[:n]) for n in range(len(lengths) + 1)], dtype=dtype, device=device)

@@ -51,12 +51,21 @@ def assert_close(actual, expected, bar: float, name: str) -> None:
         )
 
 
-def assert_bitwise_equal(a, b, name: str) -> None:
-    """Assert equal shapes, dtypes and bits. NaNs at equal places are equal; 0.0 and -0.0 are not."""
+def assert_bitwise_equal(a, b, name: str, nan: bool = False) -> None:
+    """Assert equal shapes, dtypes and bits; 0.0 and -0.0 are not equal.
+
+    Nothing may be NaN, as what nobody wrote is. With `nan` NaNs at equal places are equal.
+    """
     _assert_equal(f"{name}: shape", tuple(a.shape), tuple(b.shape))
     _assert_equal(f"{name}: dtype", str(a.dtype), str(b.dtype))
     values_a, values_b = to_float64(a), to_float64(b)
-    different = (_bits(a) != _bits(b)) & ~(np.isnan(values_a) & np.isnan(values_b))
+    missing = np.isnan(values_a) & np.isnan(values_b)
+    if not nan and missing.any():
+        raise AssertionError(
+            f"{name}: {missing.sum()} of {missing.size} elements are NaN in both; "
+            f"first at {_describe(missing, values_a, values_b)}"
+        )
+    different = (_bits(a) != _bits(b)) & ~missing
     if different.any():
         raise AssertionError(
             f"{name}: {different.sum()} of {different.size} elements differ in their bits; "

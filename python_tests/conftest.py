@@ -8,8 +8,8 @@
 
 A test that takes the fixture `backend` runs once per backend, with q of that backend's usual dtype; with the
 marker `every_dtype` in every dtype that has an accuracy bar, with `most_exact_dtype` in the one whose bar is
-the lowest. Tests with the marker `recurrent` ask the CUDA backend for fused_recurrent_gdn2, the others for
-chunk_gdn2.
+the lowest. The fixture `hopper` is the CUDA backend alone. Tests with the marker `recurrent` ask the CUDA
+backend for fused_recurrent_gdn2, the others for chunk_gdn2.
 """
 
 from __future__ import annotations
@@ -119,8 +119,11 @@ class Backend:
     # -- the op and the oracle -------------------------------------------------------------------------------
 
     def forward(self, inputs: cases.Inputs, **options):
-        """chunk_gdn2 on this backend, without gradients, with whatever it returns."""
-        with torch.no_grad():
+        """chunk_gdn2 on this backend, without gradients, with whatever it returns.
+
+        The memory that tensors are made in is NaN beforehand.
+        """
+        with torch.no_grad(), _poisoned_memory():
             return gdn2_ext.chunk_gdn2(*inputs.tensors, **_parameters(inputs, options), backend=self.name)
 
     def run(
@@ -293,9 +296,12 @@ def backend(request) -> Backend:
 
 
 @pytest.fixture
-def hopper() -> Backend:
-    """The CUDA backend in its usual dtype, for tests that have nothing to ask of another."""
-    return _cuda_backend(USUAL_DTYPE["cuda"])
+def hopper(request) -> Backend:
+    """The CUDA backend, for tests that have nothing to ask of another.
+
+    In its usual dtype, with the marker `every_dtype` in every one.
+    """
+    return _cuda_backend(getattr(request, "param", USUAL_DTYPE["cuda"]))
 
 
 def _current_gpu() -> torch.device:
@@ -404,10 +410,14 @@ def pytest_runtest_setup(item) -> None:
 
 
 def pytest_generate_tests(metafunc) -> None:
+    every_dtype = metafunc.definition.get_closest_marker("every_dtype")
+    if "hopper" in metafunc.fixturenames and every_dtype:
+        parameters = [pytest.param(dtype, id=_label("cuda", dtype)) for dtype in EVERY_DTYPE["cuda"]]
+        metafunc.parametrize("hopper", parameters, indirect=True)
     if "backend" not in metafunc.fixturenames:
         return
     dtypes = {name: (dtype,) for name, dtype in USUAL_DTYPE.items()}
-    if metafunc.definition.get_closest_marker("every_dtype"):
+    if every_dtype:
         dtypes = EVERY_DTYPE
     elif metafunc.definition.get_closest_marker("most_exact_dtype"):
         dtypes = {name: (dtype,) for name, dtype in MOST_EXACT_DTYPE.items()}

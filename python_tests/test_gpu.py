@@ -145,17 +145,29 @@ def test_a_captured_packed_call_follows_its_offsets(seed):
         compare.assert_bitwise_equal(final_state, expected[1], f"final state at {offsets}")
 
 
-def test_a_call_never_waits_for_the_device(seed):
-    inputs = make_inputs(seed)
-    cu_seqlens = torch.tensor([0, 100, 300], device="cuda")
-    forward(inputs, cu_seqlens=cu_seqlens)
+def assert_never_waits(call) -> None:
+    """Neither by PyTorch's functions nor by others: a second of work on the device is not done afterwards."""
+    call()
+    torch.cuda.synchronize()
     mode = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        forward(inputs)
-        forward(inputs, cu_seqlens=cu_seqlens)
+        torch.cuda._sleep(2_000_000_000)
+        call()
+        assert not torch.cuda.current_stream().query()
     finally:
         torch.cuda.set_sync_debug_mode(mode)
+    torch.cuda.synchronize()
+
+
+@pytest.mark.caching_allocator  # without it memory is returned, which waits
+def test_a_call_never_waits_for_the_device(seed):
+    inputs = make_inputs(seed)
+    cu_seqlens = torch.tensor([0, 100, 300], device="cuda")
+    for options in ({}, {"sequence_split": 3}, {"return_intermediate_states": True}):
+        assert_never_waits(lambda o=options: forward(inputs, **o))
+    for options in ({}, {"sequence_split": 3}):
+        assert_never_waits(lambda o=options: forward(inputs, cu_seqlens=cu_seqlens, **o))
 
 
 @pytest.mark.parametrize(
@@ -232,17 +244,30 @@ def test_a_training_step_writes_all_of_its_results(seed):
     assert_same(training_step(inputs, states, use_qk_l2norm_in_kernel=True), expected)
 
 
+# What a step is called with, and whether sequences are packed.
+STEPS = {
+    "plain": ({}, False),
+    "segments": ({"sequence_split": 4}, False),
+    "segments, tiles kept": ({"sequence_split": 4, "disable_recompute": True}, False),
+    "packed": ({"sequence_split": 1}, True),
+    "packed in segments": ({"sequence_split": 3}, True),
+}
+every_step = pytest.mark.parametrize(("options", "packed"), STEPS.values(), ids=STEPS)
+
+
 @pytest.mark.caching_allocator
-def test_a_captured_training_step_follows_its_inputs(seed):
-    """Forward, backward and an SGD step on the inputs."""
+@every_step
+def test_a_captured_training_step_follows_its_inputs(options, packed, seed):
+    """Forward, backward and an SGD step on the inputs. And offsets."""
     inputs = make_inputs(seed)
     leaves = [x.detach().clone().requires_grad_() for x in inputs.tensors]
     optimizer = torch.optim.SGD(leaves, lr=0.125)
+    cu_seqlens = torch.tensor([0, 100, 200, 300], device="cuda") if packed else None
 
     def step():
         for x in leaves:
             x.grad = None
-        o, _ = gdn2_ext.chunk_gdn2(*leaves, backend="cuda")
+        o, _ = gdn2_ext.chunk_gdn2(*leaves, cu_seqlens=cu_seqlens, **options, backend="cuda")
         o.backward(inputs.do)
         optimizer.step()
 
@@ -250,6 +275,8 @@ def test_a_captured_training_step_follows_its_inputs(seed):
         with torch.no_grad():
             for leaf, x in zip(leaves, make_inputs(seed).tensors):
                 leaf.copy_(x)
+            if packed:
+                cu_seqlens[1:3] = torch.tensor([seed % 200, 200 + seed % 100])
 
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -286,16 +313,14 @@ def test_a_backward_runs_on_the_forwards_stream(seed):
     assert_same(results, expected)
 
 
-def test_a_backward_never_waits_for_the_device(seed):
+@pytest.mark.caching_allocator
+@every_step
+def test_a_backward_never_waits_for_the_device(options, packed, seed):
     inputs = make_inputs(seed)
-    states = make_states(inputs, seed)
-    training_step(inputs, states)
-    mode = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        training_step(inputs, states)
-    finally:
-        torch.cuda.set_sync_debug_mode(mode)
+    if packed:
+        options = {**options, "cu_seqlens": torch.tensor([0, 100, 200, 300], device="cuda")}
+    states = make_states(inputs, seed, number=3 if packed else None)
+    assert_never_waits(lambda: training_step(inputs, states, **options))
 
 
 def test_the_second_device_is_used_when_the_tensors_are_there(seed):
@@ -324,7 +349,9 @@ def test_tensors_of_more_than_two_to_the_31_elements(seed):
         x.uniform_(generator=generator)
     g = torch.empty(shape, device="cuda").uniform_(-0.1, 0, generator=generator)
     assert q.numel() > 2**31
-    options = {"use_qk_l2norm_in_kernel": True, "output_final_state": True, "backend": "cuda"}
+    options = {
+        "use_qk_l2norm_in_kernel": True, "output_final_state": True, "backend": "cuda", "sequence_split": 1
+    }  # fmt: skip
     with torch.no_grad():
         o, final_state = gdn2_ext.chunk_gdn2(q, k, v, g, b, w, **options)
         for head in (0, heads - 1):

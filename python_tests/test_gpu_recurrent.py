@@ -91,7 +91,7 @@ def test_a_captured_step_follows_its_indices(dtype, seed):
         graph.replay()
         expected = in_pool(new, expected_pool, torch.tensor(slots, device="cuda"))
         compare.assert_bitwise_equal(out, expected, f"o of step {step}")
-        compare.assert_bitwise_equal(pool, expected_pool, f"the pool after step {step}")
+        compare.assert_bitwise_equal(pool, expected_pool, f"the pool after step {step}", nan=True)
 
 
 @pytest.mark.caching_allocator
@@ -109,7 +109,7 @@ def test_a_captured_step_follows_its_offsets(seed):
         graph.replay()
         expected = in_pool(inputs, expected_pool, indices, cu_seqlens=torch.tensor(offsets, device="cuda"))
         compare.assert_bitwise_equal(o, expected, f"o at {offsets}")
-        compare.assert_bitwise_equal(pool, expected_pool, f"the pool at {offsets}")
+        compare.assert_bitwise_equal(pool, expected_pool, f"the pool at {offsets}", nan=True)
 
 
 @pytest.mark.caching_allocator
@@ -129,7 +129,7 @@ def test_steps_that_follow_each_other_see_each_others_states(seed):
     graph.replay()
     for t, (o, expected) in enumerate(zip(captured, outputs, strict=True)):
         compare.assert_bitwise_equal(o, expected, f"o of step {t}")
-    compare.assert_bitwise_equal(pool, one_by_one, "the pool")
+    compare.assert_bitwise_equal(pool, one_by_one, "the pool", nan=True)
 
 
 def test_a_step_waits_for_the_kernel_that_makes_its_inputs(seed):
@@ -149,7 +149,7 @@ def test_a_step_waits_for_the_kernel_that_makes_its_inputs(seed):
         o = in_pool(late, late_pool, late_indices)
     stream.synchronize()
     compare.assert_bitwise_equal(o, expected, "o")
-    compare.assert_bitwise_equal(late_pool, expected_pool, "the pool")
+    compare.assert_bitwise_equal(late_pool, expected_pool, "the pool", nan=True)
 
 
 # -- memory --------------------------------------------------------------------------------------------------
@@ -196,7 +196,7 @@ def test_a_pool_with_gaps_between_its_slots(batch, dtype, v_first, seqlen, seed)
     compare.assert_bitwise_equal(o, expected, "o")
     compare.assert_bitwise_equal(cache[indices, 1], states[indices], "the states")
     cache[indices, 1] = before[indices, 1]
-    compare.assert_bitwise_equal(cache, before, "everything else")
+    compare.assert_bitwise_equal(cache, before, "everything else", nan=True)
 
 
 @pytest.mark.parametrize("batch", BATCHES)
@@ -213,7 +213,7 @@ def test_any_index_out_of_range_is_skipped(bad, batch, seed):
     rows = cases.Inputs(*(x[good] for x in (*inputs.tensors, inputs.do)))
     expected = in_pool(rows, expected_pool, indices[good])
     compare.assert_bitwise_equal(o[good], expected, "o of the others")
-    compare.assert_bitwise_equal(pool, expected_pool, "the pool")
+    compare.assert_bitwise_equal(pool, expected_pool, "the pool", nan=True)
     skipped = torch.ones(batch, dtype=torch.bool, device="cuda")
     skipped[good] = False
     assert not o[skipped].any()
@@ -280,7 +280,7 @@ def test_the_second_device_is_used_when_the_tensors_are_there(seed):
     expected, o = in_pool(inputs, pool, indices), in_pool(there, pool_there, indices.to("cuda:1"))
     assert o.device == torch.device("cuda:1")
     compare.assert_bitwise_equal(o.cpu(), expected.cpu(), "o")
-    compare.assert_bitwise_equal(pool_there.cpu(), pool.cpu(), "the pool")
+    compare.assert_bitwise_equal(pool_there.cpu(), pool.cpu(), "the pool", nan=True)
 
 
 # -- accuracy ------------------------------------------------------------------------------------------------
@@ -337,7 +337,7 @@ def test_every_way_to_the_kernel_gives_the_same_bits(monkeypatch, seed):
         outputs.append(step(pools[3], *inputs.tensors))
     for o, pool in zip(outputs[1:], pools[1:], strict=True):
         compare.assert_bitwise_equal(o, outputs[0], "o")
-        compare.assert_bitwise_equal(pool, pools[0], "the pool")
+        compare.assert_bitwise_equal(pool, pools[0], "the pool", nan=True)
 
 
 @pytest.mark.parametrize(
@@ -375,7 +375,7 @@ def test_a_wrong_call_raises_as_on_any_device(change, error, message, seed):
     arguments[name] = spoil(arguments.get(name))
     with torch.no_grad(), pytest.raises(error, match=re.escape(message)):
         fused_recurrent_gdn2(**arguments)
-    compare.assert_bitwise_equal(pool, before, "the pool")
+    compare.assert_bitwise_equal(pool, before, "the pool", nan=True)
 
 
 def test_the_kernels_keep_states_in_registers():

@@ -163,28 +163,14 @@ def test_the_chunk_form_equals_the_token_form(backend, regime, seed):
 CUTS = (1, 2, 15, 16, 17, 31, 32, 33, 48, 63, 64, 65, 96, 100, 127, 128, 129)
 
 
-def with_another_future(backend, inputs: cases.Inputs, t: int, seed: int) -> cases.Inputs:
-    """Tokens from t on replaced: values far larger, decays up to a reset, erase gates up to 2."""
-    seqlen, heads, dim_k = inputs.q.shape[1:]
-    other = backend.inputs(
-        "erase2", seqlen=seqlen, heads=heads, dim_k=dim_k, dim_v=inputs.v.shape[3], seed=seed
-    )
-    other.v *= 1e6 if backend.dtype != torch.float16 else 1e2
-    other.g[:, ::3] = -50.0
-    other.g[:, 1::7, :, ::2] = -float("inf")
-    changed = (
-        torch.cat([x[:, :t], y[:, t:]], dim=1) for x, y in zip(inputs.tensors, other.tensors, strict=True)
-    )
-    return cases.Inputs(*changed, do=inputs.do)
-
-
 @pytest.mark.every_dtype
+@pytest.mark.parametrize("dim", [32, 128])
 @pytest.mark.parametrize("regime", ["slow", "uniform5", "resets"])
-def test_no_output_changes_in_any_bit_when_later_tokens_do(backend, regime, seed):
-    inputs = backend.inputs(regime, seqlen=130, heads=2, dim_k=32, dim_v=32, seed=seed)
+def test_no_output_changes_in_any_bit_when_later_tokens_do(backend, regime, dim, seed):
+    inputs = backend.inputs(regime, seqlen=130, heads=2, dim_k=dim, dim_v=dim, seed=seed)
     o, _ = backend.forward(inputs)
     for t in CUTS:
-        changed, _ = backend.forward(with_another_future(backend, inputs, t, seed + 1))
+        changed, _ = backend.forward(cases.with_another_future(inputs, t, seed + 1))
         assert torch.isfinite(changed).all()
         assert not torch.equal(changed[:, t:], o[:, t:])
         compare.assert_bitwise_equal(changed[:, :t], o[:, :t], f"o before token {t}")
@@ -195,16 +181,17 @@ def test_no_state_changes_in_any_bit_when_later_tokens_do(backend, seed):
     inputs = backend.inputs("slow", seqlen=200, heads=2, dim_k=32, dim_v=32, seed=seed)
     _, _, h = backend.forward(inputs, return_intermediate_states=True)
     for t in (1, 63, 64, 65, 128, 199):
-        other = with_another_future(backend, inputs, t, seed + 1)
+        other = cases.with_another_future(inputs, t, seed + 1)
         _, _, changed = backend.forward(other, return_intermediate_states=True)
         untouched = t // 64 + 1
         compare.assert_bitwise_equal(changed[:, :untouched], h[:, :untouched], f"h up to token {t}")
 
 
 @pytest.mark.every_dtype
-def test_tokens_after_the_last_that_is_asked_about_have_zero_gradients(backend, seed):
+@pytest.mark.parametrize("dim", [32, 128])
+def test_tokens_after_the_last_that_is_asked_about_have_zero_gradients(backend, dim, seed):
     """Causality seen from behind: with no gradient at t and after, nothing there has one, to the bit."""
-    inputs = backend.inputs("slow", seqlen=130, heads=2, dim_k=32, dim_v=32, seed=seed)
+    inputs = backend.inputs("slow", seqlen=130, heads=2, dim_k=dim, dim_v=dim, seed=seed)
     for t in (0, 1, 17, 63, 64, 65, 100, 129):
         do = inputs.do.clone()
         do[:, t:] = 0

@@ -300,8 +300,9 @@ def test_any_sequence_split_is_exact(backend, sequence_split, seed):
 
 @pytest.mark.parametrize("seqlen", [0, 1, 64, 65, 200])
 @pytest.mark.parametrize("v_first", [False, True])
-def test_the_states_at_every_chunks_start(backend, v_first, seqlen, seed):
-    shape = {"seqlen": seqlen, "heads": 2, "value_heads": 4, "dim_k": 16, "dim_v": 32}
+@pytest.mark.parametrize("dim_k, dim_v", [(16, 32), (100, 130)])
+def test_the_states_at_every_chunks_start(backend, dim_k, dim_v, v_first, seqlen, seed):
+    shape = {"seqlen": seqlen, "heads": 2, "value_heads": 4, "dim_k": dim_k, "dim_v": dim_v}
     inputs = backend.inputs("slow", batch=2, **shape, seed=seed)
     initial_state, _ = backend.states(inputs, seed=seed, v_first=v_first)
     options = {"initial_state": initial_state, "state_v_first": v_first}
@@ -325,3 +326,16 @@ def test_intermediate_states_are_for_inference_only(backend, seed):
     assert final_state is None
     assert h.shape == (2, 2, 2, 32, 48)
     assert not (o.requires_grad or h.requires_grad)
+
+
+# -- many heads ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.every_dtype
+@pytest.mark.parametrize("v_first", [False, True])
+def test_everything_at_once_with_more_value_columns_than_fit_one_by_one(hopper, v_first, seed):
+    """Where walks of 64 value columns would not run all at once, two of them share a CTA."""
+    shape = {"batch": 2, "seqlen": 70, "heads": 10, "value_heads": 20, "dim_k": 128, "dim_v": 256}
+    inputs = hopper.raw_inputs(**shape, seed=seed)
+    check(hopper, inputs, seed, v_first=v_first, lower_bound=-0.02, **EVERYTHING)

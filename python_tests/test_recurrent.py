@@ -208,7 +208,7 @@ def test_a_pool_may_be_a_view(backend, inplace, seed):
     expected = backend.expected(inputs, initial_state=before[[9, 2], 1])
     backend.check({"o": o, "S": cache[[9, 2], 1] if inplace else S}, expected)
     assert_other_slots_untouched(cache[:, 1], before[:, 1], written=[9, 2] if inplace else [])
-    compare.assert_bitwise_equal(cache[:, ::2], before[:, ::2], "the other layers")
+    compare.assert_bitwise_equal(cache[:, ::2], before[:, ::2], "the other layers", nan=True)
 
 
 @pytest.mark.parametrize("v_first", [False, True])
@@ -225,7 +225,7 @@ def test_what_lies_between_the_rows_of_a_pool_is_left_alone(backend, seqlen, v_f
     expected = backend.expected(inputs, initial_state=rows_of_states[[9, 2]], state_v_first=v_first)
     backend.check({"o": o, "S": S[[9, 2]]}, expected)
     cache[[9, 2], :heads, :outer, :inner] = before[[9, 2], :heads, :outer, :inner]
-    compare.assert_bitwise_equal(cache, before, "everything else")
+    compare.assert_bitwise_equal(cache, before, "everything else", nan=True)
 
 
 @pytest.mark.parametrize("seqlen", [1, 2])
@@ -315,7 +315,7 @@ def test_states_are_overwritten_without_gradients_alone(backend, seed):
     options = {"initial_state": pool, "state_indices": indices, "inplace_final_state": True}
     with pytest.raises(ValueError, match="inplace_final_state: for inference only"):
         decode(backend, inputs, **options)
-    compare.assert_bitwise_equal(pool, before, "pool")
+    compare.assert_bitwise_equal(pool, before, "pool", nan=True)
     with torch.no_grad():
         decode(backend, inputs, **options)
     assert not torch.equal(pool, before)
@@ -340,7 +340,7 @@ def poisoned(pool: torch.Tensor, used: list[int]) -> torch.Tensor:
 
 def assert_other_slots_untouched(pool: torch.Tensor, before: torch.Tensor, written: list[int]) -> None:
     others = [slot for slot in range(SLOTS) if slot not in written]
-    compare.assert_bitwise_equal(pool[others], before[others], "the other slots")
+    compare.assert_bitwise_equal(pool[others], before[others], "the other slots", nan=True)
 
 
 @pytest.mark.parametrize("inplace", [False, True])
@@ -363,7 +363,7 @@ def test_every_sequence_starts_from_its_slot(backend, index_dtype, v_first, inpl
         assert_other_slots_untouched(pool, before, written=slots)
     else:
         backend.check({"o": o, "S": S}, expected)
-        compare.assert_bitwise_equal(pool, before, "the pool")
+        compare.assert_bitwise_equal(pool, before, "the pool", nan=True)
 
 
 def test_the_state_in_the_pool_is_not_returned_unless_asked_for(backend, seed):
@@ -510,7 +510,7 @@ def test_without_writing_back_the_pool_is_only_read(backend, seed):
     indices = torch.tensor(COLUMNS, device=backend.device)
     o, S = decode(backend, inputs, initial_state=pool, state_indices=indices, num_accepted_tokens=accepted)
     backend.check({"o": o, "S": S}, backend.expected(inputs, initial_state=before[[8, 1]]))
-    compare.assert_bitwise_equal(pool, before, "the pool")
+    compare.assert_bitwise_equal(pool, before, "the pool", nan=True)
 
 
 def test_more_columns_than_positions_are_allowed(backend, seed):
@@ -629,4 +629,4 @@ def test_checked_indices_out_of_range_raise_with_the_slot(backend, indices, mess
             backend, inputs, initial_state=pool, state_indices=torch.tensor(indices, device=backend.device),
             inplace_final_state=True, check_indices=True,
         )  # fmt: skip
-    compare.assert_bitwise_equal(pool, before, "the pool")
+    compare.assert_bitwise_equal(pool, before, "the pool", nan=True)

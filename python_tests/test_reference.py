@@ -773,12 +773,18 @@ def test_a_comparison_wants_nan_and_infinity_at_equal_places(value):
     spoilt = clean.clone()
     spoilt[0, 1] = value
     assert_close(spoilt, spoilt, 0.0, "x")
-    assert_bitwise_equal(spoilt, spoilt.clone(), "x")
+    assert_bitwise_equal(spoilt, spoilt.clone(), "x", nan=True)
     for actual, expected in ((spoilt, clean), (clean, spoilt)):
         with pytest.raises(AssertionError, match=r"x: 1 of 6 .*\[0, 1\]"):
             assert_close(actual, expected, 1e9, "x")
         with pytest.raises(AssertionError, match=r"x: 1 of 6 .*\[0, 1\]"):
             assert_bitwise_equal(actual, expected, "x")
+
+
+def test_nan_is_equal_to_itself_where_it_is_expected_only():
+    missing = torch.tensor([1.0, float("nan")])
+    with pytest.raises(AssertionError, match=r"x: 1 of 2 .* NaN in both.*\[1\]"):
+        assert_bitwise_equal(missing, missing.clone(), "x")
 
 
 def test_a_comparison_tells_the_two_infinities_apart():

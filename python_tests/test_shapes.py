@@ -26,8 +26,12 @@ HEAD_SIZES = (
 ODD_HEAD_SIZES = ((1, 1), (1, 20), (20, 1), (17, 33), (100, 60))
 
 
-def check(backend, seed: int, **shape) -> None:
-    inputs = backend.inputs(seed=seed, **shape)
+# What lies more than a few tokens back shows where decays are slow only.
+every_pace = pytest.mark.parametrize("regime", ["slow", "uniform5"])
+
+
+def check(backend, seed: int, regime: str, **shape) -> None:
+    inputs = backend.inputs(regime, seed=seed, **shape)
     initial_state, d_final_state = backend.states(inputs, seed=seed)
     states = {"initial_state": initial_state, "d_final_state": d_final_state}
     results = backend.run(inputs, **states)
@@ -39,22 +43,25 @@ def check(backend, seed: int, **shape) -> None:
         assert (results[name].dtype, results[name].shape) == (x.dtype, x.shape), name
 
 
+@every_pace
 @pytest.mark.parametrize("seqlen", LENGTHS)
-def test_any_length(backend, seqlen, seed):
-    check(backend, seed, batch=2, seqlen=seqlen, heads=2, dim_k=32, dim_v=48)
+def test_any_length(backend, seqlen, regime, seed):
+    check(backend, seed, regime, batch=2, seqlen=seqlen, heads=2, dim_k=32, dim_v=48)
 
 
+@every_pace
 @pytest.mark.parametrize("dim_k, dim_v", HEAD_SIZES)
-def test_any_mix_of_head_sizes(backend, dim_k, dim_v, seed):
+def test_any_mix_of_head_sizes(backend, dim_k, dim_v, regime, seed):
     supported, reason = supports(*backend.inputs(seqlen=1, heads=1, dim_k=dim_k, dim_v=dim_v).tensors)
     if backend.name == "cuda" and not supported:
         pytest.skip(reason)
-    check(backend, seed, seqlen=70, heads=2, dim_k=dim_k, dim_v=dim_v)
+    check(backend, seed, regime, seqlen=200, heads=2, dim_k=dim_k, dim_v=dim_v)
 
 
+@every_pace
 @pytest.mark.parametrize("dim_k, dim_v", ODD_HEAD_SIZES)
-def test_odd_head_sizes(backend, dim_k, dim_v, seed):
-    check(backend, seed, batch=2, seqlen=70, heads=1, dim_k=dim_k, dim_v=dim_v)
+def test_odd_head_sizes(backend, dim_k, dim_v, regime, seed):
+    check(backend, seed, regime, batch=2, seqlen=70, heads=1, dim_k=dim_k, dim_v=dim_v)
 
 
 @pytest.mark.every_dtype
@@ -64,14 +71,14 @@ def test_odd_head_sizes(backend, dim_k, dim_v, seed):
 def test_groups_of_value_heads_share_a_key_head(backend, heads, groups, gate_heads, seed):
     """Gates come per key head, or per value head: then q and k are shared by a group and the decay is not."""
     shape = {"heads": heads, "value_heads": heads * groups, "dim_k": 32, "dim_v": 16}
-    check(backend, seed, batch=2, seqlen=70, gate_heads=gate_heads, **shape)
+    check(backend, seed, "slow", batch=2, seqlen=70, gate_heads=gate_heads, **shape)
 
 
 @pytest.mark.parametrize("gate_heads", ["key", "value"])
 def test_a_group_equals_repeated_key_heads(backend, gate_heads, seed):
     """The same numbers as with q, k, g and b repeated by hand; the sums over a group may be reordered."""
     grouped = backend.inputs(
-        seqlen=100, heads=2, value_heads=6, gate_heads=gate_heads, dim_k=32, dim_v=32, seed=seed
+        "slow", seqlen=100, heads=2, value_heads=6, gate_heads=gate_heads, dim_k=32, dim_v=32, seed=seed
     )
     initial_state, d_final_state = backend.states(grouped, seed=seed)
     options = {"initial_state": initial_state, "d_final_state": d_final_state}
@@ -89,7 +96,7 @@ def test_a_group_equals_repeated_key_heads(backend, gate_heads, seed):
 
 @pytest.mark.parametrize("batch", [1, 2, 5])
 def test_batch_rows_are_separate_sequences(backend, batch, seed):
-    check(backend, seed, batch=batch, seqlen=65, heads=2, dim_k=16, dim_v=32)
+    check(backend, seed, "slow", batch=batch, seqlen=65, heads=2, dim_k=16, dim_v=32)
 
 
 def test_an_empty_sequence_passes_its_state_and_its_gradient_through(backend, seed):

@@ -7,7 +7,8 @@ import compare
 import pytest
 import torch
 
-from gdn2_ext import cuda_launch
+import gdn2_ext
+from gdn2_ext import cuda_launch, sequence_split
 from gdn2_ext.sequence_split import MAX_SEGMENTS, Gpu, num_segments
 
 H200 = Gpu(num_sms=132, memory_bandwidth=4916)
@@ -170,7 +171,7 @@ def test_prepare_beside_scan_changes_no_bit(hopper, batch, seqlen, heads, dim, a
 def test_tiles_that_are_kept_change_no_bit_of_a_split_call(hopper, split, seed):
     """All, some and none of the segments are walked forwards beside the reverse walks from zero (132 SMs)."""
     inputs = hopper.inputs("slow", seqlen=700, heads=12, dim_k=128, dim_v=128, seed=seed)
-    again = hopper.run(inputs, sequence_split=split)
+    again = hopper.check_against_reference(inputs, "slow", sequence_split=split)
     kept = hopper.run(inputs, sequence_split=split, disable_recompute=True)
     assert again.keys() == kept.keys()
     for name in again:
@@ -194,25 +195,115 @@ def test_borders_keep_more_of_states_than_16_bit_elements_would(hopper, dim_k, s
         compare.assert_close(cut[name], whole[name], 1e-4, name)
 
 
+# Of sequences of 512 tokens in segments of 128.
+FORGETFUL = {
+    "the last": (127, 255, 383), "the first": (128, 256, 384), "both": (127, 128, 255, 256, 383, 384),
+    "all of a segment": tuple(range(128, 256)), "all of the last segment": tuple(range(384, 512)),
+}  # fmt: skip
+
+
 @pytest.mark.gpu
-def test_states_that_are_forgotten_at_the_borders_of_segments(hopper, seed):
-    """Decays of -inf in the first and the last token of a segment, and everywhere in one of them."""
+@pytest.mark.parametrize("step", [1, 2], ids=["all channels", "every other channel"])
+@pytest.mark.parametrize("tokens", FORGETFUL.values(), ids=FORGETFUL)
+def test_states_that_are_forgotten_at_the_borders_of_segments(hopper, tokens, step, seed):
+    """Decays of -inf in one head; the other one's states, and half of this one's, pass all borders."""
     inputs = hopper.inputs("slow", seqlen=512, heads=2, seed=seed)
-    for token in (127, 128, 255, 256):
-        inputs.g[:, token] = -float("inf")
-    inputs.g[:, 384:448] = -float("inf")
-    hopper.check_against_reference(inputs, sequence_split=4)
+    for token in tokens:
+        inputs.g[:, token, 0, ::step] = -float("inf")
+    initial_state, d_final_state = hopper.states(inputs, seed=seed)
+    states = {"initial_state": initial_state, "d_final_state": d_final_state}
+    hopper.check_against_reference(inputs, "slow", sequence_split=4, **states)
+
+
+# Of packed sequences, from none to more segments than there are chunks.
+PACKED = (0, 1, 63, 64, 550, 0, 17, 330)
+
+
+def packed_in_segments(hopper, inputs: cases.Inputs, seed: int, v_first: bool = False) -> dict:
+    initial_state, d_final_state = hopper.states(inputs, seed=seed, number=len(PACKED), v_first=v_first)
+    return {
+        "initial_state": initial_state, "d_final_state": d_final_state, "state_v_first": v_first,
+        "cu_seqlens": cases.packed_offsets(PACKED, device=hopper.device),
+    }  # fmt: skip
 
 
 @pytest.mark.gpu
-def test_packed_sequences_each_in_segments(hopper, seed):
-    lengths = (0, 1, 63, 64, 700, 0, 17, 320)
-    inputs = hopper.inputs("layer_init", seqlen=sum(lengths), heads=2, dim_k=64, seed=seed)
-    initial_state, d_final_state = hopper.states(inputs, seed=seed, number=len(lengths))
-    hopper.check_against_reference(
-        inputs, initial_state=initial_state, d_final_state=d_final_state, sequence_split=3,
-        cu_seqlens=cases.packed_offsets(lengths, device=hopper.device),
-    )  # fmt: skip
+@pytest.mark.every_dtype
+@pytest.mark.parametrize("split", [3, 8, 64])
+def test_packed_sequences_each_in_segments(hopper, split, seed):
+    """As near to the reference as whole ones, and to the bit what each alone is in as many segments."""
+    inputs = hopper.inputs("slow", seqlen=sum(PACKED), heads=2, dim_k=64, seed=seed)
+    options = packed_in_segments(hopper, inputs, seed)
+    packed = hopper.check_against_reference(inputs, "slow", sequence_split=split, **options)
+    for n in range(len(PACKED)):
+        begin, end = options["cu_seqlens"][n : n + 2].tolist()
+        alone = cases.Inputs(*(x[:, begin:end] for x in inputs.tensors), do=inputs.do[:, begin:end])
+        states = {name: options[name][n : n + 1] for name in ("initial_state", "d_final_state")}
+        for name, x in hopper.run(alone, sequence_split=split, **states).items():
+            of_sequence = (
+                packed[name][n : n + 1] if name in ("S", "d_initial_state") else packed[name][:, begin:end]
+            )
+            compare.assert_bitwise_equal(of_sequence, x, f"{name} of sequence {n}")
+
+
+@pytest.mark.gpu
+@pytest.mark.every_dtype
+@pytest.mark.parametrize(("gate_heads", "v_first"), [("key", False), ("value", True)])
+@pytest.mark.parametrize(("dim_k", "dim_v"), [(128, 128), (64, 192), (100, 60)])
+def test_everything_at_once_in_segments(hopper, dim_k, dim_v, gate_heads, v_first, seed):
+    """Packed groups with norms and all gates inside, of decays so slow that states pass many segments."""
+    sizes = {"heads": 2, "value_heads": 4, "gate_heads": gate_heads, "dim_k": dim_k, "dim_v": dim_v}
+    inputs = hopper.raw_inputs(seqlen=sum(PACKED), **sizes, seed=seed)
+    options = packed_in_segments(hopper, inputs, seed, v_first) | {
+        "use_qk_l2norm_in_kernel": True, "use_gate_in_kernel": True, "lower_bound": -0.02,
+        "use_gate_sigmoid_in_kernel": True, "erase_scale": 2.0,
+    }  # fmt: skip
+    expected = hopper.expected(inputs, **options)
+    for split in (2, 8, 64):
+        results, again, kept = (
+            hopper.run(inputs, sequence_split=split, disable_recompute=keep, **options)
+            for keep in (False, False, True)
+        )
+        hopper.check(results, expected, where=f" in {split}")
+        for name, x in results.items():
+            compare.assert_bitwise_equal(again[name], x, f"{name} in {split}, again")
+            compare.assert_bitwise_equal(kept[name], x, f"{name} in {split}, with tiles kept")
+
+
+@pytest.mark.gpu
+def test_what_is_chosen_is_what_can_be_asked_for(hopper, seed):
+    inputs = hopper.inputs("slow", seqlen=4096, heads=1, seed=seed)
+    gpu = sequence_split.gpu(hopper.device.index)
+    segments = num_segments(0, 4096, 1, 1, 1, 128, 128, False, gpu)
+    assert segments > 1
+    asked = hopper.run(inputs, sequence_split=segments)
+    for name, x in hopper.run(inputs).items():
+        compare.assert_bitwise_equal(x, asked[name], name)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("split", [3, 8])
+def test_gradients_of_some_inputs_alone(hopper, split, seed):
+    """Whoever needs only that of the initial state has nothing recomputed."""
+    inputs = hopper.inputs("slow", seqlen=700, heads=2, seed=seed)
+    initial_state, d_final_state = hopper.states(inputs, seed=seed)
+    leaves = [x.clone().requires_grad_() for x in (*inputs.tensors, initial_state)]
+
+    def gradients(needed: list[torch.Tensor]):
+        o, S = gdn2_ext.chunk_gdn2(
+            *leaves[:6],
+            initial_state=leaves[6],
+            output_final_state=True,
+            sequence_split=split,
+            backend="cuda",
+        )
+        return torch.autograd.grad([o, S], needed, [inputs.do, d_final_state])
+
+    everything = gradients(leaves)
+    for n, (name, leaf) in enumerate(zip((*"qkvgbw", "initial state"), leaves, strict=True)):
+        for x in leaves:
+            x.requires_grad_(x is leaf)
+        compare.assert_bitwise_equal(gradients([leaf])[0], everything[n], name)
 
 
 @pytest.mark.gpu
@@ -226,13 +317,20 @@ def test_two_runs_agree_bit_for_bit_and_whole_ones_nearly(hopper, seed):
 
 
 @pytest.mark.gpu
-def test_later_tokens_change_no_bit_of_earlier_outputs(hopper, seed):
-    inputs = hopper.inputs("layer_init", seqlen=1024, heads=2, seed=seed)
+@pytest.mark.parametrize("t", [255, 256, 257, 600])
+def test_later_tokens_change_no_bit_of_earlier_outputs(hopper, t, seed):
+    """And tokens behind the last that is asked about have no gradient. In segments of 256 tokens."""
+    inputs = hopper.inputs("slow", seqlen=1024, heads=2, seed=seed)
     o, _ = hopper.forward(inputs, sequence_split=4)
-    for x in inputs.tensors:
-        x[:, 600:] = 0.5 * x[:, 600:] if x is not inputs.g else -1.0
-    changed, _ = hopper.forward(inputs, sequence_split=4)
-    compare.assert_bitwise_equal(changed[:, :600], o[:, :600], "o")
+    changed, _ = hopper.forward(cases.with_another_future(inputs, t, seed + 1), sequence_split=4)
+    assert torch.isfinite(changed).all()
+    assert not torch.equal(changed[:, t:], o[:, t:])
+    compare.assert_bitwise_equal(changed[:, :t], o[:, :t], "o")
+    do = inputs.do.clone()
+    do[:, t:] = 0
+    results = hopper.run(inputs, do=do, sequence_split=4)
+    for name in ("dq", "dk", "dv", "dg", "db", "dw"):
+        assert not results[name][:, t:].any(), name
 
 
 @pytest.mark.gpu
@@ -246,11 +344,24 @@ def test_walks_that_wait_do_not_keep_others_from_running(hopper, dim_v, seed):
 
 
 @pytest.mark.gpu
-def test_states_of_all_chunks_come_out_of_segments_too(hopper, seed):
-    inputs = hopper.inputs("slow", seqlen=700, heads=2, seed=seed)
-    *_, h = hopper.forward(inputs, sequence_split=3, return_intermediate_states=True)
-    exact = hopper.expected(inputs)["h"]
-    compare.assert_close(h, exact.reshape(tuple(h.shape)), hopper.bar("S", "slow"), "h")
+@pytest.mark.every_dtype
+@pytest.mark.parametrize("v_first", [False, True])
+@pytest.mark.parametrize(("dim_k", "dim_v"), [(128, 128), (128, 256), (72, 192)])
+@pytest.mark.parametrize("lengths", [None, (0, 1, 300, 64, 335)], ids=["dense", "packed"])
+def test_states_of_all_chunks_come_out_of_segments_too(hopper, lengths, dim_k, dim_v, v_first, seed):
+    sizes = {"seqlen": 700, "heads": 1, "value_heads": 2, "dim_k": dim_k, "dim_v": dim_v}
+    inputs = hopper.inputs("slow", batch=2 if lengths is None else 1, **sizes, seed=seed)
+    number = None if lengths is None else len(lengths)
+    initial_state, _ = hopper.states(inputs, seed=seed, number=number, v_first=v_first)
+    options = {"initial_state": initial_state, "state_v_first": v_first}
+    known = {"return_intermediate_states": True, "output_final_state": True}
+    if lengths is not None:
+        options["cu_seqlens"] = cases.packed_offsets(lengths, device=hopper.device)
+        known["cu_seqlens_cpu"] = cases.packed_offsets(lengths)
+    expected = hopper.expected(inputs, **options)
+    for split in (1, 3, 8):
+        o, S, h = hopper.forward(inputs, sequence_split=split, **options, **known)
+        hopper.check({"o": o, "S": S, "h": h}, expected, "slow", where=f" in {split}")
 
 
 @pytest.mark.caching_allocator

@@ -128,6 +128,20 @@ def test_a_sequence_does_not_depend_on_what_it_is_packed_with(backend, seed):
         assert_sequence_equals(packed, alone, packed_options["cu_seqlens"], 1)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("split", [1, 3])
+def test_thousands_of_sequences(backend, split, dtype, seed):
+    """More sequences and chunks than the threads that order them, many of equal lengths, a few long ones."""
+    lengths = [7 * n % 5 for n in range(2500)]
+    lengths[77], lengths[2222] = 300, 65
+    inputs, options = packed_inputs(backend, lengths, seed, heads=1)
+    options |= {"sequence_split": split, "cu_seqlens": options["cu_seqlens"].to(dtype)}
+    first, second = backend.check_against_reference(inputs, **options), backend.run(inputs, **options)
+    for name, x in first.items():
+        compare.assert_bitwise_equal(x, second[name], name)
+
+
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize("on_host_too", [True, False])
 def test_offsets_may_be_int32_or_int64(backend, dtype, on_host_too, seed):
@@ -155,14 +169,16 @@ def test_offsets_on_the_cpu_serve_tensors_on_any_device(backend, seed):
 EVERYTHING = {"use_qk_l2norm_in_kernel": True, "use_gate_in_kernel": True, "use_gate_sigmoid_in_kernel": True}
 
 
+@pytest.mark.parametrize("split", [1, 3, 64])
 @pytest.mark.parametrize("raw", [False, True])
 @pytest.mark.parametrize("bad", [0, 1, 2])
-def test_nan_in_one_sequence_stays_there(backend, bad, raw, seed):
+def test_nan_in_one_sequence_stays_there(backend, bad, raw, split, seed):
     """Also of rows that a short last chunk has in front of it or in its tiles."""
-    lengths = (70, 33, 100)
+    lengths = (70, 33, 270)
     inputs, options = packed_inputs(backend, lengths, seed)
+    options["sequence_split"] = split
     if raw:
-        inputs, options = backend.raw_inputs(seqlen=203, **SHAPE, seed=seed), {**options, **EVERYTHING}
+        inputs, options = backend.raw_inputs(seqlen=373, **SHAPE, seed=seed), {**options, **EVERYTHING}
     clean = backend.run(inputs, **options)
     begin, end = options["cu_seqlens"][bad : bad + 2].tolist()
     for x in (*inputs.tensors, inputs.do):
@@ -224,15 +240,18 @@ malformed = pytest.mark.parametrize("offsets, good", MALFORMED.values(), ids=MAL
 
 
 @malformed
+@pytest.mark.parametrize("split", [1, 3, 64])
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_malformed_offsets_give_nan_from_the_first_bad_sequence_on(
-    backend, offsets_on_device_only, dtype, offsets, good, seed
+    backend, offsets_on_device_only, dtype, split, offsets, good, seed
 ):
     inputs = backend.inputs("slow", seqlen=200, **SHAPE, seed=seed)
     number = len(offsets) - 1
     initial_state, d_final_state = backend.states(inputs, number=number, seed=seed)
     cu_seqlens = torch.tensor(offsets, dtype=dtype, device=backend.device)
-    options = {"initial_state": initial_state, "d_final_state": d_final_state}
+    options = {
+        "initial_state": initial_state, "d_final_state": d_final_state, "sequence_split": split
+    }  # fmt: skip
     results = backend.run(inputs, cu_seqlens=cu_seqlens, **options)
     for n in range(good):
         alone, alone_options = sequence(inputs, {**options, "cu_seqlens": cu_seqlens}, n)
