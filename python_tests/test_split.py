@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import gdn2_ext
-from gdn2_ext import cuda_launch, sequence_split
-from gdn2_ext.sequence_split import MAX_SEGMENTS, Gpu, num_segments
+from gdn2_ext import cuda_launch
+from gdn2_ext.sequence_split import MAX_SEGMENTS, Gpu, gpu, num_segments
 
 H200 = Gpu(num_sms=132, memory_bandwidth=4916)
 H100 = Gpu(num_sms=132, memory_bandwidth=3352)
@@ -215,37 +215,6 @@ def test_states_that_are_forgotten_at_the_borders_of_segments(hopper, tokens, st
     hopper.check_against_reference(inputs, "slow", sequence_split=4, **states)
 
 
-# Of packed sequences, from none to more segments than there are chunks.
-PACKED = (0, 1, 63, 64, 550, 0, 17, 330)
-
-
-def packed_in_segments(hopper, inputs: cases.Inputs, seed: int, v_first: bool = False) -> dict:
-    initial_state, d_final_state = hopper.states(inputs, seed=seed, number=len(PACKED), v_first=v_first)
-    return {
-        "initial_state": initial_state, "d_final_state": d_final_state, "state_v_first": v_first,
-        "cu_seqlens": cases.packed_offsets(PACKED, device=hopper.device),
-    }  # fmt: skip
-
-
-@pytest.mark.gpu
-@pytest.mark.every_dtype
-@pytest.mark.parametrize("split", [3, 8, 64])
-def test_packed_sequences_each_in_segments(hopper, split, seed):
-    """As near to the reference as whole ones, and to the bit what each alone is in as many segments."""
-    inputs = hopper.inputs("slow", seqlen=sum(PACKED), heads=2, dim_k=64, seed=seed)
-    options = packed_in_segments(hopper, inputs, seed)
-    packed = hopper.check_against_reference(inputs, "slow", sequence_split=split, **options)
-    for n in range(len(PACKED)):
-        begin, end = options["cu_seqlens"][n : n + 2].tolist()
-        alone = cases.Inputs(*(x[:, begin:end] for x in inputs.tensors), do=inputs.do[:, begin:end])
-        states = {name: options[name][n : n + 1] for name in ("initial_state", "d_final_state")}
-        for name, x in hopper.run(alone, sequence_split=split, **states).items():
-            of_sequence = (
-                packed[name][n : n + 1] if name in ("S", "d_initial_state") else packed[name][:, begin:end]
-            )
-            compare.assert_bitwise_equal(of_sequence, x, f"{name} of sequence {n}")
-
-
 @pytest.mark.gpu
 @pytest.mark.every_dtype
 @pytest.mark.parametrize(("gate_heads", "v_first"), [("key", False), ("value", True)])
@@ -253,8 +222,12 @@ def test_packed_sequences_each_in_segments(hopper, split, seed):
 def test_everything_at_once_in_segments(hopper, dim_k, dim_v, gate_heads, v_first, seed):
     """Packed groups with norms and all gates inside, of decays so slow that states pass many segments."""
     sizes = {"heads": 2, "value_heads": 4, "gate_heads": gate_heads, "dim_k": dim_k, "dim_v": dim_v}
-    inputs = hopper.raw_inputs(seqlen=sum(PACKED), **sizes, seed=seed)
-    options = packed_in_segments(hopper, inputs, seed, v_first) | {
+    lengths = cases.LONG_PACKED_LENGTHS
+    inputs = hopper.raw_inputs(seqlen=sum(lengths), **sizes, seed=seed)
+    initial_state, d_final_state = hopper.states(inputs, seed=seed, number=len(lengths), v_first=v_first)
+    options = {
+        "initial_state": initial_state, "d_final_state": d_final_state, "state_v_first": v_first,
+        "cu_seqlens": cases.packed_offsets(lengths, device=hopper.device),
         "use_qk_l2norm_in_kernel": True, "use_gate_in_kernel": True, "lower_bound": -0.02,
         "use_gate_sigmoid_in_kernel": True, "erase_scale": 2.0,
     }  # fmt: skip
@@ -273,8 +246,7 @@ def test_everything_at_once_in_segments(hopper, dim_k, dim_v, gate_heads, v_firs
 @pytest.mark.gpu
 def test_what_is_chosen_is_what_can_be_asked_for(hopper, seed):
     inputs = hopper.inputs("slow", seqlen=4096, heads=1, seed=seed)
-    gpu = sequence_split.gpu(hopper.device.index)
-    segments = num_segments(0, 4096, 1, 1, 1, 128, 128, False, gpu)
+    segments = automatic(4096, 1, gpu=gpu(hopper.device.index))
     assert segments > 1
     asked = hopper.run(inputs, sequence_split=segments)
     for name, x in hopper.run(inputs).items():

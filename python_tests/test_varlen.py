@@ -70,6 +70,20 @@ def test_a_packed_sequence_equals_a_run_of_its_own_bit_for_bit(backend, lengths,
         assert_sequence_equals(packed, results, options["cu_seqlens"], n)
 
 
+@pytest.mark.gpu
+@pytest.mark.every_dtype
+@pytest.mark.parametrize("split", [3, 8, 64])
+def test_sequences_each_in_segments(hopper, split, seed):
+    """As near to the reference as whole ones, and to the bit what each alone is in as many segments."""
+    lengths = cases.LONG_PACKED_LENGTHS
+    inputs, options = packed_inputs(hopper, lengths, seed, dim_k=64, dim_v=128)
+    options["sequence_split"] = split
+    packed = hopper.check_against_reference(inputs, "slow", **options)
+    for n in range(len(lengths)):
+        alone, alone_options = sequence(inputs, options, n)
+        assert_sequence_equals(packed, hopper.run(alone, **alone_options), options["cu_seqlens"], n)
+
+
 @pytest.mark.parametrize("gate_heads", ["key", "value"])
 @pytest.mark.parametrize("v_first", [False, True])
 def test_packing_with_groups_and_everything_in_the_kernel_changes_no_bit(backend, v_first, gate_heads, seed):
