@@ -142,6 +142,17 @@ class _Sizes(NamedTuple):
             floats += tiles * (3 * CHUNK * padded_k // 2 + padded_k + norms)
         return tiles * _TRIANGLE + floats  # a float for an element of each
 
+    def is_all_written(self, num_segments: int) -> bool:
+        """Whether the kernels write all that is kept.
+
+        Not without tokens, nor that of segments without chunks, of which packed sequences may have some.
+        """
+        if self.packed:
+            return self.seqlen > 0 and num_segments == 1
+        chunks = -(-self.seqlen // CHUNK)
+        chunks_of_segment = max(-(-chunks // num_segments), 1)
+        return -(-chunks // chunks_of_segment) == num_segments
+
     def workspace(
         self,
         q: Tensor,
@@ -209,7 +220,7 @@ def chunk_forward(
     segments = sizes.num_segments(sequence_split, q.device)
     kept = None
     if keep:
-        new = q.new_empty if sizes.seqlen else q.new_zeros  # without tokens nothing runs that would write it
+        new = q.new_empty if sizes.is_all_written(segments) else q.new_zeros
         kept = new(sizes.kept_size(segments, keep_tiles, options.use_qk_l2norm), dtype=torch.float32)
     tensors = [
         *map(_readable, (q, k, v, g, b, w)), *_contiguous(A_log, dt_bias, initial_state, cu_seqlens),

@@ -108,7 +108,8 @@ def test_a_captured_step_follows_its_offsets(seed):
         cu_seqlens.copy_(torch.tensor(offsets))
         graph.replay()
         expected = in_pool(inputs, expected_pool, indices, cu_seqlens=torch.tensor(offsets, device="cuda"))
-        compare.assert_bitwise_equal(o, expected, f"o at {offsets}")
+        well_formed = offsets == sorted(offsets) and offsets[-1] == 12  # else rows are NaN
+        compare.assert_bitwise_equal(o, expected, f"o at {offsets}", nan=not well_formed)
         compare.assert_bitwise_equal(pool, expected_pool, f"the pool at {offsets}", nan=True)
 
 

@@ -15,7 +15,7 @@ namespace gdn2 {
 // transposed, as the sum of two bfloat16, all larger parts before all smaller ones: of each
 // [kDimK / 64 channels after, kDimK / 64 before] boxes of shared memory, channels before on the rows. N and
 // states are float32 and lie as accumulators do (StateFragments in csrc/sm90/scan_parts.cuh). Segments are
-// numbered along their sequence; the last one of a sequence has no map.
+// numbered along their sequence; the last one that has chunks and those behind it have no map.
 struct SegmentMapsParams {
   CallShape shape;
   TokenTensor v, w;  // see ScanParams

@@ -47,7 +47,7 @@ class DenseChunks {
   }
 
  private:
-  static constexpr int kTilesForJumps = 2048;  // 134 MB
+  static constexpr int kTilesForJumps = 2048;  // 123 MB
 
   int num_chunks_, segment_chunks_, num_equal_;
   cutlass::FastDivmod left_, walks_, segments_;

@@ -146,7 +146,7 @@ __device__ Work find_work(ScanParams const& params) {
 
 template <class Cfg>
 __device__ MapsToStart<false> maps_to_start(ScanParams const& params) {
-  return {find_segment<Cfg>(params), params.num_segments};
+  return {.segment = find_segment<Cfg>(params), .last_segment = 0, .num_segments = params.num_segments};
 }
 
 __device__ KeptChunks kept_chunks(ScanParams const& params) {
@@ -393,7 +393,7 @@ struct Walk {
 template <class Cfg>
 __device__ void compute(SharedStorage<Cfg>& smem, ScanParams const& params, Work const& work, int wg) {
   int const first_column = work.first_column + wg * kColumns;
-  int const segment = find_segment<Cfg>(params), last_segment = Cfg::kSplit ? params.num_segments - 1 : 0;
+  int const segment = find_segment<Cfg>(params);
   Walk<Cfg> walk{smem, params, work, wg};
   if (segment == 0) {
     read_state<Cfg::kDimK>(walk.S, params.initial_state, params.shape, params.state_v_first, work,
@@ -409,7 +409,7 @@ __device__ void compute(SharedStorage<Cfg>& smem, ScanParams const& params, Work
     }
   }
   walk.run();
-  if (segment != last_segment) {
+  if (Cfg::kSplit && segment != work.last_segment) {
     return;
   }
   write_state<Cfg::kDimK>(walk.S, params.final_state, params.shape, params.state_v_first, work, first_column);
@@ -430,6 +430,9 @@ __device__ void run(SharedStorage<Cfg>& smem, ScanParams const& params, TensorMa
     smem.clear_above_triangles(Cfg::kThreads);
   }
   sync_before_loads<Cfg>();
+  if (Cfg::kSplit && find_segment<Cfg>(params) > work.last_segment) {
+    return;
+  }
   int const wg = warpgroup_index();
   if (wg < Cfg::kWarpgroups) {
     claim_registers<Cfg::kMathRegisters>();

@@ -110,7 +110,7 @@ __device__ void load(ReverseStorage<Cfg>& smem, ScanBackwardParams const& params
   RingPosition<Cfg::kStagesE> at_E;
   wait_for_earlier_kernels();  // prepare
   OwnWalk<Cfg> const own(params);
-  MapsToStart<true> const maps = own.maps_to_start(params);
+  MapsToStart<true> const maps = own.maps_to_start(params, work);
   KeptChunks const kept{params.num_kept, !own.makes_N};
   for (int step = 0; step < maps.number(); ++step) {
     wait_ready(find_N_ready(params, work, maps.N_of(step)));
@@ -220,12 +220,12 @@ __device__ void compute(ReverseStorage<Cfg>& smem, ScanBackwardParams const& par
   int const first_column = work.first_column + wg * kColumns;
   Reverse<Cfg> walk{smem, work, wg, {smem.outgoing, smem.rings_outgoing, wg}};
   OwnWalk<Cfg> const own(params);
-  bool const is_last = own.segment == params.num_segments - 1;
+  bool const is_last = own.segment == work.last_segment;
   if (is_last || own.makes_N) {
     read_state<Cfg::kDimK>(walk.dS, is_last ? params.d_final_state : nullptr, params.shape,
                            params.state_v_first, work, first_column);
   } else {
-    MapsToStart<true> const maps = own.maps_to_start(params);
+    MapsToStart<true> const maps = own.maps_to_start(params, work);
     wait_for_earlier_kernels();  // prepare, which clears flags
     wait_ready(find_N_ready(params, work, maps.first_N()));
     find_start<Cfg>(walk.dS, smem.start, smem.maps(), params.segment_N, params.shape, work, wg, maps,
@@ -234,7 +234,7 @@ __device__ void compute(ReverseStorage<Cfg>& smem, ScanBackwardParams const& par
   walk.run();
   OwnWalk<Cfg> const again(params);  // which needs no register during the walk
   if (again.makes_N) {
-    wait_for_earlier_kernels();  // prepare, which clears flags: a segment may be without chunks
+    wait_for_earlier_kernels();  // prepare, which clears flags
     write_segment_state<Cfg::kDimK>(walk.dS, params.segment_N, params.shape,
                                     segment_row(work, again.segment - 1, params.num_segments),
                                     work.value_head, first_column);
@@ -272,12 +272,16 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
     recompute.clear_above_triangles(Cfg::kThreads);
   } else {
     reverse.clear_above_first_triangle(Cfg::kThreads);
-    if (OwnWalk<Cfg>(params).maps_to_start(params).number() <= 0) {
+    __syncthreads();  // work is known
+    if (OwnWalk<Cfg>(params).maps_to_start(params, work).number() <= 0) {
       reverse.clear_above_triangles(Cfg::kThreads);
     }
   }
   sync_before_loads<Cfg>();
   let_next_kernel_start();
+  if (OwnWalk<Cfg>(params).segment > work.last_segment) {
+    return;
+  }
   int const wg = warpgroup_index();
   if (wg < Cfg::kWarpgroups) {
     claim_registers<Cfg::kMathRegisters>();

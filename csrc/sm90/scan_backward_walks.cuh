@@ -413,8 +413,10 @@ struct OwnWalk {
   }
 
   // Reverse walks from zero need none.
-  __device__ MapsToStart<true> maps_to_start(ScanBackwardParams const& params) const {
-    return {segment, makes_N ? 0 : params.num_segments};
+  __device__ MapsToStart<true> maps_to_start(ScanBackwardParams const& params, Work const& work) const {
+    return {.segment = segment,
+            .last_segment = makes_N ? 0 : work.last_segment,
+            .num_segments = params.num_segments};
   }
 };
 

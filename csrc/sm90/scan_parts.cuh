@@ -30,6 +30,7 @@ struct Work {
   int sequence, value_head, first_column;
   std::int64_t first_tile;  // among the chunk tiles; the next chunk's is tile_stride further
   int tile_stride, first_slot;
+  int last_segment;  // of the sequence that has chunks: see take_segment
   bool malformed;
 };
 
@@ -83,9 +84,11 @@ struct WalkCtas {
 };
 
 // Narrows the work to a segment of its sequence. Segments have equally many chunks but for the last ones,
-// which may have fewer or none.
+// which may have fewer or none. Those without chunks are nobody's work, but for the first one of a sequence
+// that has none: it passes the state on.
 __device__ inline void take_segment(Work& work, int segment, int num_segments) {
   int const chunks = (work.num_chunks + num_segments - 1) / num_segments;
+  work.last_segment = work.num_chunks == 0 ? 0 : (work.num_chunks - 1) / chunks;
   int const first = min(segment * chunks, work.num_chunks),
             first_token = min(first * kChunk, work.num_tokens);
   work.first_token += first_token;

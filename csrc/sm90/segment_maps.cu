@@ -8,7 +8,8 @@
 // of its value heads.
 //
 // Grid: one CTA for 64 columns of N (of a sequence and value head) or of M (of a sequence and gate head), and
-// a segment; the last segment of a sequence needs none. CTAs of neighbouring columns are pairs, as in scan.
+// a segment; a sequence's last segment that has chunks needs none. CTAs of neighbouring columns are pairs, as in
+// scan.
 // Roles: a math warpgroup (S 64, X 32 accumulators; 32 rounded S, 16 rounded X or R a thread); one that makes
 // Z (idle for M); one whose first warp loads factors, and whose second one loads v and w.
 // Shared memory (K 128): v and w 2 x 16 KB, Z 2 x 16 KB, gamma*E and gamma[C-1] 3 x 16.5 KB, A-I 3 x 8 KB, Kt
@@ -211,9 +212,7 @@ struct Walk {
       read_state<Cfg::kDimK>(S, params.initial_state, params.shape, params.state_v_first, work,
                              work.first_column);
     }
-    if (work.num_chunks > 0) {
-      begin_Z();
-    }
+    begin_Z();
     for (int chunk = 0; chunk < work.num_chunks; ++chunk) {
       make_X();
       make_R();
@@ -272,7 +271,8 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
   smem.clear_above_triangles();
   sync_before_loads<Cfg>();
   let_next_kernel_start();
-  if (work.is_M && work.segment == 0) {
+  if (work.segment >= work.last_segment || (work.is_M && work.segment == 0)) {
+    wait_for_earlier_kernels();  // scan, which waits for this kernel, relies on prepare
     return;
   }
   int const wg = warpgroup_index();

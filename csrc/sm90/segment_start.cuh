@@ -38,15 +38,16 @@ struct StartBarriers {
 };
 
 // The maps that lead to a walk's first state: forwards those of segments 1 to segment - 1, in reverse those
-// of the last but one down to segment + 1.
+// of the last but one with chunks down to segment + 1.
 template <bool kReverse>
 struct MapsToStart {
-  int segment, num_segments;
+  int segment, last_segment;
+  int num_segments;  // that rows are counted by
 
-  __device__ int number() const { return kReverse ? num_segments - 2 - segment : segment - 1; }
-  __device__ int segment_of(int step) const { return kReverse ? num_segments - 2 - step : step + 1; }
+  __device__ int number() const { return kReverse ? last_segment - 1 - segment : segment - 1; }
+  __device__ int segment_of(int step) const { return kReverse ? last_segment - 1 - step : step + 1; }
   // Rows of N: the first state, and what is added in a step.
-  __device__ int first_N() const { return kReverse ? num_segments - 2 : 0; }
+  __device__ int first_N() const { return kReverse ? last_segment - 1 : 0; }
   __device__ int N_of(int step) const { return kReverse ? segment_of(step) - 1 : segment_of(step); }
 };
 
