@@ -11,7 +11,6 @@ from gdn2_ext import chunk_gdn2, fused_recurrent_gdn2
 
 SHAPE = {"batch": 2, "seqlen": 100, "heads": 2, "value_heads": 4, "dim_k": 32, "dim_v": 32}
 DIFFERENTIABLE = ("q", "k", "v", "g", "b", "w", "A_log", "dt_bias", "initial_state")
-EVERYTHING = {"use_qk_l2norm_in_kernel": True, "use_gate_in_kernel": True, "use_gate_sigmoid_in_kernel": True}
 
 
 class Leaves:
@@ -30,7 +29,7 @@ class Leaves:
     def __call__(self, q, k, v, g, b, w, A_log, dt_bias, initial_state, **options):
         return chunk_gdn2(
             q, k, v, g, b, w, A_log=A_log, dt_bias=dt_bias, initial_state=initial_state,
-            output_final_state=True, **EVERYTHING, **options, backend=self.backend.name,
+            output_final_state=True, **cases.EVERYTHING, **options, backend=self.backend.name,
         )  # fmt: skip
 
     @property
@@ -49,7 +48,7 @@ class Leaves:
         options = {
             "initial_state": self.named["initial_state"],
             "d_final_state": self.d_final_state,
-            **EVERYTHING,
+            **cases.EVERYTHING,
         }
         return self.backend.expected(self.inputs, **options)
 
@@ -208,7 +207,7 @@ def test_inference_mode_gives_the_same_output(leaves):
 def test_two_runs_agree_bit_for_bit(backend, seed):
     inputs = backend.raw_inputs(batch=2, seqlen=200, heads=2, value_heads=4, dim_k=64, dim_v=64, seed=seed)
     initial_state, d_final_state = backend.states(inputs, seed=seed)
-    options = {"initial_state": initial_state, "d_final_state": d_final_state, **EVERYTHING}
+    options = {"initial_state": initial_state, "d_final_state": d_final_state, **cases.EVERYTHING}
     runs = [backend.run(inputs, **options, poisoned=False) for _ in range(3)]
     for again in runs[1:]:
         for name, x in runs[0].items():
@@ -323,7 +322,7 @@ def test_autocast_casts_q_k_v_b_w_together_and_nothing_else(backend, seed):
     inputs, _ = autocast_inputs(backend, torch.bfloat16, seed)
     initial_state, _ = backend.states(inputs, seed=seed)
     with torch.autocast(backend.device.type, torch.bfloat16), InputSpy() as spy:
-        backend.run(inputs, initial_state=initial_state, **EVERYTHING)
+        backend.run(inputs, initial_state=initial_state, **cases.EVERYTHING)
     names = dict(zip(DIFFERENTIABLE, spy.dtypes, strict=True))
     assert names == {name: torch.bfloat16 if name in "qkvbw" else torch.float32 for name in DIFFERENTIABLE}
 
@@ -334,13 +333,15 @@ def test_autocast_equals_the_call_on_rounded_tensors(backend, dtype, backward, s
     """Bit for bit: what the op computes in float32 stays there, and leaves get gradients of their dtype."""
     inputs, rounded = autocast_inputs(backend, dtype, seed)
     initial_state, d_final_state = backend.states(inputs, seed=seed)
-    expected = backend.run(rounded, initial_state=initial_state, d_final_state=d_final_state, **EVERYTHING)
+    expected = backend.run(
+        rounded, initial_state=initial_state, d_final_state=d_final_state, **cases.EVERYTHING
+    )
     tensors = (*inputs.tensors, inputs.A_log, inputs.dt_bias, initial_state)
     leaves = [x.detach().requires_grad_() for x in tensors]
     with torch.autocast(backend.device.type, dtype):
         o, final_state = chunk_gdn2(
             *leaves[:6], A_log=leaves[6], dt_bias=leaves[7], initial_state=leaves[8],
-            output_final_state=True, **EVERYTHING, backend=backend.name,
+            output_final_state=True, **cases.EVERYTHING, backend=backend.name,
         )  # fmt: skip
     with torch.autocast(backend.device.type, dtype, enabled=backward == "inside autocast"):
         gradients = torch.autograd.grad([o, final_state], leaves, [inputs.do, d_final_state])
@@ -356,7 +357,7 @@ def test_autocast_equals_the_call_on_rounded_tensors(backend, dtype, backward, s
 @pytest.mark.recurrent
 def test_decoding_under_autocast_equals_the_call_on_rounded_tensors(backend, seed):
     inputs, rounded = autocast_inputs(backend, torch.bfloat16, seed)
-    options = {"A_log": inputs.A_log, "dt_bias": inputs.dt_bias, **EVERYTHING, "backend": backend.name}
+    options = {"A_log": inputs.A_log, "dt_bias": inputs.dt_bias, **cases.EVERYTHING, "backend": backend.name}
     expected, expected_state = fused_recurrent_gdn2(*rounded.tensors, output_final_state=True, **options)
     with torch.autocast(backend.device.type, torch.bfloat16):
         o, final_state = fused_recurrent_gdn2(*inputs.tensors, output_final_state=True, **options)
@@ -402,7 +403,7 @@ def test_gradients_agree_with_finite_differences(backend, seed):
             dt_bias=x[7],
             initial_state=x[8],
             output_final_state=True,
-            **EVERYTHING,
+            **cases.EVERYTHING,
             backend="torch",
         )
 

@@ -10,7 +10,6 @@ from torch.library import opcheck
 from gdn2_ext import chunk_gdn2, fused_recurrent_gdn2
 
 SHAPE = {"batch": 2, "seqlen": 70, "heads": 2, "value_heads": 4, "dim_k": 16, "dim_v": 32}
-EVERYTHING = {"use_qk_l2norm_in_kernel": True, "use_gate_in_kernel": True, "use_gate_sigmoid_in_kernel": True}
 NO_OPTIONS = (0.25, False, False, None, False, 1.0, False)
 ALL_OPTIONS = (0.25, True, True, None, True, 2.0, False)
 BOUNDED_OPTIONS = (0.25, True, True, -5.0, True, 1.0, True)
@@ -121,7 +120,7 @@ def loss(o: torch.Tensor, final_state: torch.Tensor) -> torch.Tensor:
 def training_step(backend, leaves: list, **options) -> torch.Tensor:
     o, final_state = chunk_gdn2(
         *leaves[:6], A_log=leaves[6], dt_bias=leaves[7], initial_state=leaves[8],
-        output_final_state=True, **EVERYTHING, **options, backend=backend.name,
+        output_final_state=True, **cases.EVERYTHING, **options, backend=backend.name,
     )  # fmt: skip
     return loss(o, final_state)
 

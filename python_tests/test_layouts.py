@@ -143,19 +143,16 @@ def test_an_expanded_state_is_read_as_it_is(backend, seed):
 
 
 def test_gate_parameters_may_be_views(backend, seed):
-    # Without norms and sigmoids states grow until they are not finite.
-    options = {
-        "use_qk_l2norm_in_kernel": True, "use_gate_in_kernel": True, "use_gate_sigmoid_in_kernel": True
-    }  # fmt: skip
+    """With norms and sigmoids, for without them states grow until they are not finite."""
     inputs = backend.raw_inputs(**SHAPE, seed=seed)
-    expected = backend.run(inputs, **options)
+    expected = backend.run(inputs, **cases.EVERYTHING)
     inputs.A_log = inputs.A_log.repeat_interleave(2)[::2]
     inputs.dt_bias = inputs.dt_bias.view(2, 32).t().contiguous().t().as_strided((64,), (1,)).clone()
     inputs.dt_bias = torch.stack(
         [expected["d_dt_bias"], backend.raw_inputs(**SHAPE, seed=seed).dt_bias], dim=1
     )[:, 1]
     assert not inputs.A_log.is_contiguous() and not inputs.dt_bias.is_contiguous()
-    assert_same(backend.run(inputs, **options), expected)
+    assert_same(backend.run(inputs, **cases.EVERYTHING), expected)
 
 
 def test_offsets_may_be_a_view(backend, seed):

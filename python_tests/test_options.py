@@ -9,12 +9,7 @@ import pytest
 import torch
 
 SHAPE = {"batch": 2, "seqlen": 100, "heads": 2, "dim_k": 32, "dim_v": 48}
-EVERYTHING = {
-    "use_qk_l2norm_in_kernel": True,
-    "use_gate_in_kernel": True,
-    "use_gate_sigmoid_in_kernel": True,
-    "erase_scale": 2.0,
-}
+EVERYTHING = {**cases.EVERYTHING, "erase_scale": 2.0}
 
 # Kernels have other forms for K up to 64 and beyond, where two parts of 64 channels share a norm; and sizes
 # that are no whole 16 bytes are written another way.

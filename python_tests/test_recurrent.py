@@ -10,12 +10,7 @@ from gdn2_ext import chunk_gdn2, fused_recurrent_gdn2
 pytestmark = pytest.mark.recurrent
 
 SHAPE = {"heads": 2, "value_heads": 4, "dim_k": 16, "dim_v": 32}
-EVERYTHING = {
-    "use_qk_l2norm_in_kernel": True,
-    "use_gate_in_kernel": True,
-    "use_gate_sigmoid_in_kernel": True,
-    "erase_scale": 2,
-}
+EVERYTHING = {**cases.EVERYTHING, "erase_scale": 2}
 
 
 def decode(backend, inputs: cases.Inputs, **options) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -228,8 +228,7 @@ def test_everything_at_once_in_segments(hopper, dim_k, dim_v, gate_heads, v_firs
     options = {
         "initial_state": initial_state, "d_final_state": d_final_state, "state_v_first": v_first,
         "cu_seqlens": cases.packed_offsets(lengths, device=hopper.device),
-        "use_qk_l2norm_in_kernel": True, "use_gate_in_kernel": True, "lower_bound": -0.02,
-        "use_gate_sigmoid_in_kernel": True, "erase_scale": 2.0,
+        **cases.EVERYTHING, "lower_bound": -0.02, "erase_scale": 2.0,
     }  # fmt: skip
     expected = hopper.expected(inputs, **options)
     for split in (2, 8, 64):

@@ -96,10 +96,8 @@ def test_packing_with_groups_and_everything_in_the_kernel_changes_no_bit(backend
         "d_final_state": d_final_state,
         "cu_seqlens": cases.packed_offsets(lengths, device=backend.device),
         "state_v_first": v_first,
-        "use_qk_l2norm_in_kernel": True,
-        "use_gate_in_kernel": True,
-        "use_gate_sigmoid_in_kernel": True,
         "erase_scale": 2,
+        **cases.EVERYTHING,
     }
     packed = backend.check_against_reference(inputs, **options)
     for n in range(len(lengths)):
@@ -180,9 +178,6 @@ def test_offsets_on_the_cpu_serve_tensors_on_any_device(backend, seed):
 # -- neighbours ----------------------------------------------------------------------------------------------
 
 
-EVERYTHING = {"use_qk_l2norm_in_kernel": True, "use_gate_in_kernel": True, "use_gate_sigmoid_in_kernel": True}
-
-
 @pytest.mark.parametrize("split", [1, 3, 64])
 @pytest.mark.parametrize("raw", [False, True])
 @pytest.mark.parametrize("bad", [0, 1, 2])
@@ -192,7 +187,7 @@ def test_nan_in_one_sequence_stays_there(backend, bad, raw, split, seed):
     inputs, options = packed_inputs(backend, lengths, seed)
     options["sequence_split"] = split
     if raw:
-        inputs, options = backend.raw_inputs(seqlen=373, **SHAPE, seed=seed), {**options, **EVERYTHING}
+        inputs, options = backend.raw_inputs(seqlen=373, **SHAPE, seed=seed), {**options, **cases.EVERYTHING}
     clean = backend.run(inputs, **options)
     begin, end = options["cu_seqlens"][bad : bad + 2].tolist()
     for x in (*inputs.tensors, inputs.do):
