@@ -357,7 +357,8 @@ def chunk_at_once(
     are read, in csrc/api/chunk_at_once.cpp.
 
     None, and nothing done, for any other call and for any that is wrong, which ops.py then looks at.
-    sequence_split: 0 for whatever is quickest. keep_tiles: for a backward, which then need not make them.
+    sequence_split: 0 for whatever is quickest. keep_tiles: for a backward, which then need not make them;
+    those of a split are kept anyway where they are few, outside of graphs.
     """
     if not nobody_traces() or READ_TENSORS is None or cuda_launch._C is None:
         return None

@@ -172,7 +172,7 @@ inline void take_room(Workspace& room, ChunkBackwardParams& params, bool packed)
   if (call.num_segments > 1) {
     SplitSizes const sizes(shape, call.num_segments);
     params.segment_N = room.take<float>(sizes.states * sizeof(float));
-    params.N_ready = room.take<std::uint32_t>(sizes.flags * sizeof(std::uint32_t));
+    params.N_ready = room.take<std::uint64_t>(sizes.flags * sizeof(std::uint64_t));
   }
 }
 

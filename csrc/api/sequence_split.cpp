@@ -147,4 +147,8 @@ int num_kept_backward(CallShape const& shape, int num_segments) {
   return kKeptForReverse / (shape.num_sequences * shape.num_gate_heads * (num_segments - 1));
 }
 
+bool keeps_tiles(CallShape const& shape, int num_segments) {
+  return num_segments > 1 && tiles_fit_cache(shape);
+}
+
 }  // namespace gdn2

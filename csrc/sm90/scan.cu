@@ -177,7 +177,7 @@ __device__ void load(SharedStorage<Cfg>& smem, ScanParams const& params, Work co
 
     FullBarrier& full_E = smem.ring_E.begin_fill(at_E, kTile + kGammaBytes);
     if (params.ready != nullptr) {
-      wait_ready(params.ready + tile);
+      wait_ready(params.ready + tile, kTileReady);
     }
     load_factors<Cfg>(smem.gamma_E[at_E.stage], factors + 2 * kTile, kTile, full_E, hint);
     load_factors<Cfg>(smem.gamma_last[at_E.stage], tiles.gamma_last + tile * Cfg::kDimK, kGammaBytes, full_E,
