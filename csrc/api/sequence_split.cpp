@@ -5,6 +5,8 @@
 #include "api/sequence_split.h"
 
 #include <algorithm>
+#include <tuple>
+#include <utility>
 
 namespace gdn2 {
 namespace {
@@ -106,9 +108,7 @@ bool have_one_reader(CallShape const& shape, std::int64_t columns) {
   return shape.num_value_heads == shape.num_gate_heads && shape.dim_v <= columns;
 }
 
-}  // namespace
-
-int num_segments(SplitChoice const& call) {
+int quickest_number_of_segments(SplitChoice const& call) {
   Estimate const estimate(call);
   double const whole = estimate.whole();
   double least = whole;
@@ -122,6 +122,19 @@ int num_segments(SplitChoice const& call) {
   }
   // Where it would save less than such an estimate is good for, none.
   return least < 0.95 * whole ? static_cast<int>(best) : 1;
+}
+
+}  // namespace
+
+// What was chosen last is known: calls of a model have one shape.
+int num_segments(SplitChoice const& call) {
+  std::tuple const key(call.seqlen, call.num_sequences, call.num_gate_heads, call.num_value_heads, call.dim_k,
+                       call.dim_v, call.packed, call.gpu.num_sms, call.gpu.memory_bandwidth);
+  static thread_local std::pair last(key, quickest_number_of_segments(call));
+  if (last.first != key) {
+    last = {key, quickest_number_of_segments(call)};
+  }
+  return last.second;
 }
 
 int sms_beside_scan(SplitChoice const& call) {
