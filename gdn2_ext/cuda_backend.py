@@ -139,7 +139,7 @@ class _Sizes(NamedTuple):
         floats = padded_k * (maps * padded_k + states * padded_v)
         if keep_tiles:
             norms = 2 * CHUNK if use_qk_l2norm else 0
-            floats += tiles * (3 * CHUNK * padded_k // 2 + padded_k + norms)
+            floats += tiles * (3 * CHUNK * padded_k // 2 + padded_k + norms) + padded_k * states * padded_v
         return tiles * _TRIANGLE + floats  # a float for an element of each
 
     def is_all_written(self, num_segments: int) -> bool:
