@@ -152,10 +152,7 @@ py::object forward(Arguments& from, TensorReader const& reader, TensorMaker cons
   }
   if (keep) {
     Workspace needed(nullptr);
-    // Not in a graph: what is spared is time of the host.
-    bool const tiles = keep_tiles || (keeps_tiles(shape, call.num_segments) &&
-                                      !is_capturing(reader.current_stream(x.q.device)));
-    take_kept(needed, params, tiles);
+    take_kept(needed, params, keep_tiles || keeps_tiles(shape, call.num_segments));
     kept = maker.empty_float32(inputs.q(), needed.size() / kKeptBytes);
     x.kept = reader.read(kept.ptr());
   }

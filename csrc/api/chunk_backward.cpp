@@ -5,6 +5,7 @@
 #include <random>
 
 #include "api/chunk_room.h"
+#include "api/device.h"
 #include "api/sequence_split.h"
 
 namespace gdn2 {
@@ -21,8 +22,8 @@ int recomputed_first(ChunkCall const& call) {
       call.gpu.num_sms / std::max<std::int64_t>(ctas, 1) - reverse_walks, 0, call.num_segments));
 }
 
-// What a call sets its flags to, in memory that nobody has cleared: a number that no other call has, that is not
-// 0, and that memory has by chance only, of 2^-64.
+// What a call sets its flags to, in memory that nobody has cleared: a number that is not 0, that no other call
+// has, and memory by chance only, of 2^-64.
 std::uint64_t call_number() {
   static std::atomic<std::uint64_t> next = [] {
     std::random_device random;

@@ -229,6 +229,7 @@ void add_chunk_functions(pybind11::module_& module) {
   if (PyModule_AddFunctions(module.ptr(), methods) != 0) {
     throw pybind11::error_already_set();
   }
+  module.attr("MOST_TILES_KEPT") = kMostTilesKept;
 }
 
 }  // namespace gdn2

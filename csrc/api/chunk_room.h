@@ -113,8 +113,8 @@ inline float* take_N(Workspace& room, ChunkCall const& call) {
 }
 
 // What a forward keeps for its backward: A - I and P, M and first states of segments where there are several,
-// and where they are asked for prepare's tiles. With these also N of the forward, which then needs no memory but
-// what is kept; the backward has its own.
+// and with `tiles` what prepare makes. Then N of the forward lies there too, though the backward has its own: a
+// dense split needs no workspace.
 template <class Params>
 void take_kept(Workspace& room, Params& params, bool tiles) {
   ChunkCall& call = params.call;

@@ -161,7 +161,7 @@ int num_kept_backward(CallShape const& shape, int num_segments) {
 }
 
 bool keeps_tiles(CallShape const& shape, int num_segments) {
-  return num_segments > 1 && tiles_fit_cache(shape);
+  return num_segments > 1 && std::int64_t{shape.num_slots} * shape.num_gate_heads <= kMostTilesKept;
 }
 
 }  // namespace gdn2

@@ -50,8 +50,9 @@ int sms_beside_scan(SplitChoice const& call);
 int num_kept_forward(CallShape const& shape, bool packed, int num_segments, bool stores_states);
 int num_kept_backward(CallShape const& shape, int num_segments);
 
-// Whether a forward keeps prepare's tiles for its backward though nobody asked it to: those of a split where all
-// of them fit the L2 cache. Its backward then has a launch less, as its forward has one more.
+// Whether a forward keeps prepare's tiles for its backward though nobody asked it to: those of a split where
+// they are few. Its backward then has a launch less, as its forward has one more.
+constexpr int kMostTilesKept = 800;  // of chunks and gate heads: 40 MB
 bool keeps_tiles(CallShape const& shape, int num_segments);
 
 void run_segment_maps(SegmentMapsParams const& params, cudaStream_t stream);  // csrc/sm90/segment_maps.cu

@@ -226,7 +226,7 @@ __device__ void compute(ReverseStorage<Cfg>& smem, ScanBackwardParams const& par
                            params.state_v_first, work, first_column);
   } else {
     MapsToStart<true> const maps = own.maps_to_start(params, work);
-    wait_for_earlier_kernels();  // prepare, which may clear flags
+    wait_for_earlier_kernels();  // prepare, if there is one: it clears flags
     wait_ready(find_N_ready(params, work, maps.first_N()), params.call_number);
     find_start<Cfg>(walk.dS, smem.start, smem.maps(), params.segment_N, params.shape, work, wg, maps,
                     [&] { smem.clear_above_triangles(Cfg::kMathWarps * kWarpThreads); });
@@ -234,7 +234,7 @@ __device__ void compute(ReverseStorage<Cfg>& smem, ScanBackwardParams const& par
   walk.run();
   OwnWalk<Cfg> const again(params);  // which needs no register during the walk
   if (again.makes_N) {
-    wait_for_earlier_kernels();  // prepare, which may clear flags
+    wait_for_earlier_kernels();  // prepare, if there is one: it clears flags
     write_segment_state<Cfg::kDimK>(walk.dS, params.segment_N, params.shape,
                                     segment_row(work, again.segment - 1, params.num_segments),
                                     work.value_head, first_column);
