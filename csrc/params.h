@@ -79,8 +79,8 @@ struct CallShape {
 };
 
 // Chunk tiles are images of shared memory: boxes [64, 64] of 16-bit elements, 128 bytes a row, the 16-byte
-// pieces of row r permuted by piece ^ (r % 8); but A - I and P, which are triangles. kDimK is dim_k rounded up
-// to 64 or 128, missing channels are zero.
+// pieces of row r permuted by piece ^ (r % 8); but A - I and P, which are triangles. kDimK is dim_k rounded
+// up to 64 or 128, missing channels are zero.
 struct ChunkTiles {
   void* factors;      // [num_slots, num_gate_heads, 3, kDimK / 64, 64, 64]: scale*gamma*q, Kt, gamma*E
   float* gamma_last;  // [num_slots, num_gate_heads, kDimK]: gamma[C-1]
@@ -160,9 +160,9 @@ struct ScanBackwardParams {
   int num_segments;      // of a sequence, walked side by side
   bool follows_prepare;  // on the stream: what else is read was there before that
   // Of a sequence in several segments: as in ScanParams; and room for what those from a gradient of zero make
-  // for the other walks, the gradients of the first states of segments 1, 2, .., as in SegmentMapsParams, with
-  // a flag each: [num_sequences, num_segments - 1, num_value_heads, slices of 64 value columns], the call's
-  // number when it is made and anything else until then.
+  // for the other walks, the gradients of the first states of segments 1, 2, .., as in SegmentMapsParams,
+  // with a flag each: [num_sequences, num_segments - 1, num_value_heads, slices of 64 value columns], the
+  // call's number when it is made and anything else until then.
   float const *segment_M, *segment_states;
   float* segment_N;
   std::uint64_t* N_ready;

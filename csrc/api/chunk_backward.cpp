@@ -12,8 +12,8 @@ namespace gdn2 {
 namespace {
 
 // How many segments' recomputation is beside the reverse walks from zero: as many as find SMs. None where the
-// reverse walks alone have more CTAs than there are SMs. (Two slices share a CTA there, and SMs may stay idle;
-// no call that is split by itself is like that.)
+// reverse walks alone have more CTAs than there are SMs. (Two slices share a CTA there, and SMs may stay
+// idle; no call that is split by itself is like that.)
 int recomputed_first(ChunkCall const& call) {
   CallShape const& shape = call.shape;
   std::int64_t const ctas = std::int64_t{shape.num_sequences} * shape.num_value_heads * num_slices(shape);
@@ -22,8 +22,8 @@ int recomputed_first(ChunkCall const& call) {
       call.gpu.num_sms / std::max<std::int64_t>(ctas, 1) - reverse_walks, 0, call.num_segments));
 }
 
-// What a call sets its flags to, in memory that nobody has cleared: a number that is not 0, that no other call
-// has, and memory by chance only, of 2^-64.
+// What a call sets its flags to, in memory that nobody has cleared: a number that is not 0, that no other
+// call has, and memory by chance only, of 2^-64.
 std::uint64_t call_number() {
   static std::atomic<std::uint64_t> next = [] {
     std::random_device random;

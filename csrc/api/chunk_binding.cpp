@@ -134,8 +134,8 @@ PyObject* workspace_bytes(PyObject*, PyObject* const* arguments, Py_ssize_t numb
   return PyLong_FromLongLong(room.size());
 }
 
-// (seqlen, num_sequences, gate heads, value heads, K, V, packed, SMs, memory bandwidth) to what choose makes of
-// them.
+// (seqlen, num_sequences, gate heads, value heads, K, V, packed, SMs, memory bandwidth) to what choose
+// makes of them.
 template <int (*choose)(SplitChoice const&)>
 PyObject* choice_of_python(PyObject*, PyObject* const* arguments, Py_ssize_t number) {
   if (number != 9) {

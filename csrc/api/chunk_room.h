@@ -13,7 +13,8 @@ namespace gdn2 {
 constexpr std::int64_t kSlice = 64;           // value columns
 constexpr std::int64_t kRoomAlignment = 256;  // bytes, of what is carved out
 constexpr std::int64_t kElementBytes = 2;     // of q, and of all tiles
-// Of the tensor that a forward keeps, float32: as 16-bit elements its float32 parts would have NaNs among them.
+// Of the tensor that a forward keeps, float32: as 16-bit elements its float32 parts would have NaNs among
+// them.
 constexpr std::int64_t kKeptBytes = 4;
 
 // Carves room out of one allocation. Without an address it only counts.
@@ -67,8 +68,8 @@ struct TileSizes {
 };
 
 // In floats: M of the segments between the first and the last, and the states that all but the first start
-// from. Room of the second size is what each direction needs for N, of whose parts in reverse each has a flag.
-// Nothing where there is one segment.
+// from. Room of the second size is what each direction needs for N, of whose parts in reverse each has a
+// flag. Nothing where there is one segment.
 struct SplitSizes {
   std::int64_t M = 0, states = 0, flags = 0;
 
@@ -113,8 +114,8 @@ inline float* take_N(Workspace& room, ChunkCall const& call) {
 }
 
 // What a forward keeps for its backward: A - I and P, M and first states of segments where there are several,
-// and with `tiles` what prepare makes. Then N of the forward lies there too, though the backward has its own: a
-// dense split needs no workspace.
+// and with `tiles` what prepare makes. Then N of the forward lies there too, though the backward has its
+// own: a dense split needs no workspace.
 template <class Params>
 void take_kept(Workspace& room, Params& params, bool tiles) {
   ChunkCall& call = params.call;

@@ -33,9 +33,9 @@ constexpr double kBesidePrepareShare = 2.6, kBesidePrepareShareOfSm = 0.033;
 // so far ahead that its tiles have left the L2 cache when the walks take them.
 constexpr std::int64_t kBesideSms = 16, kBesideSmsOfHead = 4;
 
-// In chunks and heads, whose tiles are 60 KB each: how many fit an L2 cache of 50 MB; and how many are kept there,
-// from prepare to scan, from segment_maps to scan with v and w, and from reverse walks from zero to the others
-// (docs/kernels.md).
+// In chunks and heads, whose tiles are 60 KB each: how many fit an L2 cache of 50 MB; and how many are kept
+// there, from prepare to scan, from segment_maps to scan with v and w, and from reverse walks from zero to
+// the others (docs/kernels.md).
 constexpr int kTilesOfCache = 800, kKeptForScan = 512, kKeptForSegments = 640, kKeptForReverse = 384;
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) {

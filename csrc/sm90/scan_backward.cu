@@ -12,9 +12,9 @@
 //
 // Grid: one CTA for a sequence, walk, segment, value head and kWarpgroups * 64 value columns; longer
 // sequences first, of each the reverse walks first. CTAs of neighbouring columns are pairs, as in scan. A
-// sequence is one segment, or several whose first states are known. Then reverse walks from zero come first, and
-// those behind them wait for what they make, the maps to their last gradients (segment_start.cuh); walks of the
-// recomputation are beside either.
+// sequence is one segment, or several whose first states are known. Then reverse walks from zero come
+// first, and those behind them wait for what they make, the maps to their last gradients
+// (segment_start.cuh); walks of the recomputation are beside either.
 // Roles: kWarpgroups math warpgroups of 64 value columns each (S or dS 64, X or dR 32 accumulators; 32
 // rounded S or dS', 16 rounded R or dX, 16 rounded X or dR, 16 dO a thread; 240 registers, 216 where there
 // are two); one warpgroup that makes Z (idle in the reverse walk); one whose first warp loads factors, whose
@@ -51,7 +51,7 @@ struct TensorMaps {
   CUtensorMap v, w, dO;
 };
 
-// ---- N of segments, from walks that make them to those that need them --------------------------------------
+// ---- N of segments, from walks that make them to those that need them -------------------------------------
 
 // Of the `row`-th of a sequence's, and the CTA's value columns.
 __device__ std::uint64_t* find_N_ready(ScanBackwardParams const& params, Work const& work, int row) {
