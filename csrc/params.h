@@ -79,14 +79,16 @@ struct CallShape {
 };
 
 // Chunk tiles are images of shared memory: boxes [64, 64] of 16-bit elements, 128 bytes a row, the 16-byte
-// pieces of row r permuted by piece ^ (r % 8); but A - I and P, which are triangles. kDimK is dim_k rounded up
-// to 64 or 128, missing channels are zero.
+// pieces of row r permuted by piece ^ (r % 8); but A - I and P, which are triangles. kDimK is dim_k rounded
+// up to 64 or 128, missing channels are zero.
 struct ChunkTiles {
   void* factors;      // [num_slots, num_gate_heads, 3, kDimK / 64, 64, 64]: scale*gamma*q, Kt, gamma*E
   float* gamma_last;  // [num_slots, num_gate_heads, kDimK]: gamma[C-1]
   void* A_minus_I;    // [num_slots, num_gate_heads, 10, 16 * 16]: tile/triangle.h
   void* P;            // the same
 };
+
+constexpr std::uint32_t kTileReady = 1;
 
 struct PrepareParams {
   CallShape shape;
@@ -100,12 +102,12 @@ struct PrepareParams {
   ChunkTiles tiles;   // for the backward A_minus_I and P are inputs of the later stages, and not written
   float* row_norms;   // [num_slots, num_gate_heads, 2, 64]: 1 / norm of the rows of q and of k; or null
   bool factors_only;  // for the backward: neither T, A nor P
-  // For a walk beside it: [num_slots, num_gate_heads], not zero where a chunk's tiles are written; and how
+  // For a walk beside it: [num_slots, num_gate_heads], kTileReady where a chunk's tiles are written; and how
   // many SMs prepare takes. Null where the walk comes after.
   std::uint32_t* ready;
   int num_sms;
   // Flags of the kernel behind it, which become 0 before that one starts.
-  std::uint32_t* cleared;
+  std::uint64_t* cleared;
   int num_cleared;
   // How many of the last chunks and heads the L2 cache keeps the factors of, for the walk: see KeptChunks.
   int num_kept;
@@ -158,12 +160,13 @@ struct ScanBackwardParams {
   int num_segments;      // of a sequence, walked side by side
   bool follows_prepare;  // on the stream: what else is read was there before that
   // Of a sequence in several segments: as in ScanParams; and room for what those from a gradient of zero make
-  // for the other walks, the gradients of the first states of segments 1, 2, .., as in SegmentMapsParams, with
-  // a flag each: [num_sequences, num_segments - 1, num_value_heads, slices of 64 value columns], 0 until it is
-  // made.
+  // for the other walks, the gradients of the first states of segments 1, 2, .., as in SegmentMapsParams,
+  // with a flag each: [num_sequences, num_segments - 1, num_value_heads, slices of 64 value columns], the
+  // call's number when it is made and anything else until then.
   float const *segment_M, *segment_states;
   float* segment_N;
-  std::uint32_t* N_ready;
+  std::uint64_t* N_ready;
+  std::uint64_t call_number;
   int num_kept;  // last chunks of a segment: see KeptChunks
   // The segments that are walked forwards too: the first ones beside the reverse walks from zero.
   int num_recomputed, num_recomputed_first;

@@ -86,7 +86,8 @@ def kept_size(
     use_qk_l2norm: bool,
 ) -> int:  # fmt: skip
     """How many floats a call keeps for its backward."""
-    return _Sizes.of(q, v, g, cu_seqlens).kept_size(num_segments, keep_tiles, use_qk_l2norm)
+    sizes = _Sizes.of(q, v, g, cu_seqlens)
+    return sizes.kept_size(num_segments, sizes.keeps_tiles(num_segments, keep_tiles), use_qk_l2norm)
 
 
 class _Sizes(NamedTuple):
@@ -129,6 +130,11 @@ class _Sizes(NamedTuple):
             self.dim_v, self.packed, gpu(device.index),
         )  # fmt: skip
 
+    def keeps_tiles(self, num_segments: int, asked: bool) -> bool:
+        """Asked or not: `keeps_tiles` of csrc/api/sequence_split.h."""
+        tiles = self.num_slots * self.num_gate_heads
+        return asked or (num_segments > 1 and tiles <= cuda_launch._C.MOST_TILES_KEPT)
+
     def kept_size(self, num_segments: int, keep_tiles: bool, use_qk_l2norm: bool) -> int:
         """In floats, without gaps: `take_kept` of csrc/api/chunk_room.h."""
         tiles = self.num_slots * self.num_gate_heads
@@ -139,7 +145,7 @@ class _Sizes(NamedTuple):
         floats = padded_k * (maps * padded_k + states * padded_v)
         if keep_tiles:
             norms = 2 * CHUNK if use_qk_l2norm else 0
-            floats += tiles * (3 * CHUNK * padded_k // 2 + padded_k + norms)
+            floats += tiles * (3 * CHUNK * padded_k // 2 + padded_k + norms) + padded_k * states * padded_v
         return tiles * _TRIANGLE + floats  # a float for an element of each
 
     def is_all_written(self, num_segments: int) -> bool:
@@ -218,6 +224,7 @@ def chunk_forward(
     if num_state_chunks is not None:
         chunk_states = q.new_empty(sizes.states(sizes.num_slots, state_v_first), dtype=torch.float32)
     segments = sizes.num_segments(sequence_split, q.device)
+    keep_tiles = keep and sizes.keeps_tiles(segments, keep_tiles)
     kept = None
     if keep:
         new = q.new_empty if sizes.is_all_written(segments) else q.new_zeros
@@ -357,7 +364,8 @@ def chunk_at_once(
     are read, in csrc/api/chunk_at_once.cpp.
 
     None, and nothing done, for any other call and for any that is wrong, which ops.py then looks at.
-    sequence_split: 0 for whatever is quickest. keep_tiles: for a backward, which then need not make them.
+    sequence_split: 0 for whatever is quickest. keep_tiles: for a backward, which then need not make them;
+    those of a split are kept anyway where they are few.
     """
     if not nobody_traces() or READ_TENSORS is None or cuda_launch._C is None:
         return None

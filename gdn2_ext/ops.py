@@ -345,7 +345,8 @@ def chunk_gdn2(
         safe_gate: accepted for compatibility; every decay is safe here.
         lower_bound: see `use_gate_in_kernel`; without it not used.
         disable_recompute: save more for the backward, in exchange for time. The CUDA backend keeps about
-            6 bytes a token, gate head and channel of K more; gradients are the same to the bit.
+            6 bytes a token, gate head and channel of K more, which it does anyway in several segments where
+            that is no more than 40 MB; gradients are the same to the bit.
         return_intermediate_states: also return the state at every chunk's start (inference only).
         state_v_first: states are [N, HV, V, K].
         A_log: [H] float32, with `use_gate_in_kernel`; optional with `lower_bound`.

@@ -280,6 +280,8 @@ def test_wrong_calls_do_not(read_tensors, stage, name, change):
 def test_calls_without_room_do_not(stage, name, change):
     call = stage(inputs())
     assert lets_through(call)
+    if call["workspace"].numel() == 0:
+        pytest.skip("all of its memory is kept")
     assert not lets_through(call | {name: change(call.get(name))})
 
 
@@ -306,13 +308,14 @@ def test_a_backward_needs_what_is_kept():
 
 
 def test_what_is_kept_has_no_gaps():
-    """Bytes: A - I and P, 10 blocks of 512 each; M, first states; factors, last decays, norms."""
+    """Bytes: A - I and P, 10 blocks of 512 each; M, first states; factors, last decays, norms and N."""
     tiles, value_states, key_states = SLOTS * H, B * HV * 64 * 64 * 4, B * H * 64 * 64 * 4
     matrices, prepared = 2 * 5120 * tiles, tiles * (3 * 64 * 64 * 2 + 64 * 4 + 2 * 64 * 4)
     for num_segments in (1, 2, 5):
         split = max(num_segments - 2, 0) * key_states + (num_segments - 1) * value_states
         assert 4 * kept_of(gated(inputs()), num_segments).numel() == matrices + split
-        assert 4 * kept_of(gated(inputs()), num_segments, True).numel() == matrices + split + prepared
+        N = (num_segments - 1) * value_states
+        assert 4 * kept_of(gated(inputs()), num_segments, True).numel() == matrices + split + prepared + N
 
 
 @pytest.mark.parametrize(("name", "change"), BAD_OBJECTS.values(), ids=BAD_OBJECTS)

@@ -1,14 +1,16 @@
 """Sequences cut into segments: when, and that nothing but time changes."""
 
+import contextlib
 import itertools
 
 import cases
 import compare
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 import gdn2_ext
-from gdn2_ext import cuda_launch
+from gdn2_ext import cuda_backend, cuda_launch
 from gdn2_ext.sequence_split import MAX_SEGMENTS, Gpu, gpu, num_segments
 
 H200 = Gpu(num_sms=132, memory_bandwidth=4916)
@@ -24,6 +26,13 @@ def automatic(seqlen: int, heads: int, sequences: int = 1, gpu: Gpu = H200, **ch
         "value_heads": heads, "dim_k": 128, "dim_v": 128, "packed": False, "gpu": gpu,
     }  # fmt: skip
     return num_segments(**call | changes)
+
+
+class Watched(TorchFunctionMode):
+    """Calls go by torch.library."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
 
 
 # -- the choice ----------------------------------------------------------------------------------------------
@@ -168,14 +177,63 @@ def test_prepare_beside_scan_changes_no_bit(hopper, batch, seqlen, heads, dim, a
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("split", [2, 4, 6])
-def test_tiles_that_are_kept_change_no_bit_of_a_split_call(hopper, split, seed):
+def test_tiles_that_are_kept_change_no_bit_of_a_split_call(hopper, split, monkeypatch, seed):
     """All, some and none of the segments are walked forwards beside the reverse walks from zero (132 SMs)."""
     inputs = hopper.inputs("slow", seqlen=700, heads=12, dim_k=128, dim_v=128, seed=seed)
-    again = hopper.check_against_reference(inputs, "slow", sequence_split=split)
-    kept = hopper.run(inputs, sequence_split=split, disable_recompute=True)
-    assert again.keys() == kept.keys()
-    for name in again:
-        compare.assert_bitwise_equal(kept[name], again[name], name)
+    kept = hopper.check_against_reference(inputs, "slow", sequence_split=split)
+    monkeypatch.setattr(cuda_backend._Sizes, "keeps_tiles", lambda self, num_segments, asked: asked)
+    with Watched():
+        made_again = hopper.run(inputs, sequence_split=split)
+    asked_for = hopper.run(inputs, sequence_split=split, disable_recompute=True)
+    assert kept.keys() == made_again.keys() == asked_for.keys()
+    for name, x in kept.items():
+        compare.assert_bitwise_equal(made_again[name], x, name)
+        compare.assert_bitwise_equal(asked_for[name], x, name)
+
+
+@pytest.mark.gpu
+def test_tiles_that_are_made_again_change_no_bit_of_a_split_call(hopper, seed):
+    """More than are kept unasked."""
+    inputs = hopper.inputs("slow", seqlen=4096, heads=13, dim_k=64, dim_v=64, seed=seed)
+    made_again, kept = (
+        hopper.run(inputs, sequence_split=4, disable_recompute=keep) for keep in (False, True)
+    )
+    for name, x in kept.items():
+        compare.assert_bitwise_equal(made_again[name], x, name)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("heads", "split", "keeps"), [(12, 4, True), (13, 4, False), (4, 2, True), (4, None, True), (4, 1, False)]
+)
+@pytest.mark.parametrize("watched", [False, True])
+def test_tiles_of_a_split_are_kept_where_they_are_few(hopper, heads, split, keeps, watched, seed):
+    """Of 64 chunks a head: no more than 800."""
+    inputs = hopper.inputs("slow", seqlen=4096, heads=heads, dim_k=64, dim_v=64, seed=seed)
+
+    def saved(**options) -> int:
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
+            leaves = [x.detach().requires_grad_() for x in inputs.tensors]
+            with Watched() if watched else contextlib.nullcontext():
+                gdn2_ext.chunk_gdn2(*leaves, sequence_split=split, backend="cuda", **options)
+        return sum(sizes)
+
+    assert (saved() == saved(disable_recompute=True)) is keeps
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("watched", [False, True])
+def test_a_backward_of_segments_may_run_again(hopper, watched, seed):
+    """In memory where the flags of the first time still stand."""
+    inputs = hopper.inputs("slow", seqlen=1500, heads=2, seed=seed)
+    leaves = [x.detach().requires_grad_() for x in inputs.tensors]
+    with Watched() if watched else contextlib.nullcontext():
+        o, _ = gdn2_ext.chunk_gdn2(*leaves, sequence_split=8, backend="cuda")
+        first, *others = (torch.autograd.grad(o, leaves, inputs.do, retain_graph=True) for _ in range(20))
+    for n, again in enumerate(others):
+        for x, y in zip(again, first, strict=True):
+            compare.assert_bitwise_equal(x, y, f"gradient of time {n + 2}")
 
 
 @pytest.mark.gpu

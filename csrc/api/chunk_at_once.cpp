@@ -109,13 +109,18 @@ void launch(TensorReader const& reader, TensorMaker const& maker, PyObject* q, i
             Run run) {
   Workspace needed(nullptr);
   take(needed);
+  cudaStream_t const stream = reader.current_stream(device);
+  if (needed.size() == 0) {
+    py::gil_scoped_release_simple const release;
+    run(stream);
+    return;
+  }
   // A workspace that is no object of Python's costs half as much. PyTorch's own function says best why there
   // is none.
   Memory const memory = reader.allocate(needed.size(), device);
   py::object const tensor = memory ? py::object() : maker.empty(q, needed.size() / kElementBytes);
   Workspace room(memory ? address_of(memory->tensor) : reader.read(tensor.ptr()).data);
   take(room);
-  cudaStream_t const stream = reader.current_stream(device);
   py::gil_scoped_release_simple const release;  // a full queue makes a launch wait
   run(stream);
 }
@@ -147,7 +152,7 @@ py::object forward(Arguments& from, TensorReader const& reader, TensorMaker cons
   }
   if (keep) {
     Workspace needed(nullptr);
-    take_kept(needed, params, keep_tiles);
+    take_kept(needed, params, keep_tiles || keeps_tiles(shape, call.num_segments));
     kept = maker.empty_float32(inputs.q(), needed.size() / kKeptBytes);
     x.kept = reader.read(kept.ptr());
   }

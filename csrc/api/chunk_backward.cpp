@@ -1,22 +1,35 @@
 #include "api/chunk_backward.h"
 
 #include <algorithm>
+#include <atomic>
+#include <random>
 
 #include "api/chunk_room.h"
+#include "api/device.h"
 #include "api/sequence_split.h"
 
 namespace gdn2 {
 namespace {
 
 // How many segments' recomputation is beside the reverse walks from zero: as many as find SMs. None where the
-// reverse walks alone have more CTAs than there are SMs. (Two slices share a CTA there, and SMs may stay idle;
-// no call that is split by itself is like that.)
+// reverse walks alone have more CTAs than there are SMs. (Two slices share a CTA there, and SMs may stay
+// idle; no call that is split by itself is like that.)
 int recomputed_first(ChunkCall const& call) {
   CallShape const& shape = call.shape;
   std::int64_t const ctas = std::int64_t{shape.num_sequences} * shape.num_value_heads * num_slices(shape);
   std::int64_t const reverse_walks = call.num_segments - 1;
   return static_cast<int>(std::clamp<std::int64_t>(
       call.gpu.num_sms / std::max<std::int64_t>(ctas, 1) - reverse_walks, 0, call.num_segments));
+}
+
+// What a call sets its flags to, in memory that nobody has cleared: a number that is not 0, that no other
+// call has, and memory by chance only, of 2^-64.
+std::uint64_t call_number() {
+  static std::atomic<std::uint64_t> next = [] {
+    std::random_device random;
+    return std::uint64_t{random()} << 32 | random() | 1;
+  }();
+  return next.fetch_add(2, std::memory_order_relaxed);
 }
 
 }  // namespace
@@ -35,7 +48,8 @@ void chunk_backward(ChunkBackwardParams const& params, cudaStream_t stream) {
                      stream);
   } else {
     plan(call, stream);
-    if (num_flags > 0) {
+    // All replays of a graph have one number.
+    if (num_flags > 0 && is_capturing(stream)) {
       throw_on_error(cudaMemsetAsync(params.N_ready, 0, num_flags * sizeof(*params.N_ready), stream),
                      "chunk_backward");
     }
@@ -60,6 +74,7 @@ void chunk_backward(ChunkBackwardParams const& params, cudaStream_t stream) {
                      .segment_states = params.segment_states,
                      .segment_N = params.segment_N,
                      .N_ready = params.N_ready,
+                     .call_number = split ? call_number() : 0,
                      .num_kept = num_kept_backward(call.shape, call.num_segments),
                      .num_recomputed = only_initial_state ? 0 : call.num_segments,
                      .num_recomputed_first = only_initial_state || !split ? 0 : recomputed_first(call),

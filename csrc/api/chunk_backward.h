@@ -20,7 +20,7 @@ struct ChunkBackwardParams {
   // walk's.
   float const *segment_M, *segment_states;
   float* segment_N;
-  std::uint32_t* N_ready;  // see ScanBackwardParams
+  std::uint64_t* N_ready;  // see ScanBackwardParams
   // Gradients as in GradientsParams and ScanBackwardParams; null where nobody asked.
   void *dq, *dk, *dv, *dg, *db, *dw;
   float *dA_log, *d_dt_bias;  // [num_heads], [num_heads, dim_k]

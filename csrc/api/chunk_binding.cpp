@@ -134,8 +134,8 @@ PyObject* workspace_bytes(PyObject*, PyObject* const* arguments, Py_ssize_t numb
   return PyLong_FromLongLong(room.size());
 }
 
-// (seqlen, num_sequences, gate heads, value heads, K, V, packed, SMs, memory bandwidth) to what choose makes of
-// them.
+// (seqlen, num_sequences, gate heads, value heads, K, V, packed, SMs, memory bandwidth) to what choose
+// makes of them.
 template <int (*choose)(SplitChoice const&)>
 PyObject* choice_of_python(PyObject*, PyObject* const* arguments, Py_ssize_t number) {
   if (number != 9) {
@@ -229,6 +229,7 @@ void add_chunk_functions(pybind11::module_& module) {
   if (PyModule_AddFunctions(module.ptr(), methods) != 0) {
     throw pybind11::error_already_set();
   }
+  module.attr("MOST_TILES_KEPT") = kMostTilesKept;
 }
 
 }  // namespace gdn2

@@ -33,7 +33,7 @@ struct Preparation {
   // See PrepareParams.
   bool factors_only = false;
   float* row_norms = nullptr;
-  std::uint32_t* cleared = nullptr;
+  std::uint64_t* cleared = nullptr;
   int num_cleared = 0, num_kept = 0;
 };
 void plan_and_prepare(ChunkCall const& call, Preparation const& how, cudaStream_t stream);

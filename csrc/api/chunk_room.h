@@ -13,7 +13,8 @@ namespace gdn2 {
 constexpr std::int64_t kSlice = 64;           // value columns
 constexpr std::int64_t kRoomAlignment = 256;  // bytes, of what is carved out
 constexpr std::int64_t kElementBytes = 2;     // of q, and of all tiles
-// Of the tensor that a forward keeps, float32: as 16-bit elements its float32 parts would have NaNs among them.
+// Of the tensor that a forward keeps, float32: as 16-bit elements its float32 parts would have NaNs among
+// them.
 constexpr std::int64_t kKeptBytes = 4;
 
 // Carves room out of one allocation. Without an address it only counts.
@@ -67,8 +68,8 @@ struct TileSizes {
 };
 
 // In floats: M of the segments between the first and the last, and the states that all but the first start
-// from. Room of the second size is what each direction needs for N, of whose parts in reverse each has a flag.
-// Nothing where there is one segment.
+// from. Room of the second size is what each direction needs for N, of whose parts in reverse each has a
+// flag. Nothing where there is one segment.
 struct SplitSizes {
   std::int64_t M = 0, states = 0, flags = 0;
 
@@ -107,8 +108,14 @@ void take_row_norms(Workspace& room, Params& params) {
   }
 }
 
+// The maps' constant parts, of either direction.
+inline float* take_N(Workspace& room, ChunkCall const& call) {
+  return room.take<float>(SplitSizes(call.shape, call.num_segments).states * sizeof(float));
+}
+
 // What a forward keeps for its backward: A - I and P, M and first states of segments where there are several,
-// and where they are asked for prepare's tiles.
+// and with `tiles` what prepare makes. Then N of the forward lies there too, though the backward has its
+// own: a dense split needs no workspace.
 template <class Params>
 void take_kept(Workspace& room, Params& params, bool tiles) {
   ChunkCall& call = params.call;
@@ -121,6 +128,7 @@ void take_kept(Workspace& room, Params& params, bool tiles) {
   if (tiles) {
     take_tiles(room, call);
     take_row_norms(room, params);
+    params.segment_N = take_N(room, call);
   }
 }
 
@@ -129,7 +137,6 @@ inline void take_call_room(Workspace& room, ChunkCall& call, bool packed, bool h
   if (!has_tiles) {
     take_tiles(room, call);
   }
-  call.ready = room.take<std::uint32_t>(num_gate_tiles(shape) * sizeof(std::uint32_t));
   if (packed) {
     call.plan.slots = room.take<ChunkSlot>(shape.num_slots * sizeof(ChunkSlot));
     call.plan.spans = room.take<SequenceSpan>(shape.num_sequences * sizeof(SequenceSpan));
@@ -144,12 +151,15 @@ inline void take_room(Workspace& room, ChunkForwardParams& params, bool packed, 
   if (!keeps) {
     take_matrices(room, call);
   }
-  if (call.num_segments > 1) {
-    SplitSizes const sizes(call.shape, call.num_segments);
-    params.segment_N = room.take<float>(sizes.states * sizeof(float));
-    if (!keeps) {
-      params.segment_M = room.take<float>(sizes.M * sizeof(float));
-    }
+  if (call.num_segments == 1) {
+    call.ready = room.take<std::uint32_t>(num_gate_tiles(call.shape) * sizeof(std::uint32_t));
+    return;
+  }
+  if (!params.keeps_tiles) {
+    params.segment_N = take_N(room, call);
+  }
+  if (!keeps) {
+    params.segment_M = room.take<float>(SplitSizes(call.shape, call.num_segments).M * sizeof(float));
   }
 }
 
@@ -170,9 +180,9 @@ inline void take_room(Workspace& room, ChunkBackwardParams& params, bool packed)
   params.dA_log_of_slots = room.take<float>(num_gate_tiles(shape) * padded_k(shape) / kSlice * sizeof(float));
   params.d_dt_bias_of_slots = room.take<float>(num_gate_tiles(shape) * shape.dim_k * sizeof(float));
   if (call.num_segments > 1) {
-    SplitSizes const sizes(shape, call.num_segments);
-    params.segment_N = room.take<float>(sizes.states * sizeof(float));
-    params.N_ready = room.take<std::uint32_t>(sizes.flags * sizeof(std::uint32_t));
+    params.segment_N = take_N(room, call);
+    params.N_ready =
+        room.take<std::uint64_t>(SplitSizes(shape, call.num_segments).flags * sizeof(std::uint64_t));
   }
 }
 

@@ -1,4 +1,4 @@
-// What launches ask of the current device.
+// What launches ask of the current device, and of a stream.
 #pragma once
 
 #include <vector>
@@ -40,6 +40,12 @@ inline Gpu gpu(int device) {
     return all;
   }();
   return gpus.at(device);
+}
+
+inline bool is_capturing(cudaStream_t stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  throw_on_error(cudaStreamIsCapturing(stream, &status), "capture of a stream");
+  return status != cudaStreamCaptureStatusNone;
 }
 
 inline int num_multiprocessors() {

@@ -5,6 +5,8 @@
 #include "api/sequence_split.h"
 
 #include <algorithm>
+#include <tuple>
+#include <utility>
 
 namespace gdn2 {
 namespace {
@@ -31,9 +33,9 @@ constexpr double kBesidePrepareShare = 2.6, kBesidePrepareShareOfSm = 0.033;
 // so far ahead that its tiles have left the L2 cache when the walks take them.
 constexpr std::int64_t kBesideSms = 16, kBesideSmsOfHead = 4;
 
-// In chunks and heads, whose tiles are 60 KB each: how many fit an L2 cache of 50 MB; and how many are kept there,
-// from prepare to scan, from segment_maps to scan with v and w, and from reverse walks from zero to the others
-// (docs/kernels.md).
+// In chunks and heads, whose tiles are 60 KB each: how many fit an L2 cache of 50 MB; and how many are kept
+// there, from prepare to scan, from segment_maps to scan with v and w, and from reverse walks from zero to
+// the others (docs/kernels.md).
 constexpr int kTilesOfCache = 800, kKeptForScan = 512, kKeptForSegments = 640, kKeptForReverse = 384;
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) {
@@ -106,9 +108,7 @@ bool have_one_reader(CallShape const& shape, std::int64_t columns) {
   return shape.num_value_heads == shape.num_gate_heads && shape.dim_v <= columns;
 }
 
-}  // namespace
-
-int num_segments(SplitChoice const& call) {
+int quickest_number_of_segments(SplitChoice const& call) {
   Estimate const estimate(call);
   double const whole = estimate.whole();
   double least = whole;
@@ -122,6 +122,19 @@ int num_segments(SplitChoice const& call) {
   }
   // Where it would save less than such an estimate is good for, none.
   return least < 0.95 * whole ? static_cast<int>(best) : 1;
+}
+
+}  // namespace
+
+// What was chosen last is known: calls of a model have one shape.
+int num_segments(SplitChoice const& call) {
+  std::tuple const key(call.seqlen, call.num_sequences, call.num_gate_heads, call.num_value_heads, call.dim_k,
+                       call.dim_v, call.packed, call.gpu.num_sms, call.gpu.memory_bandwidth);
+  static thread_local std::pair last(key, quickest_number_of_segments(call));
+  if (last.first != key) {
+    last = {key, quickest_number_of_segments(call)};
+  }
+  return last.second;
 }
 
 int sms_beside_scan(SplitChoice const& call) {
@@ -145,6 +158,10 @@ int num_kept_backward(CallShape const& shape, int num_segments) {
     return 0;
   }
   return kKeptForReverse / (shape.num_sequences * shape.num_gate_heads * (num_segments - 1));
+}
+
+bool keeps_tiles(CallShape const& shape, int num_segments) {
+  return num_segments > 1 && std::int64_t{shape.num_slots} * shape.num_gate_heads <= kMostTilesKept;
 }
 
 }  // namespace gdn2

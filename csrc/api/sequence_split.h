@@ -45,10 +45,16 @@ int num_segments(SplitChoice const& call);
 // Of whole sequences: on how many SMs prepare runs beside scan; 0 where one after the other is quicker.
 int sms_beside_scan(SplitChoice const& call);
 
-// How many chunks of every segment (one: whole sequences, prepare before scan) the L2 cache keeps, of those that
-// a walk reads first: in the forward, and in the backward from the reverse walks from zero to the others.
+// How many chunks of every segment (one: whole sequences, prepare before scan) the L2 cache keeps, of those
+// that a walk reads first: in the forward, and in the backward from the reverse walks from zero to the
+// others.
 int num_kept_forward(CallShape const& shape, bool packed, int num_segments, bool stores_states);
 int num_kept_backward(CallShape const& shape, int num_segments);
+
+// Whether a forward keeps prepare's tiles for its backward though nobody asked it to: those of a split where
+// they are few. Its backward then has a launch less, as its forward has one more.
+constexpr int kMostTilesKept = 800;  // of chunks and gate heads: 40 MB
+bool keeps_tiles(CallShape const& shape, int num_segments);
 
 void run_segment_maps(SegmentMapsParams const& params, cudaStream_t stream);  // csrc/sm90/segment_maps.cu
 

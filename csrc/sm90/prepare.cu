@@ -342,7 +342,7 @@ __device__ void publish_tile(PrepareParams const& params, Work const& work, bool
   }
   NamedBarrier::sync(Cfg::kTeamThreads, barrier_id<Cfg>(TeamBarrier::kTilesOut));
   if (thread_of_team<Cfg>() == 0) {
-    publish_ready(params.ready + work.tile);
+    publish_ready(params.ready + work.tile, kTileReady);
   }
 }
 

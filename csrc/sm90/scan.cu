@@ -19,8 +19,8 @@
 // nearly to itself, so that every instruction it is spared shortens the chain.
 // Shared memory (K 128): rings of stages, each let go as soon as its product is done: v and w (16 KB a
 // warpgroup), Z (16 KB a warpgroup, float32, in the order of the accumulators), gamma*E (16 KB),
-// scale*gamma*q and A-I (24 KB), Kt and P (24 KB); O 8 KB a warpgroup. Maps come to where the q of chunks after
-// the first and all k will be.
+// scale*gamma*q and A-I (24 KB), Kt and P (24 KB); O 8 KB a warpgroup. Maps come to where the q of chunks
+// after the first and all k will be.
 //
 // Beside prepare (few heads): the loads of a chunk's tiles wait for its flag.
 //
@@ -177,7 +177,7 @@ __device__ void load(SharedStorage<Cfg>& smem, ScanParams const& params, Work co
 
     FullBarrier& full_E = smem.ring_E.begin_fill(at_E, kTile + kGammaBytes);
     if (params.ready != nullptr) {
-      wait_ready(params.ready + tile);
+      wait_ready(params.ready + tile, kTileReady);
     }
     load_factors<Cfg>(smem.gamma_E[at_E.stage], factors + 2 * kTile, kTile, full_E, hint);
     load_factors<Cfg>(smem.gamma_last[at_E.stage], tiles.gamma_last + tile * Cfg::kDimK, kGammaBytes, full_E,
@@ -499,8 +499,8 @@ void launch(ScanParams const& params, cudaStream_t stream) {
 template <class Element, int kDimK>
 void dispatch(ScanParams const& params, cudaStream_t stream) {
   // Value columns share the factors that are loaded. Two warpgroups do so at half the number of CTAs: where
-  // one warpgroup a CTA would not run all at once, they are the better choice. Elsewhere pairs of CTAs do, and
-  // in a split, which is for few heads.
+  // one warpgroup a CTA would not run all at once, they are the better choice. Elsewhere pairs of CTAs do,
+  // and in a split, which is for few heads.
   CallShape const& shape = params.shape;
   std::int64_t const slices = num_slices(shape.dim_v);
   std::int64_t const walks = std::int64_t{shape.num_sequences} * shape.num_value_heads;

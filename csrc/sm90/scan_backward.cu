@@ -12,9 +12,9 @@
 //
 // Grid: one CTA for a sequence, walk, segment, value head and kWarpgroups * 64 value columns; longer
 // sequences first, of each the reverse walks first. CTAs of neighbouring columns are pairs, as in scan. A
-// sequence is one segment, or several whose first states are known. Then reverse walks from zero come first, and
-// those behind them wait for what they make, the maps to their last gradients (segment_start.cuh); walks of the
-// recomputation are beside either.
+// sequence is one segment, or several whose first states are known. Then reverse walks from zero come
+// first, and those behind them wait for what they make, the maps to their last gradients
+// (segment_start.cuh); walks of the recomputation are beside either.
 // Roles: kWarpgroups math warpgroups of 64 value columns each (S or dS 64, X or dR 32 accumulators; 32
 // rounded S or dS', 16 rounded R or dX, 16 rounded X or dR, 16 dO a thread; 240 registers, 216 where there
 // are two); one warpgroup that makes Z (idle in the reverse walk); one whose first warp loads factors, whose
@@ -51,10 +51,10 @@ struct TensorMaps {
   CUtensorMap v, w, dO;
 };
 
-// ---- N of segments, from walks that make them to those that need them --------------------------------------
+// ---- N of segments, from walks that make them to those that need them -------------------------------------
 
 // Of the `row`-th of a sequence's, and the CTA's value columns.
-__device__ std::uint32_t* find_N_ready(ScanBackwardParams const& params, Work const& work, int row) {
+__device__ std::uint64_t* find_N_ready(ScanBackwardParams const& params, Work const& work, int row) {
   return params.N_ready + segment_state_index(params.shape, segment_row(work, row, params.num_segments),
                                               work.value_head, work.first_column / kColumns);
 }
@@ -113,7 +113,7 @@ __device__ void load(ReverseStorage<Cfg>& smem, ScanBackwardParams const& params
   MapsToStart<true> const maps = own.maps_to_start(params, work);
   KeptChunks const kept{params.num_kept, !own.makes_N};
   for (int step = 0; step < maps.number(); ++step) {
-    wait_ready(find_N_ready(params, work, maps.N_of(step)));
+    wait_ready(find_N_ready(params, work, maps.N_of(step)), params.call_number);
   }
   load_maps<Cfg>(smem.start, smem.maps(), params.segment_M, params.segment_N, params.shape, work, maps);
   for (int chunk = work.num_chunks - 1; chunk >= 0; --chunk) {
@@ -226,21 +226,21 @@ __device__ void compute(ReverseStorage<Cfg>& smem, ScanBackwardParams const& par
                            params.state_v_first, work, first_column);
   } else {
     MapsToStart<true> const maps = own.maps_to_start(params, work);
-    wait_for_earlier_kernels();  // prepare, which clears flags
-    wait_ready(find_N_ready(params, work, maps.first_N()));
+    wait_for_earlier_kernels();  // prepare, if there is one: it clears flags
+    wait_ready(find_N_ready(params, work, maps.first_N()), params.call_number);
     find_start<Cfg>(walk.dS, smem.start, smem.maps(), params.segment_N, params.shape, work, wg, maps,
                     [&] { smem.clear_above_triangles(Cfg::kMathWarps * kWarpThreads); });
   }
   walk.run();
   OwnWalk<Cfg> const again(params);  // which needs no register during the walk
   if (again.makes_N) {
-    wait_for_earlier_kernels();  // prepare, which clears flags
+    wait_for_earlier_kernels();  // prepare, if there is one: it clears flags
     write_segment_state<Cfg::kDimK>(walk.dS, params.segment_N, params.shape,
                                     segment_row(work, again.segment - 1, params.num_segments),
                                     work.value_head, first_column);
     cutlass::arch::NamedBarrier::sync(Cfg::kMathWarps * kWarpThreads, 0);
     if (threadIdx.x == 0) {
-      publish_ready(find_N_ready(params, work, again.segment - 1));
+      publish_ready(find_N_ready(params, work, again.segment - 1), params.call_number);
     }
   } else if (again.segment == 0) {
     write_state<Cfg::kDimK>(walk.dS, params.d_initial_state, params.shape, params.state_v_first, work,

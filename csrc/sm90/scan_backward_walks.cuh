@@ -368,8 +368,8 @@ struct Reverse {
 
 // The grid has two parts. In the first one segments but the first are walked in reverse from a gradient of
 // zero, the last one from d_final_state; nothing comes out of it but N. The second one has all segments'
-// reverse walks, each from the gradient that those N lead to. Both have walks of the recomputation beside them.
-// CTAs start in the order of their numbers: what one waits for has started before it.
+// reverse walks, each from the gradient that those N lead to. Both have walks of the recomputation beside
+// them. CTAs start in the order of their numbers: what one waits for has started before it.
 struct WalksOfPart {
   int reverse, forwards;
 

@@ -164,8 +164,8 @@ __device__ void make_values(Storage& smem, GateParams const& gates, Work const& 
   }
 }
 
-// The chunks that a walk reads first in a segment, where a kernel or walk before it has had the same: from there
-// on they are the last to leave the L2 cache, and once read again the first.
+// The chunks that a walk reads first in a segment, where a kernel or walk before it has had the same: from
+// there on they are the last to leave the L2 cache, and once read again the first.
 struct KeptChunks {
   int number;
   bool again;  // this is the walk that they are kept for
@@ -202,7 +202,7 @@ __device__ void load_values(Storage& smem, Maps const& maps, Work const& work, K
   }
 }
 
-// ---- factors, which all value columns need: CTAs of two slices may be a pair -------------------------------
+// ---- factors, which all value columns need: CTAs of two slices may be a pair ------------------------------
 
 // A tile of factors: of two paired CTAs, each loads a half for both.
 template <class Cfg>

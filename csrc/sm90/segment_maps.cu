@@ -8,8 +8,8 @@
 // of its value heads.
 //
 // Grid: one CTA for 64 columns of N (of a sequence and value head) or of M (of a sequence and gate head), and
-// a segment; a sequence's last segment that has chunks needs none. CTAs of neighbouring columns are pairs, as in
-// scan.
+// a segment; a sequence's last segment that has chunks needs none. CTAs of neighbouring columns are pairs, as
+// in scan.
 // Roles: a math warpgroup (S 64, X 32 accumulators; 32 rounded S, 16 rounded X or R a thread); one that makes
 // Z (idle for M); one whose first warp loads factors, and whose second one loads v and w.
 // Shared memory (K 128): v and w 2 x 16 KB, Z 2 x 16 KB, gamma*E and gamma[C-1] 3 x 16.5 KB, A-I 3 x 8 KB, Kt

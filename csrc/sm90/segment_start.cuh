@@ -9,8 +9,8 @@
 // with what rounding them loses, 2^-15 of M S. What is added up is float32. Infinity becomes NaN.
 //
 // Maps come in pieces to where the walk's factors will be: M by 64 channels before (in reverse, after), its
-// larger part first, and N by halves of a warpgroup's. CTAs of a pair need the same M and load a half of every
-// piece of it for both.
+// larger part first, and N by halves of a warpgroup's. CTAs of a pair need the same M and load a half of
+// every piece of it for both.
 #pragma once
 
 #include "sm90/scan_parts.cuh"

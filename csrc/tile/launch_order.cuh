@@ -13,10 +13,10 @@ __device__ void pin(T*& address) {
 }
 
 // Returns when the kernels before this one on the stream are done and what they wrote can be read; at once
-// where the launch does not overlap. Every thread that touches global memory comes here first. Only reads of a
-// call's inputs need not wait, behind a kernel of the same call that does not overlap: no kernel after that
-// one starts before all of its CTAs run, which is when all that came before the call is done. `addresses` are
-// made before, while the others still run: the compiler may not put that off.
+// where the launch does not overlap. Every thread that touches global memory comes here first. Only reads
+// of a call's inputs need not wait, behind a kernel of the same call that does not overlap: no kernel after
+// that one starts before all of its CTAs run, which is when all that came before the call is done.
+// `addresses` are made before, while the others still run: the compiler may not put that off.
 template <class... Address>
 __device__ void wait_for_earlier_kernels(Address*&... addresses) {
   (pin(addresses), ...);

@@ -1,6 +1,7 @@
 // How lower triangles [64, 64] of 16-bit elements, zero above the diagonal, are kept: four strips of 16
-// columns, 32 bytes a row, 16-byte pieces by the 32-byte swizzle. In global memory a strip begins at its block
-// on the diagonal, and strips follow each other: ten of 16 blocks. In shared memory all strips have 64 rows.
+// columns, 32 bytes a row, 16-byte pieces by the 32-byte swizzle. In global memory a strip begins at its
+// block on the diagonal, and strips follow each other: ten of 16 blocks. In shared memory all strips have
+// 64 rows.
 #pragma once
 
 #include <cuda_runtime_api.h>
