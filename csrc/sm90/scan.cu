@@ -146,7 +146,7 @@ __device__ Work find_work(ScanParams const& params) {
 
 template <class Cfg>
 __device__ MapsToStart<false> maps_to_start(ScanParams const& params) {
-  return {.segment = find_segment<Cfg>(params), .last_segment = 0, .num_segments = params.num_segments};
+  return {.number = find_segment<Cfg>(params) - 1, .first_N = 0, .num_segments = params.num_segments};
 }
 
 __device__ KeptChunks kept_chunks(ScanParams const& params) {
@@ -191,7 +191,7 @@ __device__ void load(SharedStorage<Cfg>& smem, ScanParams const& params, Work co
     at_q.advance();
 
     if constexpr (Cfg::kSplit) {
-      if (chunk == 0 && maps_to_start<Cfg>(params).number() > 0) {
+      if (chunk == 0 && maps_to_start<Cfg>(params).number > 0) {
         wait_for_start(smem.start);
       }
     }
@@ -426,7 +426,7 @@ __device__ void run(SharedStorage<Cfg>& smem, ScanParams const& params, TensorMa
     smem.init_barriers();
   }
   smem.clear_above_first_triangle(Cfg::kThreads);
-  if (!Cfg::kSplit || maps_to_start<Cfg>(params).number() <= 0) {
+  if (!Cfg::kSplit || maps_to_start<Cfg>(params).number <= 0) {
     smem.clear_above_triangles(Cfg::kThreads);
   }
   sync_before_loads<Cfg>();

@@ -112,7 +112,7 @@ __device__ void load(ReverseStorage<Cfg>& smem, ScanBackwardParams const& params
   OwnWalk<Cfg> const own(params);
   MapsToStart<true> const maps = own.maps_to_start(params, work);
   KeptChunks const kept{params.num_kept, !own.makes_N};
-  for (int step = 0; step < maps.number(); ++step) {
+  for (int step = 0; step < maps.number; ++step) {
     wait_ready(find_N_ready(params, work, maps.N_of(step)), params.call_number);
   }
   load_maps<Cfg>(smem.start, smem.maps(), params.segment_M, params.segment_N, params.shape, work, maps);
@@ -127,7 +127,7 @@ __device__ void load(ReverseStorage<Cfg>& smem, ScanBackwardParams const& params
     load_factors<Cfg>(factors_k.Kt, factors.Kt, Cfg::kTileBytes, full_k, hint);
     at_k.advance();
 
-    if (chunk == work.num_chunks - 1 && maps.number() > 0) {
+    if (chunk == work.num_chunks - 1 && maps.number > 0) {
       wait_for_start(smem.start);
     }
     auto& factors_q = smem.factors_q[at_q.stage];
@@ -227,7 +227,7 @@ __device__ void compute(ReverseStorage<Cfg>& smem, ScanBackwardParams const& par
   } else {
     MapsToStart<true> const maps = own.maps_to_start(params, work);
     wait_for_earlier_kernels();  // prepare, if there is one: it clears flags
-    wait_ready(find_N_ready(params, work, maps.first_N()), params.call_number);
+    wait_ready(find_N_ready(params, work, maps.first_N), params.call_number);
     find_start<Cfg>(walk.dS, smem.start, smem.maps(), params.segment_N, params.shape, work, wg, maps,
                     [&] { smem.clear_above_triangles(Cfg::kMathWarps * kWarpThreads); });
   }
@@ -273,7 +273,7 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
   } else {
     reverse.clear_above_first_triangle(Cfg::kThreads);
     __syncthreads();  // work is known
-    if (OwnWalk<Cfg>(params).maps_to_start(params, work).number() <= 0) {
+    if (OwnWalk<Cfg>(params).maps_to_start(params, work).number <= 0) {
       reverse.clear_above_triangles(Cfg::kThreads);
     }
   }

@@ -414,9 +414,9 @@ struct OwnWalk {
 
   // Reverse walks from zero need none.
   __device__ MapsToStart<true> maps_to_start(ScanBackwardParams const& params, Work const& work) const {
-    return {.segment = segment,
-            .last_segment = makes_N ? 0 : work.last_segment,
-            .num_segments = params.num_segments};
+    int const first_N = work.last_segment - 1;
+    return {
+        .number = makes_N ? 0 : first_N - segment, .first_N = first_N, .num_segments = params.num_segments};
   }
 };
 

@@ -41,13 +41,12 @@ struct StartBarriers {
 // of the last but one with chunks down to segment + 1.
 template <bool kReverse>
 struct MapsToStart {
-  int segment, last_segment;
+  int number;        // none where not positive
+  int first_N;       // row of the first state
   int num_segments;  // that rows are counted by
 
-  __device__ int number() const { return kReverse ? last_segment - 1 - segment : segment - 1; }
-  __device__ int segment_of(int step) const { return kReverse ? last_segment - 1 - step : step + 1; }
-  // Rows of N: the first state, and what is added in a step.
-  __device__ int first_N() const { return kReverse ? last_segment - 1 : 0; }
+  __device__ int segment_of(int step) const { return kReverse ? first_N - step : first_N + 1 + step; }
+  // Row of what is added in a step.
   __device__ int N_of(int step) const { return kReverse ? segment_of(step) - 1 : segment_of(step); }
 };
 
@@ -58,7 +57,7 @@ __device__ void load_maps(StartBarriers<Cfg>& barriers, std::uint8_t* pieces, fl
   constexpr int kBoxes = Cfg::kDimK / kBoxColumns, kPartBytes = Cfg::kDimK * Cfg::kDimK * 2;
   int const gate_head = work.value_head / (shape.num_value_heads / shape.num_gate_heads);
   RingPosition<Cfg::kMapPieces> at;
-  for (int step = 0; step < maps.number(); ++step) {
+  for (int step = 0; step < maps.number; ++step) {
     std::int64_t const row = segment_row(work, maps.segment_of(step) - 1, maps.num_segments - 1);
     auto const* const map =
         reinterpret_cast<std::uint8_t const*>(M) + (row * shape.num_gate_heads + gate_head) * 2 * kPartBytes;
@@ -185,13 +184,13 @@ template <class Cfg, bool kReverse, class Clear>
 __device__ void find_start(float (&S)[Cfg::kDimK / 2], StartBarriers<Cfg>& barriers,
                            std::uint8_t const* pieces, float const* N, CallShape const& shape,
                            Work const& work, int wg, MapsToStart<kReverse> const& maps, Clear clear) {
-  read_segment_state<Cfg::kDimK>(S, N, shape, segment_row(work, maps.first_N(), maps.num_segments),
+  read_segment_state<Cfg::kDimK>(S, N, shape, segment_row(work, maps.first_N, maps.num_segments),
                                  work.value_head, work.first_column + wg * kColumns);
-  if (maps.number() == 0) {
+  if (maps.number == 0) {
     return;
   }
   RingPosition<Cfg::kMapPieces> at;
-  for (int step = 0; step < maps.number(); ++step) {
+  for (int step = 0; step < maps.number; ++step) {
     apply_map<Cfg, kReverse>(S, barriers, pieces, wg, at);
   }
   cutlass::arch::NamedBarrier::sync(Cfg::kWarpgroups * kWarpgroupThreads, 0);  // all have read the maps
