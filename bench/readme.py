@@ -269,7 +269,7 @@ def split(result: Result) -> str:
         f"Sequences cut into segments, where that is chosen, against whole ones on {result.gpu}, "
         f"over {shapes} shapes, in CUDA graphs: {ranges} faster (`python -m bench.split`, {result.source}). "
         f"{slower} of {len(eager)} eager calls are slower, at worst {min(eager):.2f} times as fast{itself}: "
-        "with the backward short sequences wait for the host, which launches a kernel more for a split; "
+        "with the backward short sequences wait for the host, split or whole; "
         "`sequence_split=1` turns it off."
     )
     return f"{about}\n\n![times faster than whole, over lengths]({result.path('png')})"
