@@ -9,6 +9,7 @@
 #include "sm90/pair_gradients.cuh"
 #include "tile/activation.cuh"
 #include "tile/convert.cuh"
+#include "tile/row_dots.cuh"
 
 namespace gdn2 {
 
@@ -23,31 +24,17 @@ struct Channels {
   HalfAccumulators &dq, &dE, &dk;  // [16 channels, tokens]; start as dO S^T, dX S^T and R dS'^T transposed
   HalfAccumulators& dG;
 
-  using Pieces = GatePieces<Element, kChannels, kThreads>;
-
-  __device__ float const* row_norms() const { return params.row_norms + work.tile * 2 * kChunk; }
-
   // What the fused inputs are made with, from global memory, while the first slice is on its way.
   __device__ void load_parameters() const {
     int const thread = threadIdx.x;
     if (params.gates.decay_gate != DecayGate::kNone) {
-      if (thread < kChannels) {
-        smem.gate_bias[thread] =
-            load_bias_log2(params.gates, work.head, work.first_channel + thread, params.shape.dim_k);
-      }
-      if (thread == kChannels) {
-        smem.gate_A_log = load_A_log(params.gates, work.head);
-      }
+      GateParameterLoad<kChannels> share;
+      share.load(params.gates, work.head, work.first_channel, params.shape.dim_k, thread);
+      share.store(smem.gate, thread);
     }
     if (params.gates.use_qk_l2norm && thread < 2 * kChunk) {
-      smem.inverse_norms[thread % kChunk][thread / kChunk] = row_norms()[thread];
+      smem.loaded_norms[thread % kChunk][thread / kChunk] = params.row_norms[work.tile * 2 * kChunk + thread];
     }
-  }
-
-  // alpha where g has been.
-  __device__ void activate_gates() {
-    Pieces const pieces(smem.tokens().g, threadIdx.x);
-    pieces.activate(params.gates, smem.gate_channels(pieces.channel), params.gate_element);
   }
 
   // The warp's pieces of q, k and E as the products read them: normalised, rows that are not the chunk's own
@@ -58,22 +45,38 @@ struct Channels {
     auto& scratch = smem.scratch();
     GradientsPlace const place;
     int const t = kHalfTokens * place.half_of_chunk + place.lane;
+    auto const make = [&](auto normalize, auto sigmoid) {
+      if (normalize && threadIdx.x < kChunk) {
+        *reinterpret_cast<float2*>(scratch.inverse_norms[threadIdx.x]) =
+            *reinterpret_cast<float2 const*>(smem.loaded_norms[threadIdx.x]);
+      }
 #pragma unroll 1
-    for (int i = 0; i < 2; ++i) {
-      int const piece = 2 * place.warp + i;
-      auto const at = [&](std::uint8_t* tile) {
-        return reinterpret_cast<uint4*>(tile + swizzled_offset(t, piece));
-      };
-      if (t >= num_rows) {
-        *at(tokens.q) = *at(tokens.k) = *at(scratch.E) = uint4{};
-        continue;
+      for (int i = 0; i < 2; ++i) {
+        int const piece = 2 * place.warp + i;
+        auto const at = [&](std::uint8_t* tile) {
+          return reinterpret_cast<uint4*>(tile + swizzled_offset(t, piece));
+        };
+        if (t >= num_rows) {
+          *at(tokens.q) = *at(tokens.k) = *at(scratch.E) = uint4{};
+          continue;
+        }
+        float2 norms{1.f, 1.f};
+        if constexpr (normalize) {
+          norms = *reinterpret_cast<float2 const*>(smem.loaded_norms[t]);
+          *at(tokens.q) = scaled(*at(tokens.q), norms.x);
+        }
+        KeyPiece const made =
+            make_key_piece<Element, normalize, sigmoid>(params.gates, *at(tokens.k), *at(tokens.b), norms.y);
+        if constexpr (normalize) {
+          *at(tokens.k) = made.k;
+        }
+        *at(scratch.E) = made.E;
       }
-      if (Cfg::kFused && params.gates.use_qk_l2norm) {
-        *at(tokens.q) = scaled(*at(tokens.q), smem.inverse_norms[t][0]);
-        *at(tokens.k) = scaled(*at(tokens.k), smem.inverse_norms[t][1]);
-      }
-      *at(scratch.E) = Cfg::kFused ? multiply_erase_gate<Element>(params.gates, *at(tokens.b), *at(tokens.k))
-                                   : multiply_pairs<Element>(*at(tokens.b), *at(tokens.k));
+    };
+    if constexpr (Cfg::kFused) {
+      with_key_options(params.gates, make);
+    } else {
+      make(std::false_type{}, std::false_type{});
     }
   }
 
@@ -87,42 +90,74 @@ struct Channels {
     return {x[0], x[1], x[2], x[3]};
   }
 
-  // alpha of the lane's tokens and channels, of g or, where activate_gates has been, as it lies there.
-  template <bool kActivated>
-  __device__ void read_alpha(HalfAccumulators& alpha, GradientsPlace const& place) const {
-    int const num_rows = uniform(smem.work.num_rows);
+  // g of a group's tokens and the lane's two channels, as it came.
+  __device__ void read_g(float (&g)[2][kGroup], int first_token, int channel) const {
+    auto const& tokens = smem.tokens();
+    auto const read = [&](auto at) {
 #pragma unroll
-    for (int n = 0; n < 4 * kHalfGroups; ++n) {
-      int const i = n / 4, half = n / 2 % 2, c = n % 2;
-      float const g = smem.tokens().g_at(place.token(i, c), place.channel(half));
-      alpha[n] = place.token(i, c) >= num_rows ? 1.f : kActivated ? g : exp2_approx(kLog2E * g);
+      for (int t = 0; t < kGroup; ++t) {
+        g[0][t] = at(first_token + t, channel);
+        g[1][t] = at(first_token + t, channel + 8);
+      }
+    };
+    if (!Cfg::kFused || params.gate_element == ElementType::kFloat32) {
+      read([&](int token, int ch) { return tokens.g_at(token, ch); });
+    } else {
+      read([&](int token, int ch) { return tokens.template narrow_g_at<Element>(token, ch); });
     }
   }
 
-  // The decays inside groups, and over them. Both warpgroups read all of them: ends with the CTA's barrier.
-  __device__ void prepare_decays(bool activated) {
+  __device__ void make_alpha(float (&x)[2][kGroup], int channel) const {
+    auto const make = [&](auto decay, float bias0, float bias1) {
+#pragma unroll
+      for (int t = 0; t < kGroup; ++t) {
+        x[0][t] = decay.alpha(x[0][t], bias0);
+        x[1][t] = decay.alpha(x[1][t], bias1);
+      }
+    };
+    if constexpr (Cfg::kFused) {
+      auto const& bias = smem.gate.bias_log2;
+      with_decay_function(params.gates, smem.gate.A_log,
+                          [&](auto decay) { make(decay, bias[channel], bias[channel + 8]); });
+    } else {
+      make(DecayFunction<DecayGate::kNone>(params.gates, 0.f), 0.f, 0.f);
+    }
+  }
+
+  // The decays inside groups, a warp a group and a lane two channels of it, and over them. Both warpgroups
+  // read all of them: ends with the CTA's barrier.
+  __device__ void prepare_decays() {
     auto& tokens = smem.tokens();
     auto& scratch = smem.scratch();
     GradientsPlace const place;
-    int const thread = place.thread % kWarpgroupThreads;
-    HalfAccumulators alpha;
-    activated ? read_alpha<true>(alpha, place) : read_alpha<false>(alpha, place);
+    int const group = place.thread / kWarpThreads, num_rows = uniform(smem.work.num_rows) - kGroup * group;
+    int const channel = kWarpChannels * (place.lane / 8) + place.lane % 8;  // and the one eight behind it
+    float alpha[2][kGroup];
+    read_g(alpha, kGroup * group, channel);
+    make_alpha(alpha, channel);
+    if (num_rows < kGroup) {
+#pragma unroll
+      for (int t = 0; t < kGroup; ++t) {
+        if (t >= num_rows) {
+          alpha[0][t] = alpha[1][t] = 1.f;
+        }
+      }
+    }
     __syncthreads();  // all of g has been read
 #pragma unroll
-    for (int n = 0; n < 2 * kHalfGroups; ++n) {
-      int const i = n / 2, half = n % 2, j = place.group(i), ch = place.channel(half);
-      float const a0 = alpha[2 * n], a1 = alpha[2 * n + 1];
-      tokens.alpha[0][2 * j + half][thread] = a0;
-      tokens.alpha[1][2 * j + half][thread] = a1;
-      LaneDecay const lane = scan_lane_decays(a0, a1);
-      scratch.F[2 * j + half][thread] = lane.F;
-      scratch.B[2 * j + half][thread] = lane.B;
-      if (place.quad == 0) {
-        scratch.groups[j][ch].first = a0;
-      }
-      if (place.quad == 3) {
-        scratch.groups[j][ch].rest = lane.F * a1;
-      }
+    for (int half = 0; half < 2; ++half) {
+      float const(&a)[kGroup] = alpha[half];
+      int const row = 2 * group + half, first_thread = kWarpThreads * (place.lane / 8) + 4 * (place.lane % 8);
+      auto const store = [&](float (&of_threads)[kWarpgroupThreads], float x0, float x1, float x2, float x3) {
+        *reinterpret_cast<float4*>(&of_threads[first_thread]) = {x0, x1, x2, x3};
+      };
+      store(tokens.alpha[0][row], a[0], a[2], a[4], a[6]);
+      store(tokens.alpha[1][row], a[1], a[3], a[5], a[7]);
+      float const F1 = a[1] * a[2], F2 = F1 * (a[3] * a[4]), F3 = F2 * (a[5] * a[6]);
+      float const B2 = a[6] * a[7], B1 = a[4] * a[5] * B2, B0 = a[2] * a[3] * B1;
+      store(scratch.F[row], 1.f, F1, F2, F3);
+      store(scratch.B[row], B0, B1, B2, 1.f);
+      scratch.groups[group][channel + 8 * half] = {a[0], F3 * a[7]};
     }
     __syncthreads();
     // A thread a channel and direction. All is read before anything is written, or each read would wait for a
@@ -247,7 +282,7 @@ struct Channels {
     }
   }
 
-  // The CTA is done with dP and dT: sums of the CTA of the other channels may come to lie there. After the
+  // The CTA is done with its scratch: sums of the CTA of the other channels may come to lie there. After the
   // barrier in DecayGradients::finish, before which all of them were loaded; so there is nothing to fence,
   // and a fence would wait for all stores to memory.
   __device__ void announce_dots() const {
@@ -256,91 +291,77 @@ struct Channels {
     }
   }
 
-  // x[i] + x[kKeep + i] of two lanes, one the lower and one the upper half of the sums.
-  template <int kKeep>
-  __device__ static void halve_sums(float (&x)[2 * kHalfGroups], bool upper, int lane_distance) {
-#pragma unroll
-    for (int i = 0; i < kKeep; ++i) {
-      float const low = x[i], high = x[kKeep + i];
-      x[i] = (upper ? high : low) + __shfl_xor_sync(0xffffffff, upper ? low : high, lane_distance);
-    }
+  // Of an even row and the next one: of q and of k.
+  __device__ static float4 two_rows(float const (&of_rows)[kChunk][2], int row) {
+    return *reinterpret_cast<float4 const*>(of_rows[row]);
   }
 
-  // Through the norms: with y the normalised row and n its norm, dx = (dy - y (y.dy)) / n. The sums over
-  // channels go over lanes, warps, and the CTA of the other channels.
+  // Through the norms: with y the normalised row and n its norm, dx = dy / n - y (y.dy) / n. The dot products
+  // are the tensor cores', a warp 16 rows of q or of k, and go over the CTA of the other channels.
   __device__ void finish_norm_gradients() {
     auto& tokens = smem.tokens();
+    auto& scratch = smem.scratch();
     GradientsPlace const place;
-    // By a thread for a token, of q or of k.
-    int const summed_token = threadIdx.x / 2, which = threadIdx.x % 2;
-    bool const sums = summed_token < kChunk;
-    float const inverse_norm = sums ? row_norms()[which * kChunk + summed_token] : 0.f;
-    float dots[2][2 * kHalfGroups];  // [of q, of k][2*i + c]
+#pragma unroll
+    for (int i = 0; i < kHalfGroups; ++i) {
+      float4 const norms = two_rows(scratch.inverse_norms, place.token(i, 0));
+#pragma unroll
+      for (int n = 4 * i; n < 4 * i + 4; n += 2) {
+        dq[n] *= norms.x;
+        dq[n + 1] *= norms.z;
+        dk[n] *= norms.y;
+        dk[n + 1] *= norms.w;
+      }
+    }
+    store_tile(smem.dq, dq);
+    store_tile(smem.dk, dk);
+    __syncthreads();
+    bool const of_k = place.half_of_chunk == 1, has_other = work.num_boxes == 2;
+    int const first_row = 16 * place.warp;
+    std::uint8_t const *const row_tile = of_k ? tokens.k : tokens.q, *const gradient_tile =
+                                                                         of_k ? smem.dk : smem.dq;
+    RowDots const dots =
+        row_dots<Element, 1, false, true>(row_tile, static_cast<int>(gradient_tile - row_tile), first_row);
+    if (has_other) {
+      cute::cluster_wait();  // the other CTA is done with what lies in its scratch (see announce_dots)
+    }
+    if (has_row(place.lane)) {
+      float const* from_other[2];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        from_other[half] = &scratch.dots.from_other[first_row + place.row + 8 * half][of_k];
+        if (has_other) {
+          cute::store_shared_remote(__float_as_uint(dots.other[half]),
+                                    cute::cast_smem_ptr_to_uint(from_other[half]),
+                                    cute::cast_smem_ptr_to_uint(&smem.dots_full), work.box ^ 1);
+        }
+      }
+      if (has_other) {
+        smem.dots_full.wait(0);
+      }
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        // Read when it has come, and not before.
+        float const other = has_other ? *static_cast<float const volatile*>(from_other[half]) : 0.f;
+        scratch.dots.sum[first_row + place.row + 8 * half][of_k] = dots.other[half] + other;
+      }
+    }
+    __syncthreads();
 #pragma unroll
     for (int pair = 0; pair < kHalfGroups / 2; ++pair) {
       GroupPair const q(lane_address(place, tokens.q), 2 * pair), k(lane_address(place, tokens.k), 2 * pair);
 #pragma unroll
       for (int g = 0; g < 2; ++g) {
         int const i = 2 * pair + g;
-        float2 const q0 = unpack<Element>(q.at(i, 0)), q1 = unpack<Element>(q.at(i, 1));
-        float2 const k0 = unpack<Element>(k.at(i, 0)), k1 = unpack<Element>(k.at(i, 1));
-        dots[0][2 * i] = q0.x * dq[4 * i] + q1.x * dq[4 * i + 2];
-        dots[0][2 * i + 1] = q0.y * dq[4 * i + 1] + q1.y * dq[4 * i + 3];
-        dots[1][2 * i] = k0.x * dk[4 * i] + k1.x * dk[4 * i + 2];
-        dots[1][2 * i + 1] = k0.y * dk[4 * i + 1] + k1.y * dk[4 * i + 3];
-      }
-    }
-    // Each step halves the tokens that a lane has sums of: at the end one of q's and one of k's, index row.
-#pragma unroll
-    for (auto& of_tokens : dots) {
-      halve_sums<4>(of_tokens, place.row & 4, 16);
-      halve_sums<2>(of_tokens, place.row & 2, 8);
-      halve_sums<1>(of_tokens, place.row & 1, 4);
-    }
-    *reinterpret_cast<float2*>(smem.dots.of_warp[place.warp][place.token(place.row / 2, place.row % 2)]) =
-        float2{dots[0][0], dots[1][0]};
-    __syncthreads();
-    bool const has_other = work.num_boxes == 2;
-    if (has_other) {
-      cute::cluster_wait();  // the other CTA is done with its dP and dT (see announce_dots)
-    }
-    if (sums) {
-      float sum = 0.f;
-      for (auto const& of_warp : smem.dots.of_warp) {
-        sum += of_warp[summed_token][which];
-      }
-      smem.dots.inverse_norms[summed_token][which] = inverse_norm;
-      float& of_box = smem.dots.of_box[work.box][summed_token][which];
-      of_box = sum;
-      if (has_other) {
-        cute::store_shared_remote(__float_as_uint(sum), cute::cast_smem_ptr_to_uint(&of_box),
-                                  cute::cast_smem_ptr_to_uint(&smem.dots_full), work.box ^ 1);
-      } else {
-        smem.dots.of_box[work.box ^ 1][summed_token][which] = 0.f;
-      }
-    }
-    __syncthreads();
-    if (has_other) {
-      smem.dots_full.wait(0);
-    }
-#pragma unroll
-    for (int pair = 0; pair < kHalfGroups / 2; ++pair) {
-      GroupPair const q(lane_address(place, tokens.q), 2 * pair), k(lane_address(place, tokens.k), 2 * pair);
-#pragma unroll
-      for (int g = 0; g < 2; ++g) {
-        int const i = 2 * pair + g, t = place.token(i, 0);
-        // of q and k, of both tokens
-        float4 const dots0 = *reinterpret_cast<float4 const*>(smem.dots.of_box[0][t]),
-                     dots1 = *reinterpret_cast<float4 const*>(smem.dots.of_box[1][t]),
-                     norms = *reinterpret_cast<float4 const*>(smem.dots.inverse_norms[t]);
+        float4 const sums = two_rows(scratch.dots.sum, place.token(i, 0));
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           int const n = 4 * i + 2 * half;
           float2 const q2 = unpack<Element>(q.at(i, half)), k2 = unpack<Element>(k.at(i, half));
-          dq[n] = (dq[n] - q2.x * (dots0.x + dots1.x)) * norms.x;
-          dq[n + 1] = (dq[n + 1] - q2.y * (dots0.z + dots1.z)) * norms.z;
-          dk[n] = (dk[n] - k2.x * (dots0.y + dots1.y)) * norms.y;
-          dk[n + 1] = (dk[n + 1] - k2.y * (dots0.w + dots1.w)) * norms.w;
+          dq[n] -= q2.x * sums.x;
+          dq[n + 1] -= q2.y * sums.z;
+          dk[n] -= k2.x * sums.y;
+          dk[n + 1] -= k2.y * sums.w;
         }
       }
     }

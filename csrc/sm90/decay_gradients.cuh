@@ -3,6 +3,7 @@
 
 #include "sm90/gate_tiles.cuh"
 #include "sm90/gradients_parts.cuh"
+#include "sm90/pair_gradients.cuh"
 #include "tile/convert.cuh"
 
 namespace gdn2 {
@@ -45,47 +46,48 @@ struct DecayGradients {
       float const other = first ? smem.second_reads[ch] : smem.first_writes[ch];
 #pragma unroll
       for (int i = 0; i < kHalfGroups; ++i) {
-        smem.dg_at(place.token(i, 0), ch) = dG[4 * i + 2 * half] + other;
-        smem.dg_at(place.token(i, 1), ch) = dG[4 * i + 2 * half + 1] + other;
+        int const n = 4 * i + 2 * half;
+        dG[n] += other;
+        dG[n + 1] += other;
+        smem.dg_at(place.token(i, 0), ch) = dG[n];
+        smem.dg_at(place.token(i, 1), ch) = dG[n + 1];
       }
+    }
+    if (Cfg::kFused && params.dA_log_of_slots != nullptr && params.gates.decay_gate == DecayGate::kSoftplus) {
+      sum_decays();
     }
   }
 
-  // dg from its tile, through the gate where there is one: raw_gates are what the gate was given. A thread
-  // has four channels of every few tokens.
-  __device__ void store(GradientsStorage::Tokens& raw_gates) {
-    Pieces const pieces(raw_gates.g, threadIdx.x);
+  // dg from its tile, through the gate where there is one. A thread has four channels of every few tokens.
+  __device__ void store() {
+    Pieces const pieces(smem.scratch().raw_g, threadIdx.x);
     auto const store_plainly = [&] { for_each_piece(pieces, [](int, float4 dg) { return dg; }); };
     if constexpr (!Cfg::kFused) {
       store_plainly();
       return;
     }
-    GateChannels const channels = smem.gate_channels(pieces.channel);
-    float4 const bias4 = channels.bias_log2;
-    float dA_log[4] = {}, d_bias[4] = {};
-    with_decay_function(params.gates, channels.A_log, [&](auto decay) {
+    with_decay_function(params.gates, smem.gate.A_log, [&](auto decay) {
       if constexpr (!decay.kIsGate) {
         store_plainly();
       } else {
+        float4 const bias = smem.gate.bias_of(pieces.channel);
+        float dA_log = 0.f;
+        float4 d_bias{};
         for_each_piece(pieces, [&](int i, float4 dg) -> float4 {
           float4 const g = pieces.read(i, params.gate_element);
-          dg = {decay.backward(g.x, bias4.x, dg.x, dA_log[0]), decay.backward(g.y, bias4.y, dg.y, dA_log[1]),
-                decay.backward(g.z, bias4.z, dg.z, dA_log[2]), decay.backward(g.w, bias4.w, dg.w, dA_log[3])};
-          d_bias[0] += dg.x;
-          d_bias[1] += dg.y;
-          d_bias[2] += dg.z;
-          d_bias[3] += dg.w;
+          dg = {decay.backward(g.x, bias.x, dg.x, dA_log), decay.backward(g.y, bias.y, dg.y, dA_log),
+                decay.backward(g.z, bias.z, dg.z, dA_log), decay.backward(g.w, bias.w, dg.w, dA_log)};
+          d_bias = {d_bias.x + dg.x, d_bias.y + dg.y, d_bias.z + dg.z, d_bias.w + dg.w};
           return dg;
         });
-#pragma unroll
-        for (float& sum : dA_log) {
-          sum = decay.dA_log(sum);
+        if (!decay.kSumsDecays && params.dA_log_of_slots != nullptr) {
+          keep_sum(dA_log);
+        }
+        if (params.dA_log_of_slots != nullptr || params.d_dt_bias_of_slots != nullptr) {
+          store_sums(pieces, decay, d_bias);
         }
       }
     });
-    if (params.dA_log_of_slots != nullptr || params.d_dt_bias_of_slots != nullptr) {
-      store_sums(pieces, dA_log, d_bias);
-    }
   }
 
  private:
@@ -125,45 +127,57 @@ struct DecayGradients {
     }
   }
 
-  // Sums over tokens: over a thread's, a warp's, and all; those of dA_log over channels too.
-  __device__ void store_sums(Pieces const& pieces, float const (&dA_log)[4], float const (&d_bias)[4]) {
-    auto* const of_warps = smem.scratch().sums;  // [warp][channel]: dA_log, d_dt_bias
-#pragma unroll
-    for (int c = 0; c < 4; ++c) {
-      float2 sum{dA_log[c], d_bias[c]};
-#pragma unroll
-      for (int lane = Pieces::kPieces; lane < kWarpThreads; lane *= 2) {
-        sum.x += __shfl_xor_sync(0xffffffff, sum.x, lane);
-        sum.y += __shfl_xor_sync(0xffffffff, sum.y, lane);
-      }
-      of_warps[threadIdx.x / kWarpThreads][pieces.channel + c] = sum;  // the lanes of a channel have the same
-    }
-    __syncthreads();
-    if (threadIdx.x >= kWarpThreads) {
-      return;
-    }
-    float of_A_log = 0.f;
-#pragma unroll 1
-    for (int ch = threadIdx.x; ch < kChannels; ch += kWarpThreads) {
-      float2 all{0.f, 0.f};
-#pragma unroll
-      for (int warp = 0; warp < kThreads / kWarpThreads; ++warp) {
-        all = {all.x + of_warps[warp][ch].x, all.y + of_warps[warp][ch].y};
-      }
-      int const channel = work.first_channel + ch;
-      if (channel < params.shape.dim_k) {
-        of_A_log += all.x;
-        if (params.d_dt_bias_of_slots != nullptr) {
-          params.d_dt_bias_of_slots[work.tile * params.shape.dim_k + channel] = all.y;
-        }
-      }
-    }
+  // A thread's share of what dA_log is made of, to the warp's.
+  __device__ void keep_sum(float sum) {
 #pragma unroll
     for (int lane = kWarpThreads / 2; lane > 0; lane /= 2) {
-      of_A_log += __shfl_xor_sync(0xffffffff, of_A_log, lane);
+      sum += __shfl_xor_sync(0xffffffff, sum, lane);
     }
-    if (params.dA_log_of_slots != nullptr && threadIdx.x == 0) {
-      params.dA_log_of_slots[work.tile * work.num_boxes + work.box] = of_A_log;
+    if (threadIdx.x % kWarpThreads == 0) {
+      smem.scratch().sums.dA_log[threadIdx.x / kWarpThreads] = sum;
+    }
+  }
+
+  // The sum of dg * log2(alpha), where alpha still is. Of a decay without end the smallest number stands for
+  // alpha: its dg is zero but for rounding.
+  __device__ void sum_decays() {
+    GradientsPlace const place;
+    LaneReader const lane(smem);
+    float sum = 0.f;
+#pragma unroll
+    for (int n = 0; n < 4 * kHalfGroups; ++n) {
+      sum = fmaf(dG[n], log2_approx(fmaxf(lane.alpha(n / 4, n / 2 % 2, n % 2), kSmallest)), sum);
+    }
+    keep_sum(sum);
+  }
+  static constexpr float kSmallest = 1.17549435e-38f;
+
+  // Sums over tokens: of d_dt_bias over a thread's, a warp's, and all.
+  template <class Decay>
+  __device__ void store_sums(Pieces const& pieces, Decay const& decay, float4 d_bias) {
+    auto& of_warps = smem.scratch().sums;
+    static_assert(kWarpThreads == 2 * Pieces::kPieces);  // two tokens a warp
+    auto const both = [](float x) { return x + __shfl_xor_sync(0xffffffff, x, Pieces::kPieces); };
+    // The lanes of a channel have the same.
+    *reinterpret_cast<float4*>(&of_warps.d_dt_bias[threadIdx.x / kWarpThreads][pieces.channel]) = {
+        both(d_bias.x), both(d_bias.y), both(d_bias.z), both(d_bias.w)};
+    __syncthreads();
+    if (int const channel = work.first_channel + threadIdx.x;
+        params.d_dt_bias_of_slots != nullptr && threadIdx.x < kChannels && channel < params.shape.dim_k) {
+      float sum = 0.f;
+#pragma unroll
+      for (auto const& of_warp : of_warps.d_dt_bias) {
+        sum += of_warp[threadIdx.x];
+      }
+      params.d_dt_bias_of_slots[work.tile * params.shape.dim_k + channel] = sum;
+    }
+    if (params.dA_log_of_slots != nullptr && threadIdx.x == kThreads - 1) {
+      float sum = 0.f;
+#pragma unroll
+      for (float const of_warp : of_warps.dA_log) {
+        sum += of_warp;
+      }
+      params.dA_log_of_slots[work.tile * work.num_boxes + work.box] = decay.dA_log(sum);
     }
   }
 };

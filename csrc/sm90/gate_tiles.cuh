@@ -1,48 +1,59 @@
-// The decay gate on tiles of g in shared memory, in pieces of four channels and short loops, which cost
+// Gates and norms on tiles of g, k and b in shared memory, in pieces of 16 bytes and short loops, which cost
 // neither the registers nor the instruction cache of what follows.
 #pragma once
 
-#include <cmath>
+#include <type_traits>
 
 #include "params.h"
 #include "tile/activation.cuh"
 #include "tile/convert.cuh"
+#include "tile/mma.cuh"
 #include "tile/tma.cuh"
 
 namespace gdn2 {
 
-// Whether g and b are anything but the decay in float32 and the gate: then alpha and E are made in their
-// tiles first.
+// Whether g is anything but the decay in float32: then alpha is made in its tile first.
 __host__ __device__ inline bool needs_activation(GateParams const& gates, ElementType gate_element) {
-  return gates.decay_gate != DecayGate::kNone || gates.use_gate_sigmoid ||
-         gate_element != ElementType::kFloat32;
+  return gates.decay_gate != DecayGate::kNone || gate_element != ElementType::kFloat32;
 }
 
 // Whether anything is asked for that the plain kernels do not make.
 inline bool is_fused(GateParams const& gates, ElementType gate_element) {
-  return gates.use_qk_l2norm || needs_activation(gates, gate_element);
+  return gates.use_qk_l2norm || gates.use_gate_sigmoid || needs_activation(gates, gate_element);
 }
 
-// What the gate of a key head has, from global memory: loaded before it is needed. Zero where there is none.
-__device__ inline float load_A_log(GateParams const& gates, int head) {
-  return gates.A_log != nullptr ? gates.A_log[head] : 0.f;
-}
-// dt_bias / ln(2); zero behind the last channel too.
-__device__ inline float load_bias_log2(GateParams const& gates, int head, int channel, int dim_k) {
-  bool const exists = gates.dt_bias != nullptr && channel < dim_k;
-  return exists ? kLog2E * gates.dt_bias[static_cast<std::int64_t>(head) * dim_k + channel] : 0.f;
-}
-
-// The same for four channels.
-struct GateChannels {
+// What the decay gate of a key head has, in shared memory.
+template <int kChannels>
+struct GateParameters {
+  alignas(16) float bias_log2[kChannels];  // dt_bias / ln(2), zero where there is none
   float A_log;
-  float4 bias_log2;
+
+  // Of four neighbours.
+  __device__ float4 bias_of(int channel) const {
+    return *reinterpret_cast<float4 const*>(&bias_log2[channel]);
+  }
 };
 
-__device__ inline GateChannels load_gate_channels(GateParams const& gates, int head, int channel, int dim_k) {
-  auto const bias = [&](int c) { return load_bias_log2(gates, head, channel + c, dim_k); };
-  return {load_A_log(gates, head), {bias(0), bias(1), bias(2), bias(3)}};
-}
+// A thread's share of them on its way there.
+template <int kChannels>
+struct GateParameterLoad {
+  float bias, A_log;
+
+  __device__ void load(GateParams const& gates, int head, int first_channel, int dim_k, int thread) {
+    int const channel = first_channel + thread;
+    bool const has_bias = gates.dt_bias != nullptr && thread < kChannels && channel < dim_k;
+    bias = has_bias ? gates.dt_bias[static_cast<std::int64_t>(head) * dim_k + channel] : 0.f;
+    A_log = gates.A_log != nullptr && thread == 0 ? gates.A_log[head] : 0.f;
+  }
+  __device__ void store(GateParameters<kChannels>& to, int thread) const {
+    if (thread < kChannels) {
+      to.bias_log2[thread] = kLog2E * bias;
+    }
+    if (thread == 0) {
+      to.A_log = A_log;
+    }
+  }
+};
 
 // A gate of a key head: from the raw projection g to alpha, and back. u = g + dt_bias.
 template <DecayGate kGate>
@@ -64,17 +75,16 @@ struct DecayFunction {
     }
   }
 
-  // The gradient of the raw projection of that of the decay dg; adds to `sum` what dA_log is made of. Zero
-  // where nothing moves any more.
+  // dA_log is the sum of dg*g over tokens and channels, which their alphas have, or backward() makes it.
+  static constexpr bool kSumsDecays = kGate == DecayGate::kSoftplus;
+
+  // The gradient of the raw projection of that of the decay dg. Adds to `sum` what dA_log is made of, where
+  // that is not the decays. Zero where nothing moves any more.
   __device__ float backward(float g, float bias_log2, float dg, float& sum) const {
     static_assert(kIsGate);
     float const u_log2 = fmaf(kLog2E, g, bias_log2);
     if constexpr (kGate == DecayGate::kSoftplus) {
-      float const t = exp2_approx(-fabsf(u_log2)), larger = reciprocal_approx(1.f + t);
-      float const decay = fmaxf(u_log2, 0.f) + log2_1p(t);
-      // An infinite decay has a dg of zero but for rounding, and so shall the product be.
-      sum = fmaf(dg, isinf(decay) ? 0.f : decay, sum);
-      return opposite_rate * dg * (u_log2 < 0.f ? t * larger : larger);
+      return opposite_rate * dg * sigmoid_log2(u_log2);
     } else {
       float const s = sigmoid_log2(rate * u_log2);
       float const slope = fmaf(-s, s, s) * dg;
@@ -83,10 +93,8 @@ struct DecayFunction {
     }
   }
 
-  // dA_log, of a sum over tokens and channels.
-  __device__ float dA_log(float sum) const {
-    return kGate == DecayGate::kSoftplus ? -rate * kLn2 * sum : lower_bound * rate * kLn2 * sum;
-  }
+  // dA_log, of a sum over tokens and channels: what backward() adds up, or dg * log2(alpha).
+  __device__ float dA_log(float sum) const { return kLn2 * (kSumsDecays ? sum : lower_bound * rate * sum); }
 
  private:
   static constexpr float kLargest = 3.4e38f;
@@ -104,38 +112,103 @@ __device__ void with_decay_function(GateParams const& gates, float A_log, F f) {
   }
 }
 
-// E = b*k of eight neighbours, through the sigmoid of b where it is asked for.
-template <class Element>
-__device__ uint4 multiply_erase_gate(GateParams const& gates, uint4 b8, uint4 k8) {
-  if (!gates.use_gate_sigmoid) {
-    return multiply_pairs<Element>(b8, k8);
+// Eight neighbours of a row.
+struct KeyPiece {
+  uint4 k, E;
+};
+
+// k over its norm and E = b*k, through the sigmoid of b: of what is asked for.
+template <class Element, bool kNormalize, bool kSigmoid>
+__device__ KeyPiece make_key_piece(GateParams const& gates, uint4 k8, uint4 b8, float inverse_norm) {
+  if constexpr (!kNormalize && !kSigmoid) {
+    return {k8, multiply_pairs<Element>(b8, k8)};
   }
   float const divisor = gates.erase_scale == 2.f ? 0.5f : 1.f;
-  std::uint32_t const b[4] = {b8.x, b8.y, b8.z, b8.w}, k[4] = {k8.x, k8.y, k8.z, k8.w};
-  std::uint32_t E[4];
+  std::uint32_t const b[4] = {b8.x, b8.y, b8.z, b8.w};
+  std::uint32_t k[4] = {k8.x, k8.y, k8.z, k8.w}, E[4];
 #pragma unroll
   for (int p = 0; p < 4; ++p) {
-    float2 const b2 = unpack<Element>(b[p]), k2 = unpack<Element>(k[p]);
-    E[p] = pack<Element>(sigmoid_over(b2.x, divisor) * k2.x, sigmoid_over(b2.y, divisor) * k2.y);
+    float2 k2 = unpack<Element>(k[p]);
+    if constexpr (kNormalize) {
+      k2 = {k2.x * inverse_norm, k2.y * inverse_norm};
+      k[p] = pack<Element>(k2.x, k2.y);
+    }
+    if constexpr (kSigmoid) {
+      float2 const b2 = unpack<Element>(b[p]);
+      E[p] = pack<Element>(sigmoid_over(b2.x, divisor) * k2.x, sigmoid_over(b2.y, divisor) * k2.y);
+    } else {
+      E[p] = multiply_pairs<Element>(b[p], k[p]);
+    }
   }
-  return {E[0], E[1], E[2], E[3]};
+  return {{k[0], k[1], k[2], k[3]}, {E[0], E[1], E[2], E[3]}};
 }
 
-// A thread's pieces of a tile of g [64 tokens, kChannels], float32 in boxes of 32 channels: the same four
-// channels of every kRows-th token. 16-bit g of 64 channels lies in the first of their two boxes. A row is
-// read and written by one warp.
+// f(whether rows are normalised, whether b has a sigmoid), as constants: one branch, and none a piece.
+template <class F>
+__device__ void with_key_options(GateParams const& gates, F f) {
+  if (gates.use_qk_l2norm) {
+    gates.use_gate_sigmoid ? f(std::true_type{}, std::true_type{}) : f(std::true_type{}, std::false_type{});
+  } else {
+    gates.use_gate_sigmoid ? f(std::false_type{}, std::true_type{}) : f(std::false_type{}, std::false_type{});
+  }
+}
+
+// g of 16 tokens and 64 channels becomes alpha: by a warp, for itself. float32 lies in two boxes of 32
+// channels, 16-bit g in the first of them. A lane has a row of eight, and of each box two pieces of four
+// channels.
+template <class Element, int kChannels>
+__device__ void activate_rows(std::uint8_t* boxes, int first_row, GateParams const& gates,
+                              GateParameters<kChannels> const& parameters, int first_channel,
+                              ElementType element) {
+  constexpr int kBytes = kChunk * kBoxRowBytes;  // of a box
+  constexpr int kPieces = 4;                     // of a lane in a row: two of either box
+  int const lane = lane_index(), row = first_row + lane % 8;
+  std::uint32_t const wide = swizzled_offset(row, lane / 8), narrow = swizzled_offset(row, lane / 16);
+  float4 bias[kPieces];
+#pragma unroll
+  for (int p = 0; p < kPieces; ++p) {
+    bias[p] = parameters.bias_of(first_channel + 16 * p + lane / 8 * 4);
+  }
+  with_decay_function(gates, parameters.A_log, [&](auto decay) {
+#pragma unroll 1
+    for (int i = 0; i < 2; ++i, boxes += 8 * kBoxRowBytes) {
+      // The swizzle is a ^ of bits that are zero in where a box begins.
+      auto const wide_piece = [&](int p) {
+        return reinterpret_cast<float4*>(boxes + p / 2 * kBytes + (wide ^ p % 2 * 64));
+      };
+      float4 g[kPieces];
+#pragma unroll
+      for (int p = 0; p < kPieces; ++p) {
+        if (element == ElementType::kFloat32) {
+          g[p] = *wide_piece(p);
+        } else {
+          uint2 const pairs = *reinterpret_cast<uint2 const*>(boxes + (narrow ^ p * 32) + lane / 8 % 2 * 8);
+          float2 const low = unpack<Element>(pairs.x), high = unpack<Element>(pairs.y);
+          g[p] = {low.x, low.y, high.x, high.y};
+        }
+      }
+      __syncwarp();  // alpha of a row comes to lie where its 16-bit g is
+#pragma unroll
+      for (int p = 0; p < kPieces; ++p) {
+        *wide_piece(p) = {decay.alpha(g[p].x, bias[p].x), decay.alpha(g[p].y, bias[p].y),
+                          decay.alpha(g[p].z, bias[p].z), decay.alpha(g[p].w, bias[p].w)};
+      }
+    }
+  });
+}
+
+// A thread's pieces of a tile of g [64 tokens, kChannels], which lies as above: the same four channels of
+// every kRows-th token.
 template <class Element, int kChannels, int kThreads>
 struct GatePieces {
   static constexpr int kPieces = kChannels / 4, kRows = kThreads / kPieces;
-  static_assert(kRows % 8 == 0);           // so that the pieces lie in the same place of their rows
-  static_assert(kPieces <= kWarpThreads);  // a row is one warp's
-  static_assert(kChunk % (2 * kRows) == 0);
+  static_assert(kRows % 8 == 0);  // so that the pieces lie in the same place of their rows
 
   int first_row, channel;
-  std::uint8_t *wide, *narrow;  // float32 and 16-bit
+  std::uint8_t const *wide, *narrow;  // float32 and 16-bit
 
   template <class Boxes>
-  __device__ GatePieces(Boxes& boxes, int thread) {
+  __device__ GatePieces(Boxes const& boxes, int thread) {
     int const piece = thread % kPieces;
     first_row = thread / kPieces;
     channel = 4 * piece;
@@ -151,25 +224,6 @@ struct GatePieces {
     uint2 const pairs = *reinterpret_cast<uint2 const*>(narrow + i * kRows * kBoxRowBytes);
     float2 const low = unpack<Element>(pairs.x), high = unpack<Element>(pairs.y);
     return {low.x, low.y, high.x, high.y};
-  }
-
-  // g becomes alpha.
-  __device__ void activate(GateParams const& gates, GateChannels const& channels, ElementType element) const {
-    float4 const bias = channels.bias_log2;
-    with_decay_function(gates, channels.A_log, [&](auto decay) {
-#pragma unroll 1
-      for (int first = 0; first < kChunk / kRows; first += 2) {
-        // Two at a time: a piece waits for the results of one instruction after the other.
-        float4 const g[2] = {read(first, element), read(first + 1, element)};
-        __syncwarp();  // alpha of a row comes to lie where its 16-bit g is
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          *reinterpret_cast<float4*>(wide + (first + i) * kRows * kBoxRowBytes) = {
-              decay.alpha(g[i].x, bias.x), decay.alpha(g[i].y, bias.y), decay.alpha(g[i].z, bias.z),
-              decay.alpha(g[i].w, bias.w)};
-        }
-      }
-    });
   }
 };
 

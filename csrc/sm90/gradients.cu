@@ -73,11 +73,11 @@ __device__ void load_slice(GradientsStorage& smem, int stage, GradientsParams co
   load_box(slice.dS, params.tiles.dS, state_box, full);
 }
 
-__device__ void load_gates(GradientsStorage::Tokens& tokens, FullBarrier& full, TensorMaps const& maps,
+__device__ void load_gates(std::uint8_t (&g)[2][kBoxBytes], FullBarrier& full, TensorMaps const& maps,
                            GradientsWork const& work, ElementType gate_element) {
   for (int box = 0; box < (gate_element == ElementType::kFloat32 ? 2 : 1); ++box) {
-    tma_load(maps.g, full, tokens.g[box], work.first_channel + box * kChannels / 2, work.gate_head,
-             work.first_token, work.batch);
+    tma_load(maps.g, full, g[box], work.first_channel + box * kChannels / 2, work.gate_head, work.first_token,
+             work.batch);
   }
 }
 
@@ -88,7 +88,7 @@ __device__ void load_tokens(GradientsStorage& smem, int stage, TensorMaps const&
   FullBarrier& full = smem.full[stage];
   full.arrive_and_expect_tx((wide ? 5 : 4) * kBoxBytes);
   int const channel = work.first_channel, token = work.first_token;
-  load_gates(tokens, full, maps, work, gate_element);
+  load_gates(tokens.g, full, maps, work, gate_element);
   tma_load(maps.q, full, tokens.q, channel, work.head, token, work.batch);
   tma_load(maps.k, full, tokens.k, channel, work.head, token, work.batch);
   tma_load(maps.b, full, tokens.b, channel, work.gate_head, token, work.batch);
@@ -132,11 +132,10 @@ __device__ void multiply_states(Products& x, GradientsStorage::Slice const& slic
 #pragma unroll
   for (int step = 0; step < kColumns / 16; ++step) {
     std::uint32_t s[4], ds[4];
-    load_matrices_transposed(s, slice.S, 16 * step, 2 * place.warp);
+    load_matrices_transposed<true>(s, slice.S, 16 * step, 2 * place.warp);
     load_matrices_transposed(ds, slice.dS, 16 * step, 2 * place.warp);
-    std::uint32_t const a[4] = {s[0], s[2], s[1], s[3]};
-    mma_16x8x16<Element>(x.S_dS[0], a, ds[0], ds[1]);
-    mma_16x8x16<Element>(x.S_dS[1], a, ds[2], ds[3]);
+    mma_16x8x16<Element>(x.S_dS[0], s, ds[0], ds[1]);
+    mma_16x8x16<Element>(x.S_dS[1], s, ds[2], ds[3]);
   }
 }
 
@@ -160,10 +159,13 @@ template <class Element>
 __device__ void store_matrix(std::uint8_t* tile, float const (&acc)[4 * kGroups], float factor,
                              GradientsPlace const& place) {
 #pragma unroll
-  for (int i = 0; i < 2 * kGroups; ++i) {
-    int const row = 16 * place.warp + place.row + 8 * (i % 2);
-    *reinterpret_cast<std::uint32_t*>(tile + swizzled_offset(row, i / 2) + place.quad * 4) =
-        pack<Element>(factor * acc[2 * i], factor * acc[2 * i + 1]);
+  for (int j = 0; j < kGroups; j += 2) {
+    std::uint32_t r[4];
+#pragma unroll
+    for (int m = 0; m < 4; ++m) {
+      r[m] = pack<Element>(factor * acc[4 * j + 2 * m], factor * acc[4 * j + 2 * m + 1]);
+    }
+    store_matrices(r, tile, 16 * place.warp, j);
   }
 }
 
@@ -299,7 +301,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     if (threadIdx.x == kThreads - 1) {
       smem.dots_full.init(1);
       cutlass::arch::fence_barrier_init();
-      smem.dots_full.arrive_and_expect_tx(sizeof(smem.dots.of_box[0]));
+      smem.dots_full.arrive_and_expect_tx(sizeof(smem.scratch().dots.from_other));
     }
   }
   __syncthreads();
@@ -349,19 +351,12 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
   }
   float const rowsums[2] = {S_dS_rowsum(products, place, 0), S_dS_rowsum(products, place, 1)};
-  place.half_of_chunk == 0 ? store_matrix<Element>(smem.dP, products.dM, params.scale, place)
-                           : store_matrix<Element>(smem.dT, products.dM, -1.f, place);
+  bool const has_dP = place.half_of_chunk == 0;
+  store_matrix<Element>(has_dP ? smem.dP : smem.dT, products.dM, has_dP ? params.scale : -1.f, place);
 
   smem.full[0].wait(num_slices / kStages % 2);
-  bool const activated = Cfg::kFused && needs_activation(params.gates, params.gate_element);
-  if (activated) {
-    x.activate_gates();
-  }
   x.prepare_tiles();
-  if (activated) {
-    __syncthreads();  // alpha, which others read
-  }
-  x.prepare_decays(activated);
+  x.prepare_decays();
   x.finish_state_products(rowsums);
   PairGradients<Element>(smem, dq, dE, dk, dG).run();
   DecayGradients<Cfg> decays{smem, params, work, dG};
@@ -369,11 +364,10 @@ __global__ void __launch_bounds__(kThreads, 2)
   if (Cfg::kFused && params.gates.use_qk_l2norm) {
     x.announce_dots();
   }
-  auto& raw_gates = smem.stages[1].tokens;
   if (Cfg::kFused && work.needs_raw_gates && is_first_thread()) {
     cutlass::arch::fence_view_async_shared();  // what the scratch was, before the copy engine writes there
     smem.full[1].arrive_and_expect_tx((params.gate_element == ElementType::kFloat32 ? 2 : 1) * kBoxBytes);
-    load_gates(raw_gates, smem.full[1], maps, work, params.gate_element);
+    load_gates(smem.scratch().raw_g, smem.full[1], maps, work, params.gate_element);
   }
   if (params.dk != nullptr || params.db != nullptr) {
     x.finish_erase_gradients();
@@ -401,7 +395,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     smem.full[1].wait((num_slices + 1) / kStages % 2);
   }
   if (work.wants_decays) {
-    decays.store(raw_gates);
+    decays.store();
   }
   if (is_first_thread()) {
     cute::tma_store_wait<0>();  // the tiles have been read

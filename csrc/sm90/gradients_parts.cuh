@@ -73,8 +73,7 @@ struct GradientsStorage {
   struct Tokens {
     std::uint8_t q[kBoxBytes], k[kBoxBytes], b[kBoxBytes];
     union {
-      std::uint8_t
-          g[2][kBoxBytes];  // float32; the first one where g is 16 bits wide. With gates then alpha, float32
+      std::uint8_t g[2][kBoxBytes];                    // float32; the first one where g is 16 bits wide
       float alpha[2][2 * kGroups][kWarpgroupThreads];  // then alpha: [c][2*j + half][thread of the warpgroup]
     };
 
@@ -82,55 +81,69 @@ struct GradientsStorage {
       return *reinterpret_cast<float const*>(g[channel / 32] + swizzled_offset(token, channel % 32 / 4) +
                                              channel % 4 * 4);
     }
+    template <class Element>
+    __device__ float narrow_g_at(int token, int channel) const {
+      return static_cast<float>(*reinterpret_cast<Element const*>(g[0] + swizzled_offset(token, channel / 8) +
+                                                                  channel % 8 * sizeof(Element)));
+    }
   };
   struct Scratch {  // in the stage that no slice and no tokens need
     union {
       std::uint8_t E[kBoxBytes];
-      float2 sums[kThreads / kWarpThreads]
-                 [kChannels];  // at the end: of dA_log and d_dt_bias, over a warp's tokens
+      struct {  // at the end: over a warp's tokens, and its channels
+        alignas(16) float d_dt_bias[kThreads / kWarpThreads][kChannels];
+        float dA_log[kThreads / kWarpThreads];
+      } sums;
     };
-    // LaneDecay of group j and channel `half`, [2*j + half][thread of the warpgroup].
-    float F[2 * kGroups][kWarpgroupThreads], B[2 * kGroups][kWarpgroupThreads];
-    GroupDecay groups[kGroups][kChannels];
-    GroupPlace places[kGroups][kChannels];
+    union {
+      // From the first token of group j to a thread's first, and B from its second token to the group's last:
+      // [2*j + channel `half`][thread of the warpgroup].
+      float F[2 * kGroups][kWarpgroupThreads];
+      // After the pair products: of the rows of q and k with their gradients, over the channels of the other
+      // CTA, and over all.
+      struct {
+        float from_other[kChunk][2];
+        alignas(16) float sum[kChunk][2];
+      } dots;
+    };
+    union {
+      struct {
+        float B[2 * kGroups][kWarpgroupThreads];
+        GroupDecay groups[kGroups][kChannels];
+        GroupPlace places[kGroups][kChannels];
+      };
+      std::uint8_t raw_g[2][kBoxBytes];  // after the pair products: what a gate was given
+    };
+    alignas(16) float inverse_norms[kChunk][2];  // of the rows of q and of k
   };
   union alignas(kSwizzleAtomBytes) Stage {
     Slice slice;
     Tokens tokens;
     Scratch scratch;
   };
-  // Of the rows of q and k with their gradients: over a warp's channels, and over a CTA's; and 1 / norms.
-  struct RowDots {
-    float of_warp[kChannels / kWarpChannels][kChunk][2], of_box[2][kChunk][2];
-    float inverse_norms[kChunk][2];
-  };
-
   Stage stages[kStages];
   union {
     struct {
       std::uint8_t dP[kBoxBytes], dT[kBoxBytes];  // scale*dP, and dT; rounded, rows r
     };
-    RowDots dots;  // after the pair products
+    struct {  // after the pair products, for sums over channels: over norms, and rounded
+      std::uint8_t dq[kBoxBytes], dk[kBoxBytes];
+    };
   };
   union {
-    float inverse_norms[kChunk][2];  // 1 / norm of the rows of q and of k, until they are normalised
+    float loaded_norms[kChunk][2];  // scratch().inverse_norms, as long as slices lie there
     // What the writes to S' by earlier tokens of the half add to dg; then dg.
     float dg_writes[4 * kHalfGroups][kThreads], dg[kChunk][kChannels];
   };
   // Of a channel: all writes of the first half, and all other terms of the second.
   float first_writes[kChannels], second_reads[kChannels];
-  FullBarrier full[kStages], dots_full;  // dots_full: of_box of the other CTA has come
+  FullBarrier full[kStages], dots_full;  // dots_full: from_other has come
   GradientsWork work;
-  // Of GateChannels.
-  alignas(16) float gate_bias[kChannels];
-  float gate_A_log;
+  GateParameters<kChannels> gate;
 
   // Slices alternate between the stages such that q, k, b and g follow the last one in stage 0.
   __device__ Tokens& tokens() { return stages[0].tokens; }
   __device__ Scratch& scratch() { return stages[1].scratch; }
-  __device__ GateChannels gate_channels(int channel) const {
-    return {gate_A_log, *reinterpret_cast<float4 const*>(&gate_bias[channel])};
-  }
   // Permuted, so that lanes of four tokens and eight channels, and pieces of four channels, have banks of
   // their own.
   __device__ float& dg_at(int token, int channel) { return dg[token][channel ^ (token / 2 % 4 * 8)]; }

@@ -42,6 +42,7 @@
 #include "tile/launch_order.cuh"
 #include "tile/mma.cuh"
 #include "tile/ready_flag.cuh"
+#include "tile/row_dots.cuh"
 #include "tile/triangular_inverse.cuh"
 
 namespace gdn2 {
@@ -49,32 +50,34 @@ namespace {
 
 using namespace prepare;
 
+// The warp's own rows and channels of k and b, in place, when 1 / norms of k are known: k normalised, E = b*k
+// where b has been.
 template <class Cfg>
-using PreparedGates = GatePieces<typename Cfg::Element, Cfg::kDimK, Cfg::kTeamThreads>;
-
-// What is asked for of decay gate and sigmoid of the erase gate, in place: g becomes alpha, b becomes E =
-// b*k. In pieces of 16 bytes and short loops (see gate_tiles.cuh).
-template <class Cfg>
-__device__ void activate_inputs(SharedStorage<Cfg>& smem, PrepareParams const& params,
-                                GateChannels const& channels) {
-  using Element = typename Cfg::Element;
-  PreparedGates<Cfg> const gates(smem.in.g, thread_of_team<Cfg>());
-  gates.activate(params.gates, channels, params.gate_element);
-
-  constexpr int kPieces = Cfg::kDimK / 8, kRows = Cfg::kTeamThreads / kPieces;
-  static_assert(kRows % 8 == 0);  // so that the pieces lie in the same place of their rows
-  int const row = thread_of_team<Cfg>() / kPieces, piece = thread_of_team<Cfg>() % kPieces;
-  int const offset = swizzled_offset(row, piece % 8);
-  std::uint8_t *b = smem.in.b[piece / 8] + offset, *k = smem.in.k[piece / 8] + offset;
-#pragma unroll 2
-  for (int i = 0; i < kChunk / kRows; ++i, b += kRows * kBoxRowBytes, k += kRows * kBoxRowBytes) {
-    auto& piece_of_b = *reinterpret_cast<uint4*>(b);
-    piece_of_b = multiply_erase_gate<Element>(params.gates, piece_of_b, *reinterpret_cast<uint4 const*>(k));
-  }
+__device__ void make_keys(SharedStorage<Cfg>& smem, GateParams const& gates, ThreadPlace at) {
+  int const row = at.block * kBlock + at.lane % 8;
+  std::uint32_t const offset = swizzled_offset(row, at.lane / 8);
+  with_key_options(gates, [&](auto normalize, auto sigmoid) {
+#pragma unroll 1
+    for (int i = 0; i < kBlock; i += 8) {
+      float const inverse_norm = normalize ? smem.k_scale[row + i] : 1.f;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        std::uint32_t const place = (offset ^ half * 64) + i * kBoxRowBytes;
+        auto& k = *reinterpret_cast<uint4*>(smem.in.k[at.box] + place);
+        auto& b = *reinterpret_cast<uint4*>(smem.in.b[at.box] + place);
+        KeyPiece const made =
+            make_key_piece<typename Cfg::Element, normalize, sigmoid>(gates, k, b, inverse_norm);
+        if constexpr (normalize) {
+          k = made.k;
+        }
+        b = made.E;
+      }
+    }
+  });
 }
 
-// Tokens [first, first + kGroup) of a thread's 16, of inputs as they came or activated ones. Where kTail,
-// rows that are not the sequence's become g = 0 and q = k = E = 0, whatever lies there.
+// Tokens [first, first + kGroup) of a thread's 16, of g as it came or activated. Where kTail, rows that are
+// not the sequence's become g = 0 and q = k = E = 0, whatever lies there.
 template <bool kTail, bool kActivated, class Cfg>
 __device__ void read_group(ThreadInputs<Cfg>& x, SharedStorage<Cfg>& smem, ThreadPlace at, int first,
                            int num_rows) {
@@ -91,7 +94,7 @@ __device__ void read_group(ThreadInputs<Cfg>& x, SharedStorage<Cfg>& smem, Threa
     x.q[i] = load_pair(pairs[i]);
     x.k[i] = load_pair(pairs[i] + (offsetof(In, k) - offsetof(In, q)));
     std::uint32_t const b = load_pair(pairs[i] + (offsetof(In, b) - offsetof(In, q)));
-    x.E[i] = kActivated ? b : multiply_pairs<Element>(b, x.k[i]);
+    x.E[i] = Cfg::kFused ? b : multiply_pairs<Element>(b, x.k[i]);
     x.alpha[i][0] = kActivated ? g.x : exp2_approx(kLog2E * g.x);
     x.alpha[i][1] = kActivated ? g.y : exp2_approx(kLog2E * g.y);
     if (kTail && row >= num_rows) {
@@ -102,8 +105,8 @@ __device__ void read_group(ThreadInputs<Cfg>& x, SharedStorage<Cfg>& smem, Threa
 }
 
 template <bool kActivated, class Cfg>
-__device__ void read_inputs(ThreadInputs<Cfg>& x, SharedStorage<Cfg>& smem, Work const& work,
-                            ThreadPlace at) {
+__device__ void read_inputs(ThreadInputs<Cfg>& x, SharedStorage<Cfg>& smem, Work const& work) {
+  ThreadPlace const at = thread_place<Cfg>();
 #pragma unroll
   for (int first = 0; first < kBlock; first += Cfg::kGroup) {
     if (at.block * kBlock + first + Cfg::kGroup <= work.num_rows) {
@@ -114,73 +117,46 @@ __device__ void read_inputs(ThreadInputs<Cfg>& x, SharedStorage<Cfg>& smem, Work
   }
 }
 
-// put(row, x.y) for the 16 rows of a warp, by the lane that has it: products of rows with all others, on the
-// tensor cores. kSelf: y is x.
-template <class Cfg, bool kSelf = false, class Put>
-__device__ void row_dots(std::uint8_t const (&x)[Cfg::kBoxes][kBoxBytes],
-                         std::uint8_t const (&y)[Cfg::kBoxes][kBoxBytes], Put put) {
-  using Element = typename Cfg::Element;
-  int const warp = threadIdx.x % kWarpgroupThreads / kWarpThreads, lane = lane_index();
-  float dots[2][4] = {};
-#pragma unroll
-  for (int step = 0; step < Cfg::kDimK / 16; ++step) {
-    std::uint32_t a[4], b[4];
-    load_matrices(a, x[step / 4], 16 * warp, step % 4 * 2);
-    if constexpr (!kSelf) {
-      load_matrices(b, y[step / 4], 16 * warp, step % 4 * 2);
-    }
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      kSelf ? mma_16x8x16<Element>(dots[half], a, a[half], a[half + 2])
-            : mma_16x8x16<Element>(dots[half], a, b[half], b[half + 2]);
-    }
-  }
-  // Row l/4 + 8*half meets itself in column l/4 of the half's eight: there 2*(l%4) + c = l/4.
-  if (lane / 8 == lane % 4) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      put(16 * warp + lane / 4 + 8 * half, lane / 4 % 2 ? dots[half][2 * half + 1] : dots[half][2 * half]);
-    }
-  }
-  __syncwarp();
-}
-
 // The rows' scales and the diagonal of q k^T: q's by the first warpgroup, k's by the last one.
-template <class Cfg>
+template <class Cfg, bool kNormalize>
 __device__ void scale_rows(SharedStorage<Cfg>& smem, PrepareParams const& params, Work const& work) {
-  int const warpgroup = thread_of_team<Cfg>() / kWarpgroupThreads, thread = threadIdx.x % kWarpgroupThreads;
-  bool const of_q = warpgroup == 0, of_k = warpgroup == Cfg::kWarpgroups - 1;
-  auto const if_inside = [&](int row, float x) { return row < work.num_rows ? x : 0.f; };
-  if (!Cfg::kFactorsOnly && of_q) {
-    row_dots<Cfg>(smem.in.q, smem.in.k,
-                  [&](int row, float dot) { smem.diagonal[row] = if_inside(row, dot); });
-  }
-  if (!Cfg::kFused || !params.gates.use_qk_l2norm) {
-    if (thread < kChunk && of_q) {
-      smem.q_scale[thread] = if_inside(thread, params.scale);
-    }
-    if (thread < kChunk && of_k) {
-      smem.k_scale[thread] = if_inside(thread, 1.f);
-    }
-    return;
-  }
-  // Of a row, kept `place` rows behind the first of q.
-  auto const inverse_norm_of = [&](int row, float dot, int place) {
-    float const inverse_norm = if_inside(row, rsqrtf(dot + 1e-6f));
+  using Element = typename Cfg::Element;
+  using In = decltype(smem.in);
+  constexpr int kFromQToK = offsetof(In, k) - offsetof(In, q);
+  constexpr bool kDiagonal = !Cfg::kFactorsOnly;
+  ThreadPlace const at = thread_place<Cfg>();
+  // Of rows of q, or of k, which are kept `place` behind the first of q.
+  auto const inverse_norm = [&](int row, float dot, int place) {
+    float const inverse = row < work.num_rows ? rsqrtf(dot + 1e-6f) : 0.f;
     if (params.row_norms != nullptr) {
-      params.row_norms[work.tile * 2 * kChunk + place + row] = inverse_norm;
+      params.row_norms[work.tile * 2 * kChunk + place + row] = inverse;
     }
-    return inverse_norm;
+    return inverse;
   };
-  if (of_q) {
-    row_dots<Cfg, true>(smem.in.q, smem.in.q, [&](int row, float dot) {
-      smem.q_scale[row] = params.scale * inverse_norm_of(row, dot, 0);
+  auto const for_own_rows = [&](auto f) {
+    if (has_row(at.lane)) {
+      int const row = at.block * kBlock + at.lane / 4;
+      f(row, 0), f(row + 8, 1);
+    }
+  };
+  if (at.box == 0) {
+    RowDots const dots =
+        row_dots<Element, Cfg::kBoxes, kNormalize, kDiagonal>(smem.in.q, kFromQToK, at.block * kBlock);
+    for_own_rows([&](int row, int half) {
+      float const norm = kNormalize ? inverse_norm(row, dots.self[half], 0) : 1.f;
+      smem.q_scale[row] = row < work.num_rows ? params.scale * norm : 0.f;
+      if constexpr (kDiagonal) {
+        smem.diagonal[row] = row < work.num_rows ? dots.other[half] : 0.f;
+      }
     });
   }
-  if (of_k) {
-    row_dots<Cfg, true>(smem.in.k, smem.in.k,
-                        [&](int row, float dot) { smem.k_scale[row] = inverse_norm_of(row, dot, kChunk); });
+  if (at.box == Cfg::kBoxes - 1) {
+    RowDots const dots = row_dots<Element, Cfg::kBoxes, kNormalize, false>(smem.in.k, 0, at.block * kBlock);
+    for_own_rows([&](int row, int half) {
+      smem.k_scale[row] = kNormalize ? inverse_norm(row, dots.self[half], kChunk) : 1.f;
+    });
   }
+  __syncwarp();
 }
 
 // By 64 threads: the diagonal of P to its place, when nobody reads the chunk before there.
@@ -192,12 +168,12 @@ __device__ void place_diagonal(SharedStorage<Cfg>& smem, int row) {
       round_to<Element>(smem.diagonal[row] * smem.q_scale[row] * smem.k_scale[row]);
 }
 
-// What scales a thread's rows from first_row on, when it goes through them up or down: read four at a time.
+// What scales a thread's rows from first_row on, when it goes through them: read four at a time.
 struct RowScales {
   float4 four;
 
-  __device__ float of(float const (&scales)[kChunk], int first_row, int i, bool begins_four) {
-    if (begins_four) {
+  __device__ float of(float const (&scales)[kChunk], int first_row, int i) {
+    if (i % 4 == 0) {
       four = *reinterpret_cast<float4 const*>(&scales[first_row + i / 4 * 4]);
     }
     return i % 4 == 0 ? four.x : i % 4 == 1 ? four.y : i % 4 == 2 ? four.z : four.w;
@@ -227,19 +203,16 @@ __device__ void store_factor_tiles(SharedStorage<Cfg>& smem, PrepareParams const
 #pragma unroll
   for (int first = 0; first < kBlock; first += Cfg::kGroup) {
     if (phase_begins_if_crowded<Cfg>()) {
-      RowScales q_scales, k_scales;
+      RowScales q_scales;
 #pragma unroll
       for (int i = first; i < first + Cfg::kGroup; ++i) {
         if (i > 0) {
           gamma = gamma * float2{x.alpha[i][0], x.alpha[i][1]};
         }
-        float const q_scale =
-            Cfg::kFused ? q_scales.of(smem.q_scale, first_row, i, i % 4 == 0) : params.scale;
+        float const q_scale = Cfg::kFused ? q_scales.of(smem.q_scale, first_row, i) : params.scale;
         float2 const q = unpack<Element>(x.q[i]), E = unpack<Element>(x.E[i]);
         store_pair(gamma_q[i], pack<Element>(q.x * gamma.x * q_scale, q.y * gamma.y * q_scale));
-        float2 const gamma_k =
-            Cfg::kFused ? k_scales.of(smem.k_scale, first_row, i, i % 4 == 0) * gamma : gamma;
-        store_pair(gamma_q[i] + kFromE, pack<Element>(E.x * gamma_k.x, E.y * gamma_k.y));
+        store_pair(gamma_q[i] + kFromE, pack<Element>(E.x * gamma.x, E.y * gamma.y));
       }
     }
   }
@@ -249,15 +222,13 @@ __device__ void store_factor_tiles(SharedStorage<Cfg>& smem, PrepareParams const
 #pragma unroll
   for (int last = kBlock - 1; last >= 0; last -= Cfg::kGroup) {
     if (phase_begins_if_crowded<Cfg>()) {
-      RowScales k_scales;
 #pragma unroll
       for (int i = last; i > last - Cfg::kGroup; --i) {
         if (i < kBlock - 1) {
           tail = tail * float2{x.alpha[i + 1][0], x.alpha[i + 1][1]};
         }
         float2 const k = unpack<Element>(x.k[i]);
-        float2 const tail_k = Cfg::kFused ? k_scales.of(smem.k_scale, first_row, i, i % 4 == 3) * tail : tail;
-        store_pair(gamma_q[i] + kFromKt, pack<Element>(k.x * tail_k.x, k.y * tail_k.y));
+        store_pair(gamma_q[i] + kFromKt, pack<Element>(k.x * tail.x, k.y * tail.y));
       }
     }
   }
@@ -305,7 +276,8 @@ __device__ void store_A_minus_I(SharedStorage<Cfg>& smem, PrepareParams const& p
 
 // Products of alpha over a thread's 16 tokens, for what reaches over blocks.
 template <class Cfg>
-__device__ void store_block_products(SharedStorage<Cfg>& smem, ThreadInputs<Cfg> const& x, ThreadPlace at) {
+__device__ void store_block_products(SharedStorage<Cfg>& smem, ThreadInputs<Cfg> const& x) {
+  ThreadPlace const at = thread_place<Cfg>();
   float2 rest{1.f, 1.f};
 #pragma unroll
   for (int i = 1; i < kBlock; ++i) {
@@ -377,31 +349,63 @@ struct NextChunk {
   }
 };
 
+// A thread's share of what the decay gate of a chunk is made with: asked for long before it is stored.
 template <class Cfg>
-__device__ GateChannels load_piece_channels(PrepareParams const& params, Work const& work) {
-  int const piece = thread_of_team<Cfg>() % PreparedGates<Cfg>::kPieces;
-  return load_gate_channels(params.gates, work.head, 4 * piece, params.shape.dim_k);
+struct GateLoad {
+  SharedStorage<Cfg>& smem;
+  PrepareParams const& params;
+  GateParameterLoad<Cfg::kDimK> share;
+
+  __device__ bool is_needed() const { return Cfg::kFused && params.gates.decay_gate != DecayGate::kNone; }
+  __device__ void load(Work const& work) {
+    if (is_needed()) {
+      share.load(params.gates, work.head, 0, params.shape.dim_k, thread_of_team<Cfg>());
+    }
+  }
+  // For somebody to meet behind it.
+  __device__ void store() const {
+    if (is_needed()) {
+      share.store(smem.gate, thread_of_team<Cfg>());
+    }
+  }
+};
+
+// Norms, gates and sigmoids, in the inputs' tiles: rows and channels of a warp by that warp, which reads them
+// next.
+template <class Cfg>
+__device__ void make_inputs(SharedStorage<Cfg>& smem, PrepareParams const& params, Work const& work) {
+  GateParams const& gates = params.gates;
+  ThreadPlace const at = thread_place<Cfg>();
+  gates.use_qk_l2norm ? scale_rows<Cfg, true>(smem, params, work)
+                      : scale_rows<Cfg, false>(smem, params, work);
+  if (gates.use_qk_l2norm || gates.decay_gate != DecayGate::kNone) {
+    sync_team<Cfg>();  // norms of rows and the gate's parameters are there, and nobody reads k for norms
+  }
+  make_keys(smem, gates, at);
+  if (needs_activation(gates, params.gate_element)) {
+    activate_rows<typename Cfg::Element>(smem.in.g[2 * at.box], at.block * kBlock, gates, smem.gate,
+                                         at.box * kBoxColumns, params.gate_element);
+  }
+  __syncwarp();
 }
 
 // One chunk and gate head, whose inputs are in shared memory. inputs_read(): when they are in registers;
 // operands_read(): when the products are made.
 template <class Cfg, class InputsRead, class OperandsRead>
 __device__ void run_tile(SharedStorage<Cfg>& smem, PrepareParams const& params, Work const& work,
-                         GateChannels const& channels, InputsRead inputs_read, OperandsRead operands_read) {
-  ThreadPlace const at = thread_place<Cfg>();
-  bool const normalize = Cfg::kFused && params.gates.use_qk_l2norm;
-  if constexpr (Cfg::kFused || !Cfg::kFactorsOnly) {
-    scale_rows(smem, params, work);
+                         InputsRead inputs_read, OperandsRead operands_read) {
+  if constexpr (Cfg::kFused) {
+    make_inputs(smem, params, work);
+  } else if constexpr (!Cfg::kFactorsOnly) {
+    scale_rows<Cfg, false>(smem, params, work);
   }
   ThreadInputs<Cfg> x;
   if (Cfg::kFused && needs_activation(params.gates, params.gate_element)) {
-    activate_inputs(smem, params, channels);
-    sync_team<Cfg>();
-    read_inputs<true>(x, smem, work, at);
+    read_inputs<true>(x, smem, work);
   } else {
-    read_inputs<false>(x, smem, work, at);
+    read_inputs<false>(x, smem, work);
   }
-  store_block_products(smem, x, at);
+  store_block_products(smem, x);
   // The inputs are in registers: their shared memory becomes operands. Nobody reads the tiles of the chunk
   // before.
   sync_team<Cfg>();
@@ -417,23 +421,24 @@ __device__ void run_tile(SharedStorage<Cfg>& smem, PrepareParams const& params, 
   build<1>(smem, x);
   build<2>(smem, x);
   meet_at_operands<Cfg>();
-  multiply_three_levels<0>(smem, normalize);
+  multiply_three_levels<0>(smem);
   meet_at_operands<Cfg>();
   build<3>(smem, x);
   build<4>(smem, x);
   build<5>(smem, x);
   meet_at_operands<Cfg>();
-  multiply_three_levels<3>(smem, normalize);
+  multiply_three_levels<3>(smem);
   meet_at_operands<Cfg>();  // T and P are complete; the copy engine may write where operands have been
   operands_read();
 
   store_P(smem, params, work);
-  if (at.box == 0) {
+  bool const inverts = thread_place<Cfg>().box == 0;
+  if (inverts) {
     invert_unit_lower(TriangularMatrix{smem.T}, barrier_id<Cfg>(TeamBarrier::kInverse));
     store_A_minus_I(smem, params, work);
   }
   if constexpr (Cfg::kStays) {
-    publish_tile<Cfg>(params, work, at.box == 0);
+    publish_tile<Cfg>(params, work, inverts);
   }
 }
 
@@ -452,8 +457,11 @@ __global__ void __launch_bounds__(Cfg::kThreads, Cfg::kCtasPerSm)
     prepare_kernel(__grid_constant__ PrepareParams const params, __grid_constant__ ChunkDivisors const by,
                    __grid_constant__ TensorMaps const maps) {
   extern __shared__ std::uint8_t smem_bytes[];
-  auto& smem = reinterpret_cast<SharedStorage<Cfg>*>(smem_bytes)[team_index<Cfg>()];
+  // The same register value in all lanes of a warp, of which descriptors of wgmma are made without asking.
+  int const team = Cfg::kTeams == 1 ? 0 : __shfl_sync(0xffffffff, team_index<Cfg>(), 0);
+  auto& smem = reinterpret_cast<SharedStorage<Cfg>*>(smem_bytes)[team];
   InputLoads<Cfg> const loads{smem, maps, params.gate_element};
+  GateLoad<Cfg> gate{smem, params, {}};
   int const first_order = blockIdx.x * Cfg::kTeams + team_index<Cfg>();
   if (Cfg::kFactorsOnly && blockIdx.x == 0) {
     clear_flags(params.cleared, params.num_cleared);
@@ -486,18 +494,27 @@ __global__ void __launch_bounds__(Cfg::kThreads, Cfg::kCtasPerSm)
   if constexpr (Cfg::kStays) {
     clear_ready<Cfg>(params, by, first_order);
     sync_team<Cfg>();
+    gate.load(smem.work[0]);
     for (unsigned round = 0; has_order(params, smem.work[round % 4].order); ++round) {
       NextChunk<Cfg> const next{smem, params, by, loads, smem.work[round % 4], smem.work[(round + 1) % 4]};
-      GateChannels const channels = load_piece_channels<Cfg>(params, next.work);
+      gate.store();
       smem.inputs_full.wait(round % 2);
-      run_tile(smem, params, next.work, channels, [&] { next.find(); }, [&] { next.load(); });
+      run_tile(
+          smem, params, next.work, [&] { next.find(); },
+          [&] {
+            next.load();
+            if (has_order(params, next.next.order)) {
+              gate.load(next.next);
+            }
+          });
     }
   } else {
     let_next_kernel_start();  // where there is room; it waits for the end of this one
     sync_team<Cfg>();
-    GateChannels const channels = load_piece_channels<Cfg>(params, smem.work[0]);
+    gate.load(smem.work[0]);
+    gate.store();
     smem.inputs_full.wait(0);
-    run_tile(smem, params, smem.work[0], channels, [] {}, [] {});
+    run_tile(smem, params, smem.work[0], [] {}, [] {});
     if (!Cfg::kFactorsOnly && !has_order(params, static_cast<int>(blockIdx.x) + params.num_kept)) {
       keep_factors<Cfg>(params, smem.work[0]);
     }

@@ -143,19 +143,14 @@ __device__ void build_level(LevelOperands<Cfg>& out, SharedStorage<Cfg>& smem, T
 template <int h, class Cfg>
 struct EntryStore {
   SharedStorage<Cfg>& smem;
-  bool is_P, normalize;
+  bool is_P;
   int r;
-  float row_scale = is_P ? smem.q_scale[r] : normalize ? smem.k_scale[r] : 1.f;
+  float row_scale = is_P ? smem.q_scale[r] : 1.f;
 
   __device__ void operator()(int earlier, float x, float y) const {
     using Element = typename Cfg::Element;
     int const s0 = earlier_row(earlier, h), s1 = earlier_row(earlier + 1, h);
     x *= row_scale, y *= row_scale;
-    if (normalize) {
-      float2 const scale = h > 1 ? *reinterpret_cast<float2 const*>(&smem.k_scale[s0])
-                                 : float2{smem.k_scale[s0], smem.k_scale[s1]};
-      x *= scale.x, y *= scale.y;
-    }
     bool const has_x = h > 1 || r == s0 + 1, has_y = h > 1 || r == s1 + 1;
     if (is_P) {
       auto* const row = smem.P + swizzled_offset(r, s0 / 8);
@@ -184,15 +179,13 @@ struct EntryStore {
 // The entries of matching pairs, from the accumulators of a warpgroup, columns [first_column, first_column +
 // 2*kSize): its warps 0 and 1 hold rows of T, 2 and 3 of P.
 template <int h, class Cfg, int kSize>
-__device__ void store_level(SharedStorage<Cfg>& smem, float const (&acc)[kSize], int first_column,
-                            bool normalize) {
+__device__ void store_level(SharedStorage<Cfg>& smem, float const (&acc)[kSize], int first_column) {
   constexpr bool kHalf = kSize == 8;  // of the 32 columns
   int const warp = threadIdx.x % kWarpgroupThreads / kWarpThreads, lane = lane_index();
   bool const upper = warp % 2 == 1;  // later rows 16-31
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    EntryStore<h, Cfg> const store{smem, warp >= 2, normalize,
-                                   later_row(16 * (warp % 2) + 8 * half + lane / 4, h)};
+    EntryStore<h, Cfg> const store{smem, warp >= 2, later_row(16 * (warp % 2) + 8 * half + lane / 4, h)};
     // Rows 16-31 meet columns from 16 on, and the others those before.
     auto const own = [&](int i) { return !kHalf && upper ? acc[(i + 8) % kSize] : acc[i]; };
     bool const has_own = !kHalf || first_column == 16 * (warp % 2);
@@ -215,7 +208,7 @@ __device__ void store_level(SharedStorage<Cfg>& smem, float const (&acc)[kSize],
 
 // [E*D; q*D] (k*U)^T of one level, 2*kSize columns from first_column on, by one warpgroup.
 template <int kLevel, int kSize, class Cfg>
-__device__ void multiply_level(SharedStorage<Cfg>& smem, int first_column, bool normalize) {
+__device__ void multiply_level(SharedStorage<Cfg>& smem, int first_column) {
   LevelOperands<Cfg> const& operands = smem.operands[kLevel % 3];
   float acc[kSize];
   auto const later = shared_descriptor<Major::K>(operands.later);
@@ -229,7 +222,7 @@ __device__ void multiply_level(SharedStorage<Cfg>& smem, int first_column, bool 
   }
   wgmma_commit();
   wgmma_wait<0>();
-  store_level<1 << kLevel>(smem, acc, first_column, normalize);
+  store_level<1 << kLevel>(smem, acc, first_column);
 }
 
 // Every thread's operands of one level.
@@ -249,19 +242,20 @@ __device__ void meet_at_operands() {
 
 // The products of three levels: two warpgroups have one each and a half of the third one's columns.
 template <int kLevel, class Cfg>
-__device__ void multiply_three_levels(SharedStorage<Cfg>& smem, bool normalize) {
+__device__ void multiply_three_levels(SharedStorage<Cfg>& smem) {
   if constexpr (Cfg::kWarpgroups == 1) {
-    multiply_level<kLevel, 16>(smem, 0, normalize);
-    multiply_level<kLevel + 1, 16>(smem, 0, normalize);
-    multiply_level<kLevel + 2, 16>(smem, 0, normalize);
+    multiply_level<kLevel, 16>(smem, 0);
+    multiply_level<kLevel + 1, 16>(smem, 0);
+    multiply_level<kLevel + 2, 16>(smem, 0);
   } else {
-    int const warpgroup = thread_of_team<Cfg>() / kWarpgroupThreads;
+    // The same register value in all lanes: descriptors are made of it.
+    int const warpgroup = __shfl_sync(0xffffffff, thread_of_team<Cfg>() / kWarpgroupThreads, 0);
     if (warpgroup == 0) {
-      multiply_level<kLevel, 16>(smem, 0, normalize);
+      multiply_level<kLevel, 16>(smem, 0);
     } else {
-      multiply_level<kLevel + 1, 16>(smem, 0, normalize);
+      multiply_level<kLevel + 1, 16>(smem, 0);
     }
-    multiply_level<kLevel + 2, 8>(smem, 16 * warpgroup, normalize);
+    multiply_level<kLevel + 2, 8>(smem, 16 * warpgroup);
   }
 }
 

@@ -6,6 +6,7 @@
 
 #include "params.h"
 #include "sm90/chunk_work.h"
+#include "sm90/gate_tiles.cuh"
 #include "tile/pipeline.cuh"
 #include "tile/tma.cuh"
 #include "tile/triangle.h"
@@ -73,6 +74,7 @@ struct SharedStorage {
   alignas(16) float q_scale[kChunk];  // scale / norm for q
   alignas(16) float k_scale[kChunk];  // 1 / norm for k (norms are 1 where not asked for)
   float diagonal[kChunk];             // of q k^T
+  GateParameters<Cfg::kDimK> gate;
   // The CTA's chunk and head in this round, the next one and the ones before, which some threads may not have
   // left yet. Here, since all registers are needed elsewhere.
   Work work[4];
@@ -185,7 +187,7 @@ struct ThreadPlace {
 template <class Cfg>
 __device__ ThreadPlace thread_place() {
   unsigned thread = threadIdx.x;
-  if constexpr (Cfg::kCrowded) {
+  if constexpr (Cfg::kCrowded || Cfg::kFused) {
     asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
   }
   thread = Cfg::kTeams == 1 ? thread : thread % Cfg::kTeamThreads;

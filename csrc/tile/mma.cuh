@@ -14,28 +14,45 @@ __device__ inline int lane_index() {
   return threadIdx.x % kWarpThreads;
 }
 
-// Four 8x8 matrices of 16-bit elements from a swizzled box: rows [row, row+16), 16-byte pieces [piece,
-// piece+2). r[0]: rows 0-7 of the first piece; r[1]: rows 8-15; r[2], r[3]: the same of the second piece.
-// Lane l holds row l/4, columns 2*(l%4) and the next.
-__device__ inline void load_matrices(std::uint32_t (&r)[4], void const* smem_box, int row, int piece) {
-  int const lane = lane_index();
-  auto const address = static_cast<std::uint32_t>(__cvta_generic_to_shared(smem_box)) +
-                       swizzled_offset(row + lane % 16, piece + lane / 16);
+// Where a lane names a row of the matrices of load_matrices. The swizzle is a ^ of bits that are zero in where
+// a box begins: two pieces further is ^ 32 inside a row, for the first of each two.
+template <bool kByRows>
+__device__ std::uint32_t matrix_address(void const* smem_box, int row, int piece) {
+  int const lane = lane_index(), row_of_lane = kByRows ? lane % 8 + lane / 16 * 8 : lane % 16;
+  return static_cast<std::uint32_t>(__cvta_generic_to_shared(smem_box)) +
+         swizzled_offset(row + row_of_lane, piece + (kByRows ? lane / 8 % 2 : lane / 16));
+}
+
+__device__ inline void load_matrices(std::uint32_t (&r)[4], std::uint32_t address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];\n"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                : "r"(address)
                : "memory");
 }
 
+// Four 8x8 matrices of 16-bit elements from a swizzled box: rows [row, row+16), 16-byte pieces [piece,
+// piece+2). r[0]: rows 0-7 of the first piece; r[1]: rows 8-15; r[2], r[3]: the same of the second piece.
+// Lane l holds row l/4, columns 2*(l%4) and the next. Operands are neighbouring registers: where kByRows, r[1]
+// and r[2] have changed places.
+template <bool kByRows = false>
+__device__ void load_matrices(std::uint32_t (&r)[4], void const* smem_box, int row, int piece) {
+  load_matrices(r, matrix_address<kByRows>(smem_box, row, piece));
+}
+
 // The same matrices transposed: lane l holds rows 2*(l%4) and the next, column l/4.
-__device__ inline void load_matrices_transposed(std::uint32_t (&r)[4], void const* smem_box, int row,
-                                                int piece) {
-  int const lane = lane_index();
-  auto const address = static_cast<std::uint32_t>(__cvta_generic_to_shared(smem_box)) +
-                       swizzled_offset(row + lane % 16, piece + lane / 16);
+template <bool kByRows = false>
+__device__ void load_matrices_transposed(std::uint32_t (&r)[4], void const* smem_box, int row, int piece) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];\n"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(address)
+               : "r"(matrix_address<kByRows>(smem_box, row, piece))
+               : "memory");
+}
+
+// The inverse of load_matrices.
+__device__ inline void store_matrices(std::uint32_t const (&r)[4], void* smem_box, int row, int piece) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};\n" ::"r"(
+                   matrix_address<false>(smem_box, row, piece)),
+               "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
                : "memory");
 }
 
@@ -48,9 +65,7 @@ __device__ inline void store_matrices_transposed(std::uint32_t const (&r)[4], st
 
 __device__ inline void store_matrices_transposed(std::uint32_t const (&r)[4], void* smem_box, int row,
                                                  int piece) {
-  int const lane = lane_index();
-  store_matrices_transposed(r, static_cast<std::uint32_t>(__cvta_generic_to_shared(smem_box)) +
-                                   swizzled_offset(row + lane % 16, piece + lane / 16));
+  store_matrices_transposed(r, matrix_address<false>(smem_box, row, piece));
 }
 
 // acc [16, 8] += A [16, 16] B [16, 8]; a as load_matrices gives it, b0 and b1 the rows 0-7 and 8-15 of B,
