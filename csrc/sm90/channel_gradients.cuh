@@ -9,7 +9,6 @@
 #include "sm90/pair_gradients.cuh"
 #include "tile/activation.cuh"
 #include "tile/convert.cuh"
-#include "tile/row_dots.cuh"
 
 namespace gdn2 {
 
@@ -282,69 +281,101 @@ struct Channels {
     }
   }
 
-  // The CTA is done with its scratch: sums of the CTA of the other channels may come to lie there. After the
-  // barrier in DecayGradients::finish, before which all of them were loaded; so there is nothing to fence,
-  // and a fence would wait for all stores to memory.
+  // The CTA is done with its slices: dots of the CTA of the other channels may come to where they were. After
+  // a barrier, before which all of them were read; so there is nothing to fence, and a fence would wait for
+  // all stores to memory.
   __device__ void announce_dots() const {
     if (work.num_boxes == 2) {
       cute::cluster_arrive_relaxed();
     }
   }
 
-  // Of an even row and the next one: of q and of k.
-  __device__ static float4 two_rows(float const (&of_rows)[kChunk][2], int row) {
-    return *reinterpret_cast<float4 const*>(of_rows[row]);
+  // x[i] + x[kKeep + i] of two lanes, one the lower and one the upper half of the sums.
+  template <int kKeep>
+  __device__ static void halve_sums(float (&x)[2 * kHalfGroups], bool upper, int lane_distance) {
+#pragma unroll
+    for (int i = 0; i < kKeep; ++i) {
+      float const low = x[i], high = x[kKeep + i];
+      x[i] = (upper ? high : low) + __shfl_xor_sync(0xffffffff, upper ? low : high, lane_distance);
+    }
   }
 
-  // Through the norms: with y the normalised row and n its norm, dx = dy / n - y (y.dy) / n. The dot products
-  // are the tensor cores', a warp 16 rows of q or of k, and go over the CTA of the other channels.
-  __device__ void finish_norm_gradients() {
+  // Through the norms: with y the normalised row and n its norm, dx = (dy - y (y.dy)) / n. The products go
+  // over lanes here, over warps and to the CTA of the other channels behind a barrier, and arrive during
+  // something else.
+  __device__ void sum_dots() const {
+    auto const& tokens = smem.tokens();
+    GradientsPlace const place;
+    float dots[2][2 * kHalfGroups];  // [of q, of k][2*i + c]
+#pragma unroll
+    for (int pair = 0; pair < kHalfGroups / 2; ++pair) {
+      GroupPair const q(lane_address(place, tokens.q), 2 * pair), k(lane_address(place, tokens.k), 2 * pair);
+#pragma unroll
+      for (int g = 0; g < 2; ++g) {
+        int const i = 2 * pair + g;
+        float2 const q0 = unpack<Element>(q.at(i, 0)), q1 = unpack<Element>(q.at(i, 1));
+        float2 const k0 = unpack<Element>(k.at(i, 0)), k1 = unpack<Element>(k.at(i, 1));
+        dots[0][2 * i] = q0.x * dq[4 * i] + q1.x * dq[4 * i + 2];
+        dots[0][2 * i + 1] = q0.y * dq[4 * i + 1] + q1.y * dq[4 * i + 3];
+        dots[1][2 * i] = k0.x * dk[4 * i] + k1.x * dk[4 * i + 2];
+        dots[1][2 * i + 1] = k0.y * dk[4 * i + 1] + k1.y * dk[4 * i + 3];
+      }
+    }
+    // Each step halves the tokens that a lane has sums of: at the end one of q's and one of k's, index row.
+#pragma unroll
+    for (auto& of_tokens : dots) {
+      halve_sums<4>(of_tokens, place.row & 4, 16);
+      halve_sums<2>(of_tokens, place.row & 2, 8);
+      halve_sums<1>(of_tokens, place.row & 1, 4);
+    }
+    int const token = place.token(place.row / 2, place.row % 2);
+    *reinterpret_cast<float2*>(smem.scratch().dots_of_warp[place.warp][token]) = {dots[0][0], dots[1][0]};
+  }
+
+  // A thread's share of the rows, of q or of k.
+  struct RowOfDots {
+    int token, which;
+    __device__ bool exists() const { return token < kChunk; }
+  };
+  __device__ static RowOfDots row_of_dots() {
+    return {static_cast<int>(threadIdx.x / 2), static_cast<int>(threadIdx.x % 2)};
+  }
+
+  // By all threads behind the barrier. Returns what finish_norm_gradients takes: the product of the thread's
+  // row, over the channels of this CTA.
+  __device__ float send_dots() const {
+    auto& scratch = smem.scratch();
+    bool const has_other = work.num_boxes == 2;
+    if (has_other) {
+      cute::cluster_wait();  // see announce_dots
+    }
+    float sum = 0.f;
+    if (RowOfDots const row = row_of_dots(); row.exists()) {
+#pragma unroll
+      for (auto const& of_warp : scratch.dots_of_warp) {
+        sum += of_warp[row.token][row.which];
+      }
+      if (has_other) {
+        cute::store_shared_remote(__float_as_uint(sum),
+                                  cute::cast_smem_ptr_to_uint(&scratch.other_dots[row.token][row.which]),
+                                  cute::cast_smem_ptr_to_uint(&smem.dots_full), work.box ^ 1);
+      }
+    }
+    return sum;
+  }
+
+  __device__ void finish_norm_gradients(float sum) {
     auto& tokens = smem.tokens();
     auto& scratch = smem.scratch();
     GradientsPlace const place;
-#pragma unroll
-    for (int i = 0; i < kHalfGroups; ++i) {
-      float4 const norms = two_rows(scratch.inverse_norms, place.token(i, 0));
-#pragma unroll
-      for (int n = 4 * i; n < 4 * i + 4; n += 2) {
-        dq[n] *= norms.x;
-        dq[n + 1] *= norms.z;
-        dk[n] *= norms.y;
-        dk[n + 1] *= norms.w;
-      }
-    }
-    store_tile(smem.dq, dq);
-    store_tile(smem.dk, dk);
-    __syncthreads();
-    bool const of_k = place.half_of_chunk == 1, has_other = work.num_boxes == 2;
-    int const first_row = 16 * place.warp;
-    std::uint8_t const *const row_tile = of_k ? tokens.k : tokens.q, *const gradient_tile =
-                                                                         of_k ? smem.dk : smem.dq;
-    RowDots const dots =
-        row_dots<Element, 1, false, true>(row_tile, static_cast<int>(gradient_tile - row_tile), first_row);
-    if (has_other) {
-      cute::cluster_wait();  // the other CTA is done with what lies in its scratch (see announce_dots)
-    }
-    if (has_row(place.lane)) {
-      float const* from_other[2];
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        from_other[half] = &scratch.dots.from_other[first_row + place.row + 8 * half][of_k];
-        if (has_other) {
-          cute::store_shared_remote(__float_as_uint(dots.other[half]),
-                                    cute::cast_smem_ptr_to_uint(from_other[half]),
-                                    cute::cast_smem_ptr_to_uint(&smem.dots_full), work.box ^ 1);
-        }
-      }
-      if (has_other) {
+    if (RowOfDots const row = row_of_dots(); row.exists()) {
+      if (work.num_boxes == 2) {
         smem.dots_full.wait(0);
-      }
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
         // Read when it has come, and not before.
-        float const other = has_other ? *static_cast<float const volatile*>(from_other[half]) : 0.f;
-        scratch.dots.sum[first_row + place.row + 8 * half][of_k] = dots.other[half] + other;
+        sum += *static_cast<float const volatile*>(&scratch.other_dots[row.token][row.which]);
       }
+      float const inverse_norm = scratch.inverse_norms[row.token][row.which];
+      scratch.norm_factors[row.token][row.which] = {inverse_norm, sum * inverse_norm};
     }
     __syncthreads();
 #pragma unroll
@@ -352,16 +383,17 @@ struct Channels {
       GroupPair const q(lane_address(place, tokens.q), 2 * pair), k(lane_address(place, tokens.k), 2 * pair);
 #pragma unroll
       for (int g = 0; g < 2; ++g) {
-        int const i = 2 * pair + g;
-        float4 const sums = two_rows(scratch.dots.sum, place.token(i, 0));
+        int const i = 2 * pair + g, t = place.token(i, 0);
+        float4 const factors0 = *reinterpret_cast<float4 const*>(scratch.norm_factors[t]),
+                     factors1 = *reinterpret_cast<float4 const*>(scratch.norm_factors[t + 1]);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           int const n = 4 * i + 2 * half;
           float2 const q2 = unpack<Element>(q.at(i, half)), k2 = unpack<Element>(k.at(i, half));
-          dq[n] -= q2.x * sums.x;
-          dq[n + 1] -= q2.y * sums.z;
-          dk[n] -= k2.x * sums.y;
-          dk[n + 1] -= k2.y * sums.w;
+          dq[n] = dq[n] * factors0.x - q2.x * factors0.y;
+          dq[n + 1] = dq[n + 1] * factors1.x - q2.y * factors1.y;
+          dk[n] = dk[n] * factors0.z - k2.x * factors0.w;
+          dk[n + 1] = dk[n + 1] * factors1.z - k2.y * factors1.w;
         }
       }
     }

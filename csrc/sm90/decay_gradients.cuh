@@ -3,7 +3,6 @@
 
 #include "sm90/gate_tiles.cuh"
 #include "sm90/gradients_parts.cuh"
-#include "sm90/pair_gradients.cuh"
 #include "tile/convert.cuh"
 
 namespace gdn2 {
@@ -15,8 +14,8 @@ struct DecayGradients {
   GradientsWork const& work;
   HalfAccumulators& dG;  // terms of the reads and pairs; those of the writes are in smem.dg_writes
 
-  // dG becomes dg: summed from the end of the half, and over the other half.
-  __device__ void finish() {
+  // dG becomes dg: summed from the end of the half, and, behind a barrier, over the other half.
+  __device__ void sum_half() {
     GradientsPlace const place;
     float later[2] = {0.f, 0.f};
 #pragma unroll
@@ -39,7 +38,11 @@ struct DecayGradients {
         smem.second_reads[place.channel(half)] = later[half];
       }
     }
-    __syncthreads();  // also: dg_writes and the scratch stage are free
+  }
+
+  __device__ void add_other_half() {
+    GradientsPlace const place;
+    bool const first = place.half_of_chunk == 0;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       int const ch = place.channel(half);
@@ -52,9 +55,6 @@ struct DecayGradients {
         smem.dg_at(place.token(i, 0), ch) = dG[n];
         smem.dg_at(place.token(i, 1), ch) = dG[n + 1];
       }
-    }
-    if (Cfg::kFused && params.dA_log_of_slots != nullptr && params.gates.decay_gate == DecayGate::kSoftplus) {
-      sum_decays();
     }
   }
 
@@ -80,11 +80,8 @@ struct DecayGradients {
           d_bias = {d_bias.x + dg.x, d_bias.y + dg.y, d_bias.z + dg.z, d_bias.w + dg.w};
           return dg;
         });
-        if (!decay.kSumsDecays && params.dA_log_of_slots != nullptr) {
-          keep_sum(dA_log);
-        }
         if (params.dA_log_of_slots != nullptr || params.d_dt_bias_of_slots != nullptr) {
-          store_sums(pieces, decay, d_bias);
+          store_sums(pieces, decay.dA_log(dA_log), d_bias);
         }
       }
     });
@@ -92,7 +89,7 @@ struct DecayGradients {
 
  private:
   using Element = typename Cfg::Element;
-  using Pieces = GatePieces<Element, kChannels, kThreads>;
+  using Pieces = GatePieces<Element, kThreads>;
 
   // Stores function(i, dg) of the thread's pieces of dg, the i-th one of token first_row + i * kRows.
   template <class Function>
@@ -127,57 +124,37 @@ struct DecayGradients {
     }
   }
 
-  // A thread's share of what dA_log is made of, to the warp's.
-  __device__ void keep_sum(float sum) {
+  // Sums over tokens: over a thread's, a warp's, and all; those of dA_log over channels too.
+  __device__ void store_sums(Pieces const& pieces, float dA_log, float4 d_bias) {
+    auto& of_warps = smem.scratch().sums;
+    int const warp = threadIdx.x / kWarpThreads;
 #pragma unroll
     for (int lane = kWarpThreads / 2; lane > 0; lane /= 2) {
-      sum += __shfl_xor_sync(0xffffffff, sum, lane);
+      dA_log += __shfl_xor_sync(0xffffffff, dA_log, lane);
     }
-    if (threadIdx.x % kWarpThreads == 0) {
-      smem.scratch().sums.dA_log[threadIdx.x / kWarpThreads] = sum;
-    }
-  }
-
-  // The sum of dg * log2(alpha), where alpha still is. Of a decay without end the smallest number stands for
-  // alpha: its dg is zero but for rounding.
-  __device__ void sum_decays() {
-    GradientsPlace const place;
-    LaneReader const lane(smem);
-    float sum = 0.f;
-#pragma unroll
-    for (int n = 0; n < 4 * kHalfGroups; ++n) {
-      sum = fmaf(dG[n], log2_approx(fmaxf(lane.alpha(n / 4, n / 2 % 2, n % 2), kSmallest)), sum);
-    }
-    keep_sum(sum);
-  }
-  static constexpr float kSmallest = 1.17549435e-38f;
-
-  // Sums over tokens: of d_dt_bias over a thread's, a warp's, and all.
-  template <class Decay>
-  __device__ void store_sums(Pieces const& pieces, Decay const& decay, float4 d_bias) {
-    auto& of_warps = smem.scratch().sums;
     static_assert(kWarpThreads == 2 * Pieces::kPieces);  // two tokens a warp
     auto const both = [](float x) { return x + __shfl_xor_sync(0xffffffff, x, Pieces::kPieces); };
-    // The lanes of a channel have the same.
-    *reinterpret_cast<float4*>(&of_warps.d_dt_bias[threadIdx.x / kWarpThreads][pieces.channel]) = {
-        both(d_bias.x), both(d_bias.y), both(d_bias.z), both(d_bias.w)};
+    // Lanes of the same channels have the same.
+    of_warps.dA_log[warp] = dA_log;
+    *reinterpret_cast<float4*>(&of_warps.d_dt_bias[warp][pieces.channel]) = {both(d_bias.x), both(d_bias.y),
+                                                                             both(d_bias.z), both(d_bias.w)};
     __syncthreads();
+    auto const over_warps = [](auto of_warp) {
+      float sum = 0.f;
+#pragma unroll
+      for (int i = 0; i < kThreads / kWarpThreads; ++i) {
+        sum += of_warp(i);
+      }
+      return sum;
+    };
     if (int const channel = work.first_channel + threadIdx.x;
         params.d_dt_bias_of_slots != nullptr && threadIdx.x < kChannels && channel < params.shape.dim_k) {
-      float sum = 0.f;
-#pragma unroll
-      for (auto const& of_warp : of_warps.d_dt_bias) {
-        sum += of_warp[threadIdx.x];
-      }
-      params.d_dt_bias_of_slots[work.tile * params.shape.dim_k + channel] = sum;
+      params.d_dt_bias_of_slots[work.tile * params.shape.dim_k + channel] =
+          over_warps([&](int i) { return of_warps.d_dt_bias[i][threadIdx.x]; });
     }
     if (params.dA_log_of_slots != nullptr && threadIdx.x == kThreads - 1) {
-      float sum = 0.f;
-#pragma unroll
-      for (float const of_warp : of_warps.dA_log) {
-        sum += of_warp;
-      }
-      params.dA_log_of_slots[work.tile * work.num_boxes + work.box] = decay.dA_log(sum);
+      params.dA_log_of_slots[work.tile * work.num_boxes + work.box] =
+          over_warps([&](int i) { return of_warps.dA_log[i]; });
     }
   }
 };

@@ -2,6 +2,7 @@
 // neither the registers nor the instruction cache of what follows.
 #pragma once
 
+#include <cmath>
 #include <type_traits>
 
 #include "params.h"
@@ -12,7 +13,7 @@
 
 namespace gdn2 {
 
-// Whether g is anything but the decay in float32: then alpha is made in its tile first.
+// Whether g is anything but the decay in float32.
 __host__ __device__ inline bool needs_activation(GateParams const& gates, ElementType gate_element) {
   return gates.decay_gate != DecayGate::kNone || gate_element != ElementType::kFloat32;
 }
@@ -75,16 +76,17 @@ struct DecayFunction {
     }
   }
 
-  // dA_log is the sum of dg*g over tokens and channels, which their alphas have, or backward() makes it.
-  static constexpr bool kSumsDecays = kGate == DecayGate::kSoftplus;
-
-  // The gradient of the raw projection of that of the decay dg. Adds to `sum` what dA_log is made of, where
-  // that is not the decays. Zero where nothing moves any more.
+  // The gradient of the raw projection of that of the decay dg; adds to `sum` what dA_log is made of. Zero
+  // where nothing moves any more.
   __device__ float backward(float g, float bias_log2, float dg, float& sum) const {
     static_assert(kIsGate);
     float const u_log2 = fmaf(kLog2E, g, bias_log2);
     if constexpr (kGate == DecayGate::kSoftplus) {
-      return opposite_rate * dg * sigmoid_log2(u_log2);
+      float const t = exp2_approx(-fabsf(u_log2)), larger = reciprocal_approx(1.f + t);
+      float const decay = fmaxf(u_log2, 0.f) + log2_1p(t);
+      // An infinite decay has a dg of zero but for rounding, and so shall the product be.
+      sum = fmaf(dg, isinf(decay) ? 0.f : decay, sum);
+      return opposite_rate * dg * (u_log2 < 0.f ? t * larger : larger);
     } else {
       float const s = sigmoid_log2(rate * u_log2);
       float const slope = fmaf(-s, s, s) * dg;
@@ -93,8 +95,10 @@ struct DecayFunction {
     }
   }
 
-  // dA_log, of a sum over tokens and channels: what backward() adds up, or dg * log2(alpha).
-  __device__ float dA_log(float sum) const { return kLn2 * (kSumsDecays ? sum : lower_bound * rate * sum); }
+  // dA_log, of a sum over tokens and channels.
+  __device__ float dA_log(float sum) const {
+    return kGate == DecayGate::kSoftplus ? -rate * kLn2 * sum : lower_bound * rate * kLn2 * sum;
+  }
 
  private:
   static constexpr float kLargest = 3.4e38f;
@@ -197,11 +201,11 @@ __device__ void activate_rows(std::uint8_t* boxes, int first_row, GateParams con
   });
 }
 
-// A thread's pieces of a tile of g [64 tokens, kChannels], which lies as above: the same four channels of
-// every kRows-th token.
-template <class Element, int kChannels, int kThreads>
+// A thread's pieces of a tile of g [64 tokens, 64 channels], float32 or 16-bit as in activate_rows: the same
+// four channels of every kRows-th token.
+template <class Element, int kThreads>
 struct GatePieces {
-  static constexpr int kPieces = kChannels / 4, kRows = kThreads / kPieces;
+  static constexpr int kPieces = kBoxColumns / 4, kRows = kThreads / kPieces;
   static_assert(kRows % 8 == 0);  // so that the pieces lie in the same place of their rows
 
   int first_row, channel;
@@ -213,7 +217,7 @@ struct GatePieces {
     first_row = thread / kPieces;
     channel = 4 * piece;
     wide = boxes[piece / 8] + swizzled_offset(first_row, piece % 8);
-    narrow = boxes[piece / 16 * 2] + swizzled_offset(first_row, piece % 16 / 2) + piece % 2 * 8;
+    narrow = boxes[0] + swizzled_offset(first_row, piece / 2) + piece % 2 * 8;
   }
 
   // Of token first_row + i * kRows.

@@ -5,8 +5,8 @@
 //     dq = scale [ pairs(dP).x + gamma * (dO S^T) ]
 //     dE =         pairs(dT).x - gamma * (dX S^T)                          db = k*dE
 //     dk_ = scale pairs(dP).y + pairs(dT).y + exp(G[C-1]-G) * (R dS'^T)    dk = dk_ + b*dE
-//     dg[i]: sums of q*dq and E*dE over the reads at tokens r >= i, less k*dk_ of the writes that they are paired with;
-//     k*dk_ of the writes to S' over tokens s < i; and gamma[C-1] * rowsum(S*dS')
+//     dg[i]: sums of q*dq and E*dE over the reads at tokens r >= i, less k*dk_ of the writes that they are
+//     paired with; k*dk_ of the writes to S' over tokens s < i; and gamma[C-1] * rowsum(S*dS')
 //
 // where pairs(M).x[r] = sum_s M[r,s] k[s] exp(G[r]-G[s]) and pairs(M).y[s] = sum_r M[r,s] x[r]
 // exp(G[r]-G[s]), split by halves as in prepare: exp(G[r]-G[s]) = D[r] U[s], both products of alpha, in [0,
@@ -21,11 +21,11 @@
 // channels x 32 tokens for itself, and the pair products of pair_gradients.cuh add to the accumulators where
 // they are.
 // Shared memory: two stages of 40 KB (S, dS', dO, R, dX of a slice; after the last slice q, k, b, g; decays
-// in the other), dP and dT 16 KB, which then hold sums over channels, terms of dg 16 KB, which become dg: 113
-// KB. Raw gates come a second time to where the decays have been.
+// in the other), dP and dT 16 KB, terms of dg 16 KB, which become dg: 113 KB. Raw gates come a second time to
+// where the decays have been.
 //
-//     slice 0 | slice 1 | .. | dP, dT out | gates | decays | gamma, tail | pairs | sums of dg | erase, norms | dq dk db dg out
-//                                                                                 raw g in ..                back through it
+//     slices .. | dP, dT out | norms, E | decays | gamma, tail | pairs | erase | sums of dg | norms | all out
+//                                                                                raw g in .. back through it
 #include <cutlass/arch/barrier.h>
 
 #include "api/chunk_backward.h"
@@ -301,7 +301,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     if (threadIdx.x == kThreads - 1) {
       smem.dots_full.init(1);
       cutlass::arch::fence_barrier_init();
-      smem.dots_full.arrive_and_expect_tx(sizeof(smem.scratch().dots.from_other));
+      smem.dots_full.arrive_and_expect_tx(sizeof(smem.scratch().other_dots));
     }
   }
   __syncthreads();
@@ -350,6 +350,10 @@ __global__ void __launch_bounds__(kThreads, 2)
       load(work, index + kStages);
     }
   }
+  bool const normalize = Cfg::kFused && params.gates.use_qk_l2norm;
+  if (normalize) {
+    x.announce_dots();
+  }
   float const rowsums[2] = {S_dS_rowsum(products, place, 0), S_dS_rowsum(products, place, 1)};
   bool const has_dP = place.half_of_chunk == 0;
   store_matrix<Element>(has_dP ? smem.dP : smem.dT, products.dM, has_dP ? params.scale : -1.f, place);
@@ -359,21 +363,24 @@ __global__ void __launch_bounds__(kThreads, 2)
   x.prepare_decays();
   x.finish_state_products(rowsums);
   PairGradients<Element>(smem, dq, dE, dk, dG).run();
-  DecayGradients<Cfg> decays{smem, params, work, dG};
-  decays.finish();
-  if (Cfg::kFused && params.gates.use_qk_l2norm) {
-    x.announce_dots();
+  if (params.dk != nullptr || params.db != nullptr) {
+    x.finish_erase_gradients();
   }
+  if (normalize) {
+    x.sum_dots();
+  }
+  DecayGradients<Cfg> decays{smem, params, work, dG};
+  decays.sum_half();
+  __syncthreads();  // also: dg_writes and the scratch stage are free
+  float const dot = normalize ? x.send_dots() : 0.f;
+  decays.add_other_half();
   if (Cfg::kFused && work.needs_raw_gates && is_first_thread()) {
     cutlass::arch::fence_view_async_shared();  // what the scratch was, before the copy engine writes there
     smem.full[1].arrive_and_expect_tx((params.gate_element == ElementType::kFloat32 ? 2 : 1) * kBoxBytes);
     load_gates(smem.scratch().raw_g, smem.full[1], maps, work, params.gate_element);
   }
-  if (params.dk != nullptr || params.db != nullptr) {
-    x.finish_erase_gradients();
-  }
-  if (Cfg::kFused && params.gates.use_qk_l2norm) {
-    x.finish_norm_gradients();
+  if (normalize) {
+    x.finish_norm_gradients(dot);
   }
 
   CallShape const& shape = params.shape;

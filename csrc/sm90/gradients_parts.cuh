@@ -95,17 +95,9 @@ struct GradientsStorage {
         float dA_log[kThreads / kWarpThreads];
       } sums;
     };
-    union {
-      // From the first token of group j to a thread's first, and B from its second token to the group's last:
-      // [2*j + channel `half`][thread of the warpgroup].
-      float F[2 * kGroups][kWarpgroupThreads];
-      // After the pair products: of the rows of q and k with their gradients, over the channels of the other
-      // CTA, and over all.
-      struct {
-        float from_other[kChunk][2];
-        alignas(16) float sum[kChunk][2];
-      } dots;
-    };
+    // From the first token of group j to a thread's first, and B from its second token to the group's last:
+    // [2*j + channel `half`][thread of the warpgroup].
+    float F[2 * kGroups][kWarpgroupThreads];
     union {
       struct {
         float B[2 * kGroups][kWarpgroupThreads];
@@ -114,7 +106,11 @@ struct GradientsStorage {
       };
       std::uint8_t raw_g[2][kBoxBytes];  // after the pair products: what a gate was given
     };
-    alignas(16) float inverse_norms[kChunk][2];  // of the rows of q and of k
+    // Of the rows of q and of k: 1 / norm; products with their gradients, over a warp's channels and over
+    // those of the other CTA; and 1 / norm, and that times the product over all.
+    alignas(16) float inverse_norms[kChunk][2];
+    float dots_of_warp[kChannels / kWarpChannels][kChunk][2], other_dots[kChunk][2];
+    alignas(16) float2 norm_factors[kChunk][2];
   };
   union alignas(kSwizzleAtomBytes) Stage {
     Slice slice;
@@ -122,14 +118,7 @@ struct GradientsStorage {
     Scratch scratch;
   };
   Stage stages[kStages];
-  union {
-    struct {
-      std::uint8_t dP[kBoxBytes], dT[kBoxBytes];  // scale*dP, and dT; rounded, rows r
-    };
-    struct {  // after the pair products, for sums over channels: over norms, and rounded
-      std::uint8_t dq[kBoxBytes], dk[kBoxBytes];
-    };
-  };
+  std::uint8_t dP[kBoxBytes], dT[kBoxBytes];  // scale*dP, and dT; rounded, rows r
   union {
     float loaded_norms[kChunk][2];  // scratch().inverse_norms, as long as slices lie there
     // What the writes to S' by earlier tokens of the half add to dg; then dg.
@@ -137,7 +126,7 @@ struct GradientsStorage {
   };
   // Of a channel: all writes of the first half, and all other terms of the second.
   float first_writes[kChannels], second_reads[kChannels];
-  FullBarrier full[kStages], dots_full;  // dots_full: from_other has come
+  FullBarrier full[kStages], dots_full;  // dots_full: other_dots have come
   GradientsWork work;
   GateParameters<kChannels> gate;
 

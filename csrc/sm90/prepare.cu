@@ -16,7 +16,8 @@
 // a walk one CTA an SM, whose teams each take every so many-th. K 128: 256 threads, two CTAs an SM. K 64: 128
 // threads, three.
 // Roles: norms of rows, where they are asked for, and the diagonal of P come first, q's rows by the first
-// warpgroup and k's by the last one; gates and sigmoids are made in the inputs' tiles. Then a thread owns two
+// warpgroup and k's by the last one. Where anything is asked for, normalised k, E and alpha are made in the
+// inputs' tiles; q is divided by its norms where it is used. Then a thread owns two
 // channels of 16 tokens, in registers from the first read to the last store, so that the running products
 // stay inside it; the four warps of a warpgroup take the four blocks of 16 tokens of 64 channels. Of three
 // levels at a time each of two warpgroups multiplies one and a half, and one alone (K 64) all; the first one
@@ -134,14 +135,17 @@ __device__ void scale_rows(SharedStorage<Cfg>& smem, PrepareParams const& params
     return inverse;
   };
   auto const for_own_rows = [&](auto f) {
-    if (has_row(at.lane)) {
+    if (has_rows(at.lane)) {
       int const row = at.block * kBlock + at.lane / 4;
-      f(row, 0), f(row + 8, 1);
+      f(row, 0);
+      f(row + 8, 1);
     }
   };
   if (at.box == 0) {
-    RowDots const dots =
-        row_dots<Element, Cfg::kBoxes, kNormalize, kDiagonal>(smem.in.q, kFromQToK, at.block * kBlock);
+    RowDots dots{};
+    if constexpr (kNormalize || kDiagonal) {
+      dots = row_dots<Element, Cfg::kBoxes, kNormalize, kDiagonal>(smem.in.q, kFromQToK, at.block * kBlock);
+    }
     for_own_rows([&](int row, int half) {
       float const norm = kNormalize ? inverse_norm(row, dots.self[half], 0) : 1.f;
       smem.q_scale[row] = row < work.num_rows ? params.scale * norm : 0.f;
@@ -151,7 +155,10 @@ __device__ void scale_rows(SharedStorage<Cfg>& smem, PrepareParams const& params
     });
   }
   if (at.box == Cfg::kBoxes - 1) {
-    RowDots const dots = row_dots<Element, Cfg::kBoxes, kNormalize, false>(smem.in.k, 0, at.block * kBlock);
+    RowDots dots{};
+    if constexpr (kNormalize) {
+      dots = row_dots<Element, Cfg::kBoxes, true, false>(smem.in.k, 0, at.block * kBlock);
+    }
     for_own_rows([&](int row, int half) {
       smem.k_scale[row] = kNormalize ? inverse_norm(row, dots.self[half], kChunk) : 1.f;
     });
@@ -370,7 +377,7 @@ struct GateLoad {
   }
 };
 
-// Norms, gates and sigmoids, in the inputs' tiles: rows and channels of a warp by that warp, which reads them
+// Normalised k, E and alpha in the inputs' tiles: rows and channels of a warp by that warp, which reads them
 // next.
 template <class Cfg>
 __device__ void make_inputs(SharedStorage<Cfg>& smem, PrepareParams const& params, Work const& work) {
@@ -494,7 +501,9 @@ __global__ void __launch_bounds__(Cfg::kThreads, Cfg::kCtasPerSm)
   if constexpr (Cfg::kStays) {
     clear_ready<Cfg>(params, by, first_order);
     sync_team<Cfg>();
-    gate.load(smem.work[0]);
+    if (has_order(params, first_order)) {
+      gate.load(smem.work[0]);
+    }
     for (unsigned round = 0; has_order(params, smem.work[round % 4].order); ++round) {
       NextChunk<Cfg> const next{smem, params, by, loads, smem.work[round % 4], smem.work[(round + 1) % 4]};
       gate.store();
@@ -511,7 +520,9 @@ __global__ void __launch_bounds__(Cfg::kThreads, Cfg::kCtasPerSm)
   } else {
     let_next_kernel_start();  // where there is room; it waits for the end of this one
     sync_team<Cfg>();
-    gate.load(smem.work[0]);
+    if (has_order(params, first_order)) {
+      gate.load(smem.work[0]);
+    }
     gate.store();
     smem.inputs_full.wait(0);
     run_tile(smem, params, smem.work[0], [] {}, [] {});

@@ -22,7 +22,7 @@ template <class Element_, int kDimK_, bool kFused_, bool kFactorsOnly_, bool kWh
 struct Config {
   using Element = Element_;
   static constexpr int kDimK = kDimK_;
-  static constexpr bool kFused = kFused_;              // norms, gates and sigmoids may be asked for
+  static constexpr bool kFused = kFused_;  // norms, gates, sigmoids or a 16-bit g may be asked for
   static constexpr bool kFactorsOnly = kFactorsOnly_;  // for the backward, to which A - I and P are known
   static constexpr int kBoxes = kDimK / kBoxColumns;
   static constexpr int kWarpgroups = kBoxes;

@@ -3,7 +3,8 @@
 //
 // exp(G[r]-G[s]) is D[r] U[s], split at the first row of the later of two neighbouring blocks of h rows (h =
 // 1, 2, 4, .., 32): both are products of alpha = exp(g) over rows inside the pair, in [0, 1] for any g <= 0.
-// Inside a group of eight they are products over a few tokens; beyond, those times products over whole groups.
+// Inside a group of eight they are products over a few tokens; beyond, those times products over whole
+// groups.
 #pragma once
 
 #include "tile/mma.cuh"

@@ -14,8 +14,9 @@ __device__ inline int lane_index() {
   return threadIdx.x % kWarpThreads;
 }
 
-// Where a lane names a row of the matrices of load_matrices. The swizzle is a ^ of bits that are zero in where
-// a box begins: two pieces further is ^ 32 inside a row, for the first of each two.
+// Where a lane names a row of the four matrices of load_matrices. Operands of products are neighbouring
+// registers: where kByRows, r[1] and r[2] have changed places, so that r is two right operands, or transposed
+// a left one. From an even piece, two pieces further is ^ 32.
 template <bool kByRows>
 __device__ std::uint32_t matrix_address(void const* smem_box, int row, int piece) {
   int const lane = lane_index(), row_of_lane = kByRows ? lane % 8 + lane / 16 * 8 : lane % 16;
@@ -32,11 +33,9 @@ __device__ inline void load_matrices(std::uint32_t (&r)[4], std::uint32_t addres
 
 // Four 8x8 matrices of 16-bit elements from a swizzled box: rows [row, row+16), 16-byte pieces [piece,
 // piece+2). r[0]: rows 0-7 of the first piece; r[1]: rows 8-15; r[2], r[3]: the same of the second piece.
-// Lane l holds row l/4, columns 2*(l%4) and the next. Operands are neighbouring registers: where kByRows, r[1]
-// and r[2] have changed places.
-template <bool kByRows = false>
-__device__ void load_matrices(std::uint32_t (&r)[4], void const* smem_box, int row, int piece) {
-  load_matrices(r, matrix_address<kByRows>(smem_box, row, piece));
+// Lane l holds row l/4, columns 2*(l%4) and the next.
+__device__ inline void load_matrices(std::uint32_t (&r)[4], void const* smem_box, int row, int piece) {
+  load_matrices(r, matrix_address<false>(smem_box, row, piece));
 }
 
 // The same matrices transposed: lane l holds rows 2*(l%4) and the next, column l/4.

@@ -5,19 +5,20 @@
 
 namespace gdn2 {
 
-// Of the lane's rows (see has_row) l/4 and l/4 + 8 of a warp's 16: x.x and x.y.
+// Of rows l/4 and l/4 + 8 of a warp's 16, where the lane has them: x.x in `self` and x.y in `other`.
 struct RowDots {
   float self[2], other[2];
 };
 
-__device__ inline bool has_row(int lane) {
+__device__ inline bool has_rows(int lane) {
   return lane / 8 == lane % 4;
 }
 
-// Rows [first_row, first_row + 16) of tiles of kBoxes boxes [64, 64]; y lies y_from_x bytes behind x. A row meets
-// itself on the diagonal of the product of all.
+// Rows [first_row, first_row + 16) of tiles of kBoxes boxes [64, 64]; y lies y_from_x bytes behind x, a
+// multiple of kSwizzleAtomBytes. A row meets itself on the diagonal of the product of all.
 template <class Element, int kBoxes, bool kSelf, bool kOther>
 __device__ RowDots row_dots(void const* x, int y_from_x, int first_row) {
+  static_assert(kSelf || kOther);
   std::uint32_t const left = matrix_address<false>(x, first_row, 0),
                       right = matrix_address<true>(x, first_row, 0);
   float self[2][4] = {}, other[2][4] = {};
