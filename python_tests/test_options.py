@@ -110,6 +110,14 @@ def test_a_very_fast_gate_has_finite_gradients(backend, lower_bound, dim_k, dim_
         assert torch.isfinite(x).all(), name
 
 
+@every_head_size
+def test_a_very_slow_gate_has_accurate_gradients(backend, dim_k, dim_v, seed):
+    """Decays of 1e-7 to 1e-4: alpha does not tell them any more, and dA_log is a sum of dg * g."""
+    inputs = backend.raw_inputs(**{**SHAPE, "dim_k": dim_k, "dim_v": dim_v}, seed=seed)
+    inputs.A_log = torch.tensor([-6.0, -9.0], device=backend.device)
+    check(backend, inputs, seed, **EVERYTHING)
+
+
 @pytest.mark.parametrize("raw", [float("inf"), -float("inf")])
 @pytest.mark.parametrize("lower_bound", [None, -5.0])
 def test_an_infinite_raw_gate_has_finite_gradients(backend, lower_bound, raw, seed):
