@@ -138,41 +138,36 @@ __device__ void build_level(LevelOperands<Cfg>& out, SharedStorage<Cfg>& smem, T
   }
 }
 
-// Two entries of row r of T or P side by side (one, where the level's pairs are single rows), scaled, to
-// shared memory.
-template <int h, class Cfg>
-struct EntryStore {
-  SharedStorage<Cfg>& smem;
-  bool is_P;
-  int r;
-  float row_scale = is_P ? smem.q_scale[r] : 1.f;
+// Where a lane has its first entry of a level, or its first two side by side: of what it has more is `half` by
+// as many rows and columns further, and j by eight columns.
+template <int h>
+struct EntryPlace {
+  static constexpr int kHalfRows = h > 8 ? 8 : 16, kHalfColumns = h > 8 ? 0 : 16;
+  int row, column;
 
-  __device__ void operator()(int earlier, float x, float y) const {
-    using Element = typename Cfg::Element;
-    int const s0 = earlier_row(earlier, h), s1 = earlier_row(earlier + 1, h);
-    x *= row_scale, y *= row_scale;
-    bool const has_x = h > 1 || r == s0 + 1, has_y = h > 1 || r == s1 + 1;
-    if (is_P) {
-      auto* const row = smem.P + swizzled_offset(r, s0 / 8);
-      if constexpr (h > 1) {
-        *reinterpret_cast<std::uint32_t*>(row + s0 % 8 * sizeof(Element)) = pack<Element>(x, y);
-      } else {
-        if (has_x)
-          *reinterpret_cast<Element*>(row + s0 % 8 * sizeof(Element)) = round_to<Element>(x);
-        if (has_y)
-          *reinterpret_cast<Element*>(row + s1 % 8 * sizeof(Element)) = round_to<Element>(y);
-      }
+  // upper: of the later rows of the level the second 16.
+  __device__ EntryPlace(int lane, int upper, int first_column) {
+    int const r = lane / 4, s = 2 * (lane % 4);
+    if constexpr (h == 32) {
+      row = 32 + 16 * upper + r;
+      column = first_column + s;
     } else {
-      float* const row = smem.T + r * TriangularMatrix::kStride;
-      if constexpr (h > 1) {
-        *reinterpret_cast<float2*>(row + s0) = float2{x, y};
-      } else {
-        if (has_x)
-          row[s0] = x;
-        if (has_y)
-          row[s1] = y;
-      }
+      row = 32 * upper + later_row(r, h);
+      column = 32 * upper + (h == 1 ? row % 32 - 1 : earlier_row(s, h));
     }
+  }
+
+  template <class Cfg>
+  __device__ float& in_T(SharedStorage<Cfg>& smem, int half, int j) const {
+    constexpr int kStride = TriangularMatrix::kStride;
+    return smem.T[row * kStride + column + half * (kHalfRows * kStride + kHalfColumns) + 8 * j];
+  }
+  // The bits of column that `half` and j change are zero in it.
+  template <class Cfg>
+  __device__ void* in_P(SharedStorage<Cfg>& smem, int half, int j) const {
+    using Element = typename Cfg::Element;
+    std::uint32_t const first = swizzled_offset(row, column / 8) + column % 8 * sizeof(Element);
+    return smem.P + (first ^ ((half * kHalfColumns / 8 + j) * 16)) + half * kHalfRows * kBoxRowBytes;
   }
 };
 
@@ -180,29 +175,54 @@ struct EntryStore {
 // 2*kSize): its warps 0 and 1 hold rows of T, 2 and 3 of P.
 template <int h, class Cfg, int kSize>
 __device__ void store_level(SharedStorage<Cfg>& smem, float const (&acc)[kSize], int first_column) {
+  using Element = typename Cfg::Element;
   constexpr bool kHalf = kSize == 8;  // of the 32 columns
   int const warp = threadIdx.x % kWarpgroupThreads / kWarpThreads, lane = lane_index();
-  bool const upper = warp % 2 == 1;  // later rows 16-31
+  int const upper =
+      warp % 2;  // later rows 16-31, which meet columns from 16 on; the others meet those before
+  // Eight later rows meet their own eight earlier ones, and among them row groups of h; a lane has both rows
+  // and columns of a group of two.
+  constexpr int kRowsOfGroup = h == 1 ? 2 : h;
+  bool const has_pairs = h >= 8 || lane / 4 / kRowsOfGroup == 2 * (lane % 4) / kRowsOfGroup;
+  bool const has_columns = h == 32 || !kHalf || first_column == 16 * upper;
+  if (!has_pairs || !has_columns) {
+    return;
+  }
+  EntryPlace<h> const place(lane, upper, first_column);
+  auto const own = [&](int i) { return h < 32 && !kHalf && upper == 1 ? acc[(i + 8) % kSize] : acc[i]; };
+  auto const for_entries = [&](auto put) {
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    EntryStore<h, Cfg> const store{smem, warp >= 2, later_row(16 * (warp % 2) + 8 * half + lane / 4, h)};
-    // Rows 16-31 meet columns from 16 on, and the others those before.
-    auto const own = [&](int i) { return !kHalf && upper ? acc[(i + 8) % kSize] : acc[i]; };
-    bool const has_own = !kHalf || first_column == 16 * (warp % 2);
-    if constexpr (h == 32) {
+    for (int half = 0; half < 2; ++half) {
+      if constexpr (h <= 8) {
+        put(half, 0, own(6 * half), own(6 * half + 1));
+      } else {
 #pragma unroll
-      for (int j = 0; j < kSize / 4; ++j) {
-        store(first_column + 8 * j + 2 * (lane % 4), acc[4 * j + 2 * half], acc[4 * j + 2 * half + 1]);
+        for (int j = 0; j < (h == 32 ? kSize / 4 : 2); ++j) {
+          put(half, j, own(4 * j + 2 * half), own(4 * j + 2 * half + 1));
+        }
       }
-    } else if constexpr (h == 16) {
-#pragma unroll
-      for (int j = 0; j < 2 && has_own; ++j) {
-        store(16 * (warp % 2) + 8 * j + 2 * (lane % 4), own(4 * j + 2 * half), own(4 * j + 2 * half + 1));
-      }
-    } else if (has_own && (h == 1 || lane / 4 / h == 2 * (lane % 4) / h)) {
-      // Eight later rows meet their own eight earlier ones, and among them row groups of h.
-      store(16 * (warp % 2) + 8 * half + 2 * (lane % 4), own(6 * half), own(6 * half + 1));
     }
+  };
+  bool const second = lane / 4 % 2 == 1;  // of two single entries the lane has this one
+  if (warp < 2) {
+    for_entries([&](int half, int j, float x, float y) {
+      float& to = place.in_T(smem, half, j);
+      if constexpr (h == 1) {
+        to = second ? y : x;
+      } else {
+        *reinterpret_cast<float2*>(&to) = {x, y};
+      }
+    });
+  } else {
+    for_entries([&](int half, int j, float x, float y) {
+      void* const to = place.in_P(smem, half, j);
+      float const scale = smem.q_scale[place.row + half * place.kHalfRows];
+      if constexpr (h == 1) {
+        *static_cast<Element*>(to) = round_to<Element>(scale * (second ? y : x));
+      } else {
+        *static_cast<std::uint32_t*>(to) = pack<Element>(scale * x, scale * y);
+      }
+    });
   }
 }
 
