@@ -50,10 +50,8 @@ struct DecayGradients {
 #pragma unroll
       for (int i = 0; i < kHalfGroups; ++i) {
         int const n = 4 * i + 2 * half;
-        dG[n] += other;
-        dG[n + 1] += other;
-        smem.dg_at(place.token(i, 0), ch) = dG[n];
-        smem.dg_at(place.token(i, 1), ch) = dG[n + 1];
+        smem.dg_at(place.token(i, 0), ch) = dG[n] + other;
+        smem.dg_at(place.token(i, 1), ch) = dG[n + 1] + other;
       }
     }
   }

@@ -155,11 +155,6 @@ __device__ void store_piece(Value* row, Piece piece, int count, bool aligned) {
   }
 }
 
-// A value that all lanes of a warp have, known to ptxas as such: branches on it need no care for divergence.
-__device__ inline int uniform(int x) {
-  return __shfl_sync(0xffffffff, x, 0);
-}
-
 // Asked anew every time: what ptxas knows it keeps, packed into registers that there are not.
 __device__ inline bool is_first_thread() {
   unsigned id;

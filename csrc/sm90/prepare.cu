@@ -325,37 +325,6 @@ __device__ void publish_tile(PrepareParams const& params, Work const& work, bool
   }
 }
 
-// What a team that stays does for its next chunk while it is at one.
-template <class Cfg>
-struct NextChunk {
-  SharedStorage<Cfg>& smem;
-  PrepareParams const& params;
-  ChunkDivisors const& by;
-  InputLoads<Cfg> const& loads;
-  Work const& work;
-  Work& next;
-
-  // By all; the inputs are asked for by a thread of the last warpgroup, which does not invert.
-  __device__ void find() const {
-    if (is_asking()) {
-      next.order = work.order + gridDim.x * Cfg::kTeams;
-      if (has_order(params, next.order)) {
-        next = find_work<Cfg>(params, by, next.order);
-      }
-    }
-  }
-  __device__ void load() const {
-    if (is_asking() && has_order(params, next.order)) {
-      loads.load(next);
-    }
-  }
-
- private:
-  __device__ static bool is_asking() {
-    return thread_of_team<Cfg>() == (Cfg::kWarpgroups - 1) * kWarpgroupThreads;
-  }
-};
-
 // A thread's share of what the decay gate of a chunk is made with: asked for long before it is stored.
 template <class Cfg>
 struct GateLoad {
@@ -374,6 +343,42 @@ struct GateLoad {
     if (is_needed()) {
       share.store(smem.gate, thread_of_team<Cfg>());
     }
+  }
+};
+
+// What a team that stays does for its next chunk while it is at one.
+template <class Cfg>
+struct NextChunk {
+  SharedStorage<Cfg>& smem;
+  PrepareParams const& params;
+  ChunkDivisors const& by;
+  InputLoads<Cfg> const& loads;
+  GateLoad<Cfg>& gate;
+  Work const& work;
+  Work& next;
+
+  // By all; the inputs are asked for by a thread of the last warpgroup, which does not invert.
+  __device__ void find() const {
+    if (is_asking()) {
+      next.order = work.order + gridDim.x * Cfg::kTeams;
+      if (has_order(params, next.order)) {
+        next = find_work<Cfg>(params, by, next.order);
+      }
+    }
+  }
+  __device__ void load() const {
+    if (!has_order(params, next.order)) {
+      return;
+    }
+    if (is_asking()) {
+      loads.load(next);
+    }
+    gate.load(next);
+  }
+
+ private:
+  __device__ static bool is_asking() {
+    return thread_of_team<Cfg>() == (Cfg::kWarpgroups - 1) * kWarpgroupThreads;
   }
 };
 
@@ -464,8 +469,8 @@ __global__ void __launch_bounds__(Cfg::kThreads, Cfg::kCtasPerSm)
     prepare_kernel(__grid_constant__ PrepareParams const params, __grid_constant__ ChunkDivisors const by,
                    __grid_constant__ TensorMaps const maps) {
   extern __shared__ std::uint8_t smem_bytes[];
-  // The same register value in all lanes of a warp, of which descriptors of wgmma are made without asking.
-  int const team = Cfg::kTeams == 1 ? 0 : __shfl_sync(0xffffffff, team_index<Cfg>(), 0);
+  // Of which descriptors of wgmma are made without asking.
+  int const team = Cfg::kTeams == 1 ? 0 : uniform(team_index<Cfg>());
   auto& smem = reinterpret_cast<SharedStorage<Cfg>*>(smem_bytes)[team];
   InputLoads<Cfg> const loads{smem, maps, params.gate_element};
   GateLoad<Cfg> gate{smem, params, {}};
@@ -505,24 +510,16 @@ __global__ void __launch_bounds__(Cfg::kThreads, Cfg::kCtasPerSm)
       gate.load(smem.work[0]);
     }
     for (unsigned round = 0; has_order(params, smem.work[round % 4].order); ++round) {
-      NextChunk<Cfg> const next{smem, params, by, loads, smem.work[round % 4], smem.work[(round + 1) % 4]};
+      NextChunk<Cfg> const next{
+          smem, params, by, loads, gate, smem.work[round % 4], smem.work[(round + 1) % 4]};
       gate.store();
       smem.inputs_full.wait(round % 2);
-      run_tile(
-          smem, params, next.work, [&] { next.find(); },
-          [&] {
-            next.load();
-            if (has_order(params, next.next.order)) {
-              gate.load(next.next);
-            }
-          });
+      run_tile(smem, params, next.work, [&] { next.find(); }, [&] { next.load(); });
     }
   } else {
     let_next_kernel_start();  // where there is room; it waits for the end of this one
     sync_team<Cfg>();
-    if (has_order(params, first_order)) {
-      gate.load(smem.work[0]);
-    }
+    gate.load(smem.work[0]);
     gate.store();
     smem.inputs_full.wait(0);
     run_tile(smem, params, smem.work[0], [] {}, [] {});

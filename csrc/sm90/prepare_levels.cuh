@@ -178,8 +178,7 @@ __device__ void store_level(SharedStorage<Cfg>& smem, float const (&acc)[kSize],
   using Element = typename Cfg::Element;
   constexpr bool kHalf = kSize == 8;  // of the 32 columns
   int const warp = threadIdx.x % kWarpgroupThreads / kWarpThreads, lane = lane_index();
-  int const upper =
-      warp % 2;  // later rows 16-31, which meet columns from 16 on; the others meet those before
+  int const upper = warp % 2;  // later rows 16-31 meet columns from 16 on, the others those before
   // Eight later rows meet their own eight earlier ones, and among them row groups of h; a lane has both rows
   // and columns of a group of two.
   constexpr int kRowsOfGroup = h == 1 ? 2 : h;
@@ -269,7 +268,7 @@ __device__ void multiply_three_levels(SharedStorage<Cfg>& smem) {
     multiply_level<kLevel + 2, 16>(smem, 0);
   } else {
     // The same register value in all lanes: descriptors are made of it.
-    int const warpgroup = __shfl_sync(0xffffffff, thread_of_team<Cfg>() / kWarpgroupThreads, 0);
+    int const warpgroup = uniform(thread_of_team<Cfg>() / kWarpgroupThreads);
     if (warpgroup == 0) {
       multiply_level<kLevel, 16>(smem, 0);
     } else {

@@ -442,7 +442,7 @@ __device__ void run(SharedStorage<Cfg>& smem, ScanParams const& params, TensorMa
     make_values<Cfg>(smem, params.gates, work);
   } else {
     give_up_registers<Cfg::kCopyRegisters>();
-    int const warp = __shfl_sync(0xffffffff, threadIdx.x % kWarpgroupThreads / kWarpThreads, 0);
+    int const warp = uniform(static_cast<int>(threadIdx.x % kWarpgroupThreads / kWarpThreads));
     if (warp == 0) {
       if (elect_one()) {
         load(smem, params, work);

@@ -293,7 +293,7 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
     }
   } else {
     give_up_registers<Cfg::kCopyRegisters>();
-    int const warp = __shfl_sync(0xffffffff, threadIdx.x % kWarpgroupThreads / kWarpThreads, 0);
+    int const warp = uniform(static_cast<int>(threadIdx.x % kWarpgroupThreads / kWarpThreads));
     if (warp == 0) {
       if (elect_one()) {
         forwards ? load(recompute, params, work) : load(reverse, params, work);

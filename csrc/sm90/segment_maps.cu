@@ -288,7 +288,7 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
     }
   } else {
     give_up_registers<Cfg::kCopyRegisters>();
-    int const warp = __shfl_sync(0xffffffff, threadIdx.x % kWarpgroupThreads / kWarpThreads, 0);
+    int const warp = uniform(static_cast<int>(threadIdx.x % kWarpgroupThreads / kWarpThreads));
     if (warp == 0 && elect_one()) {
       load(smem, params, work);
     } else if (warp == 1 && !work.is_M && elect_one()) {

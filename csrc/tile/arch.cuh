@@ -15,10 +15,14 @@ namespace gdn2 {
 constexpr int kWarpThreads = 32;
 constexpr int kWarpgroupThreads = 128;
 
-// The index of this thread's warpgroup in the block, the same value in a register of every lane, so that role
-// branches are uniform.
+// A value that all lanes of a warp have, known to ptxas as such: branches on it need no care for divergence.
+__device__ inline int uniform(int x) {
+  return __shfl_sync(0xffffffff, x, 0);
+}
+
+// The index of this thread's warpgroup in the block, uniform.
 __device__ inline int warpgroup_index() {
-  return __shfl_sync(0xffffffff, threadIdx.x / kWarpgroupThreads, 0);
+  return uniform(static_cast<int>(threadIdx.x / kWarpgroupThreads));
 }
 
 // One thread of a converged warp; the same one at every call.
