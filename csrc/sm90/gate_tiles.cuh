@@ -160,7 +160,7 @@ __device__ void with_key_options(GateParams const& gates, F f) {
 // g of 16 tokens and 64 channels becomes alpha: by a warp, for itself. float32 lies in two boxes of 32
 // channels, 16-bit g in the first of them. A lane has a row of eight, and of each box two pieces of four
 // channels.
-template <class Element, int kChannels>
+template <class Element, int kUnroll, int kChannels>
 __device__ void activate_rows(std::uint8_t* boxes, int first_row, GateParams const& gates,
                               GateParameters<kChannels> const& parameters, int first_channel,
                               ElementType element) {
@@ -174,7 +174,7 @@ __device__ void activate_rows(std::uint8_t* boxes, int first_row, GateParams con
     bias[p] = parameters.bias_of(first_channel + 16 * p + lane / 8 * 4);
   }
   with_decay_function(gates, parameters.A_log, [&](auto decay) {
-#pragma unroll 1
+#pragma unroll kUnroll
     for (int i = 0; i < 2; ++i, boxes += 8 * kBoxRowBytes) {
       // The swizzle is a ^ of bits that are zero in where a box begins.
       auto const wide_piece = [&](int p) {

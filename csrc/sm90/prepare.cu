@@ -16,12 +16,11 @@
 // a walk one CTA an SM, whose teams each take every so many-th. K 128: 256 threads, two CTAs an SM. K 64: 128
 // threads, three.
 // Roles: norms of rows, where they are asked for, and the diagonal of P come first, q's rows by the first
-// warpgroup and k's by the last one. Where anything is asked for, normalised k, E and alpha are made in the
-// inputs' tiles; q is divided by its norms where it is used. Then a thread owns two
-// channels of 16 tokens, in registers from the first read to the last store, so that the running products
-// stay inside it; the four warps of a warpgroup take the four blocks of 16 tokens of 64 channels. Of three
-// levels at a time each of two warpgroups multiplies one and a half, and one alone (K 64) all; the first one
-// inverts.
+// warpgroup and k's by the last one. Where anything is asked for, alpha, normalised k and E are made in
+// the inputs' tiles; q is divided by its norms where it is used. Then a thread owns two channels of 16
+// tokens, in registers from the first read to the last store, so that the running products stay inside it;
+// the four warps of a warpgroup take the four blocks of 16 tokens of 64 channels. Of three levels at a
+// time each of two warpgroups multiplies one and a half, and one alone (K 64) all; the first one inverts.
 // Shared memory (K 128): q, k, b, g 80 KB, which then hold three operand buffers of 24 KB; T 17 KB, P 8 KB,
 // block products 4 KB: 110 KB.
 //
@@ -58,7 +57,7 @@ __device__ void make_keys(SharedStorage<Cfg>& smem, GateParams const& gates, Thr
   int const row = at.block * kBlock + at.lane % 8;
   std::uint32_t const offset = swizzled_offset(row, at.lane / 8);
   with_key_options(gates, [&](auto normalize, auto sigmoid) {
-#pragma unroll 1
+#pragma unroll(Cfg::kStays ? 1 : 2)
     for (int i = 0; i < kBlock; i += 8) {
       float const inverse_norm = normalize ? smem.k_scale[row + i] : 1.f;
 #pragma unroll
@@ -77,45 +76,58 @@ __device__ void make_keys(SharedStorage<Cfg>& smem, GateParams const& gates, Thr
   });
 }
 
-// Tokens [first, first + kGroup) of a thread's 16, of g as it came or activated. Where kTail, rows that are
-// not the sequence's become g = 0 and q = k = E = 0, whatever lies there.
-template <bool kTail, bool kActivated, class Cfg>
-__device__ void read_group(ThreadInputs<Cfg>& x, SharedStorage<Cfg>& smem, ThreadPlace at, int first,
-                           int num_rows) {
-  using Element = typename Cfg::Element;
-  using In = decltype(smem.in);
-  int const first_row = at.block * kBlock;
-  auto const pairs = pairs_of(smem.in.q[at.box], first_row, at.lane);
-  LaneRows<std::uint32_t> const gates{cute::cast_smem_ptr_to_uint(smem.in.g[2 * at.box + at.lane / 16]) +
-                                      swizzled_offset(first_row, at.lane % 16 / 2) + at.lane % 2 * 8};
+// f(first, kTail) of every kGroup of a thread's 16 tokens. Where kTail, rows may not be the sequence's: those
+// become g = 0 and q = k = E = 0, whatever lies there.
+template <class Cfg, class F>
+__device__ void for_groups(ThreadPlace at, int num_rows, F f) {
 #pragma unroll
-  for (int i = first; i < first + Cfg::kGroup; ++i) {
-    int const row = first_row + i;
-    float2 const g = load_float2(gates[i]);
-    x.q[i] = load_pair(pairs[i]);
-    x.k[i] = load_pair(pairs[i] + (offsetof(In, k) - offsetof(In, q)));
-    std::uint32_t const b = load_pair(pairs[i] + (offsetof(In, b) - offsetof(In, q)));
-    x.E[i] = Cfg::kFused ? b : multiply_pairs<Element>(b, x.k[i]);
-    x.alpha[i][0] = kActivated ? g.x : exp2_approx(kLog2E * g.x);
-    x.alpha[i][1] = kActivated ? g.y : exp2_approx(kLog2E * g.y);
-    if (kTail && row >= num_rows) {
-      x.q[i] = x.k[i] = x.E[i] = 0u;
-      x.alpha[i][0] = x.alpha[i][1] = 1.f;
+  for (int first = 0; first < kBlock; first += Cfg::kGroup) {
+    if (at.block * kBlock + first + Cfg::kGroup <= num_rows) {
+      f(first, std::false_type{});
+    } else {
+      f(first, std::true_type{});
     }
   }
 }
 
+// Of g as it came, or activated.
 template <bool kActivated, class Cfg>
-__device__ void read_inputs(ThreadInputs<Cfg>& x, SharedStorage<Cfg>& smem, Work const& work) {
+__device__ void read_decays(ThreadInputs<Cfg>& x, SharedStorage<Cfg>& smem, int num_rows) {
   ThreadPlace const at = thread_place<Cfg>();
+  int const first_row = at.block * kBlock;
+  LaneRows<std::uint32_t> const gates{cute::cast_smem_ptr_to_uint(smem.in.g[2 * at.box + at.lane / 16]) +
+                                      swizzled_offset(first_row, at.lane % 16 / 2) + at.lane % 2 * 8};
+  for_groups<Cfg>(at, num_rows, [&](int first, auto tail) {
 #pragma unroll
-  for (int first = 0; first < kBlock; first += Cfg::kGroup) {
-    if (at.block * kBlock + first + Cfg::kGroup <= work.num_rows) {
-      read_group<false, kActivated>(x, smem, at, first, work.num_rows);
-    } else {
-      read_group<true, kActivated>(x, smem, at, first, work.num_rows);
+    for (int i = first; i < first + Cfg::kGroup; ++i) {
+      float2 const g = load_float2(gates[i]);
+      x.alpha[i][0] = kActivated ? g.x : exp2_approx(kLog2E * g.x);
+      x.alpha[i][1] = kActivated ? g.y : exp2_approx(kLog2E * g.y);
+      if (tail && first_row + i >= num_rows) {
+        x.alpha[i][0] = x.alpha[i][1] = 1.f;
+      }
     }
-  }
+  });
+}
+
+template <class Cfg>
+__device__ void read_pairs(ThreadInputs<Cfg>& x, SharedStorage<Cfg>& smem, int num_rows) {
+  using In = decltype(smem.in);
+  ThreadPlace const at = thread_place<Cfg>();
+  int const first_row = at.block * kBlock;
+  auto const pairs = pairs_of(smem.in.q[at.box], first_row, at.lane);
+  for_groups<Cfg>(at, num_rows, [&](int first, auto tail) {
+#pragma unroll
+    for (int i = first; i < first + Cfg::kGroup; ++i) {
+      x.q[i] = load_pair(pairs[i]);
+      x.k[i] = load_pair(pairs[i] + (offsetof(In, k) - offsetof(In, q)));
+      std::uint32_t const b = load_pair(pairs[i] + (offsetof(In, b) - offsetof(In, q)));
+      x.E[i] = Cfg::kFused ? b : multiply_pairs<typename Cfg::Element>(b, x.k[i]);
+      if (tail && first_row + i >= num_rows) {
+        x.q[i] = x.k[i] = x.E[i] = 0u;
+      }
+    }
+  });
 }
 
 // The rows' scales and the diagonal of q k^T: q's by the first warpgroup, k's by the last one.
@@ -338,10 +350,11 @@ struct GateLoad {
       share.load(params.gates, work.head, 0, params.shape.dim_k, thread_of_team<Cfg>());
     }
   }
-  // For somebody to meet behind it.
+  // For the whole team, which meets behind it: it would wait for inputs anyhow.
   __device__ void store() const {
     if (is_needed()) {
       share.store(smem.gate, thread_of_team<Cfg>());
+      sync_team<Cfg>();
     }
   }
 };
@@ -382,42 +395,41 @@ struct NextChunk {
   }
 };
 
-// Normalised k, E and alpha in the inputs' tiles: rows and channels of a warp by that warp, which reads them
-// next.
-template <class Cfg>
-__device__ void make_inputs(SharedStorage<Cfg>& smem, PrepareParams const& params, Work const& work) {
+// One chunk and gate head, whose inputs are on their way to shared memory, where those that are asked for
+// otherwise are made of them: each warp's own rows and channels, which it reads next. inputs_read(): when
+// they are in registers; operands_read(): when the products are made.
+template <class Cfg, class InputsRead, class OperandsRead>
+__device__ void run_tile(SharedStorage<Cfg>& smem, PrepareParams const& params, Work const& work, int phase,
+                         InputsRead inputs_read, OperandsRead operands_read) {
   GateParams const& gates = params.gates;
   ThreadPlace const at = thread_place<Cfg>();
-  gates.use_qk_l2norm ? scale_rows<Cfg, true>(smem, params, work)
-                      : scale_rows<Cfg, false>(smem, params, work);
-  if (gates.use_qk_l2norm || gates.decay_gate != DecayGate::kNone) {
-    sync_team<Cfg>();  // norms of rows and the gate's parameters are there, and nobody reads k for norms
-  }
-  make_keys(smem, gates, at);
-  if (needs_activation(gates, params.gate_element)) {
-    activate_rows<typename Cfg::Element>(smem.in.g[2 * at.box], at.block * kBlock, gates, smem.gate,
-                                         at.box * kBoxColumns, params.gate_element);
-  }
-  __syncwarp();
-}
-
-// One chunk and gate head, whose inputs are in shared memory. inputs_read(): when they are in registers;
-// operands_read(): when the products are made.
-template <class Cfg, class InputsRead, class OperandsRead>
-__device__ void run_tile(SharedStorage<Cfg>& smem, PrepareParams const& params, Work const& work,
-                         InputsRead inputs_read, OperandsRead operands_read) {
-  if constexpr (Cfg::kFused) {
-    make_inputs(smem, params, work);
-  } else if constexpr (!Cfg::kFactorsOnly) {
-    scale_rows<Cfg, false>(smem, params, work);
-  }
+  bool const normalizes = Cfg::kFused && gates.use_qk_l2norm;
+  bool const activates = Cfg::kFused && needs_activation(gates, params.gate_element);
   ThreadInputs<Cfg> x;
-  if (Cfg::kFused && needs_activation(params.gates, params.gate_element)) {
-    read_inputs<true>(x, smem, work);
+  smem.rows_full.wait(phase);
+  if constexpr (Cfg::kFused || !Cfg::kFactorsOnly) {
+    normalizes ? scale_rows<Cfg, true>(smem, params, work) : scale_rows<Cfg, false>(smem, params, work);
+  }
+  smem.g_full.wait(phase);
+  if (activates) {
+    activate_rows<typename Cfg::Element, Cfg::kStays ? 1 : 2>(smem.in.g[2 * at.box], at.block * kBlock, gates,
+                                                              smem.gate, at.box * kBoxColumns,
+                                                              params.gate_element);
+    __syncwarp();
+    read_decays<true>(x, smem, work.num_rows);
   } else {
-    read_inputs<false>(x, smem, work);
+    read_decays<false>(x, smem, work.num_rows);
   }
   store_block_products(smem, x);
+  smem.b_full.wait(phase);
+  if (normalizes) {
+    sync_block<Cfg>(at.block);  // norms of the block's rows are there, and nobody reads k for them
+  }
+  if constexpr (Cfg::kFused) {
+    make_keys(smem, gates, at);
+    __syncwarp();
+  }
+  read_pairs(x, smem, work.num_rows);
   // The inputs are in registers: their shared memory becomes operands. Nobody reads the tiles of the chunk
   // before.
   sync_team<Cfg>();
@@ -479,7 +491,9 @@ __global__ void __launch_bounds__(Cfg::kThreads, Cfg::kCtasPerSm)
     clear_flags(params.cleared, params.num_cleared);
   }
   if (thread_of_team<Cfg>() == 0) {
-    smem.inputs_full.init(1);
+    smem.rows_full.init(1);
+    smem.g_full.init(1);
+    smem.b_full.init(1);
     cutlass::arch::fence_barrier_init();
     smem.work[0].order = first_order;
     if (has_order(params, first_order)) {
@@ -513,16 +527,14 @@ __global__ void __launch_bounds__(Cfg::kThreads, Cfg::kCtasPerSm)
       NextChunk<Cfg> const next{
           smem, params, by, loads, gate, smem.work[round % 4], smem.work[(round + 1) % 4]};
       gate.store();
-      smem.inputs_full.wait(round % 2);
-      run_tile(smem, params, next.work, [&] { next.find(); }, [&] { next.load(); });
+      run_tile(smem, params, next.work, round % 2, [&] { next.find(); }, [&] { next.load(); });
     }
   } else {
     let_next_kernel_start();  // where there is room; it waits for the end of this one
     sync_team<Cfg>();
     gate.load(smem.work[0]);
     gate.store();
-    smem.inputs_full.wait(0);
-    run_tile(smem, params, smem.work[0], [] {}, [] {});
+    run_tile(smem, params, smem.work[0], 0, [] {}, [] {});
     if (!Cfg::kFactorsOnly && !has_order(params, static_cast<int>(blockIdx.x) + params.num_kept)) {
       keep_factors<Cfg>(params, smem.work[0]);
     }

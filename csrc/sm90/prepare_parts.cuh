@@ -78,7 +78,7 @@ struct SharedStorage {
   // The CTA's chunk and head in this round, the next one and the ones before, which some threads may not have
   // left yet. Here, since all registers are needed elsewhere.
   Work work[4];
-  FullBarrier inputs_full;
+  FullBarrier rows_full, g_full, b_full;  // rows: of q and k
 };
 
 struct TensorMaps {
@@ -97,6 +97,7 @@ __device__ int thread_of_team() {
 }
 
 enum class TeamBarrier { kAll, kInverse, kTilesOut };
+constexpr int kFirstBlockBarrier = 3;  // of a CTA of one team: one for every block of rows
 template <class Cfg>
 __device__ std::uint32_t barrier_id(TeamBarrier barrier) {
   constexpr int kNumber = Cfg::kWarpgroups == 1 ? 1 : 3;  // a team of one warpgroup meets at one barrier
@@ -110,6 +111,19 @@ __device__ void sync_team() {
     __syncthreads();
   } else {
     cutlass::arch::NamedBarrier::sync(Cfg::kTeamThreads, barrier_id<Cfg>(TeamBarrier::kAll));
+  }
+}
+
+// The warps of a block of rows meet.
+template <class Cfg>
+__device__ void sync_block(int block) {
+  if constexpr (Cfg::kBoxes == 1) {
+    __syncwarp();
+  } else if constexpr (Cfg::kTeams == 1) {
+    cutlass::arch::NamedBarrier::sync(Cfg::kBoxes * kWarpThreads,
+                                      static_cast<std::uint32_t>(kFirstBlockBarrier + block));
+  } else {
+    sync_team<Cfg>();  // there are not barriers for all blocks
   }
 }
 
@@ -127,8 +141,8 @@ __device__ Work find_work(PrepareParams const& params, ChunkDivisors const& by, 
   return work;
 }
 
-// The loads of a chunk's inputs, by one thread, or a thread each of its parts once one of them has announced
-// them.
+// The loads of a chunk's inputs in the order in which they are needed, by one thread, or a thread each of its
+// parts once one of them has announced them.
 template <class Cfg>
 struct InputLoads {
   SharedStorage<Cfg>& smem;
@@ -138,20 +152,24 @@ struct InputLoads {
   static constexpr int kParts = 4;
 
   __device__ void announce() const {
-    smem.inputs_full.arrive_and_expect_tx((is_wide() ? 5 : 4) * Cfg::kTileBytes);
+    smem.rows_full.arrive_and_expect_tx(2 * Cfg::kTileBytes);
+    smem.g_full.arrive_and_expect_tx((is_wide() ? 2 : 1) * Cfg::kTileBytes);
+    smem.b_full.arrive_and_expect_tx(Cfg::kTileBytes);
   }
   __device__ void load(Work const& work, int part) const {
-    if (part == 3) {
-      // 16-bit g lies where the first half of its alpha will.
-      for (int box = 0; box < 2 * Cfg::kBoxes; box += is_wide() ? 1 : 2) {
-        load(maps.g, smem.in.g[box], box * Cfg::kGateColumns, work.gate_head, work);
+    constexpr int kOfG = 2 * Cfg::kBoxes, kOfB = 4 * Cfg::kBoxes;  // the first box
+    for (int i = part; i < 5 * Cfg::kBoxes; i += kParts) {
+      int const box = i % Cfg::kBoxes, channel = box * kBoxColumns;
+      if (i < Cfg::kBoxes) {
+        load(maps.q, smem.rows_full, smem.in.q[box], channel, work.head, work);
+      } else if (i < kOfG) {
+        load(maps.k, smem.rows_full, smem.in.k[box], channel, work.head, work);
+      } else if (i >= kOfB) {
+        load(maps.b, smem.b_full, smem.in.b[box], channel, work.gate_head, work);
+      } else if (int const g = i - kOfG; is_wide() || g % 2 == 0) {
+        // 16-bit g lies where the first half of its alpha will.
+        load(maps.g, smem.g_full, smem.in.g[g], g * Cfg::kGateColumns, work.gate_head, work);
       }
-      return;
-    }
-    CUtensorMap const& map = part == 0 ? maps.q : part == 1 ? maps.k : maps.b;
-    auto& boxes = part == 0 ? smem.in.q : part == 1 ? smem.in.k : smem.in.b;
-    for (int box = 0; box < Cfg::kBoxes; ++box) {
-      load(map, boxes[box], box * kBoxColumns, part == 2 ? work.gate_head : work.head, work);
     }
   }
   __device__ void load(Work const& work) const {
@@ -163,9 +181,9 @@ struct InputLoads {
 
  private:
   __device__ bool is_wide() const { return gate_element == ElementType::kFloat32; }
-  __device__ void load(CUtensorMap const& map, std::uint8_t* box, int channel, int head,
+  __device__ void load(CUtensorMap const& map, FullBarrier& full, std::uint8_t* box, int channel, int head,
                        Work const& work) const {
-    tma_load(map, smem.inputs_full, box, channel, head, work.first_token, work.batch);
+    tma_load(map, full, box, channel, head, work.first_token, work.batch);
   }
 };
 
