@@ -14,7 +14,7 @@ struct DecayGradients {
   GradientsWork const& work;
   HalfAccumulators& dG;  // terms of the reads and pairs; those of the writes are in smem.dg_writes
 
-  // dG becomes dg: summed from the end of the half, and, behind a barrier, over the other half.
+  // Sums dG from the end of the half; behind a barrier add_other_half makes dg of it, in its tile.
   __device__ void sum_half() {
     GradientsPlace const place;
     float later[2] = {0.f, 0.f};

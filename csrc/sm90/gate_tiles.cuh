@@ -1,5 +1,5 @@
-// Gates and norms on tiles of g, k and b in shared memory, in pieces of 16 bytes and short loops, which cost
-// neither the registers nor the instruction cache of what follows.
+// Gates and norms on tiles of g, k and b in shared memory, in passes over pieces of 16 bytes, which do not
+// take the registers of what follows.
 #pragma once
 
 #include <cmath>
@@ -159,7 +159,7 @@ __device__ void with_key_options(GateParams const& gates, F f) {
 
 // g of 16 tokens and 64 channels becomes alpha: by a warp, for itself. float32 lies in two boxes of 32
 // channels, 16-bit g in the first of them. A lane has a row of eight, and of each box two pieces of four
-// channels.
+// channels. kUnroll of the two rounds are one.
 template <class Element, int kUnroll, int kChannels>
 __device__ void activate_rows(std::uint8_t* boxes, int first_row, GateParams const& gates,
                               GateParameters<kChannels> const& parameters, int first_channel,

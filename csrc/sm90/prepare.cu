@@ -24,8 +24,8 @@
 // Shared memory (K 128): q, k, b, g 80 KB, which then hold three operand buffers of 24 KB; T 17 KB, P 8 KB,
 // block products 4 KB: 110 KB.
 //
-//     wait | norms, gates | tiles out | build 1, 2, 4 | multiply | build 8, 16, 32 | multiply | A, P out
-//                                                                                        next chunk in ..
+//     q, k | norms | g | alpha | b | k, E | tiles out | build 1, 2, 4 | multiply | build 8, 16, 32 | multiply
+//     | A, P out, next chunk in ..
 #include <cutlass/arch/barrier.h>
 
 #include <algorithm>
@@ -90,7 +90,7 @@ __device__ void for_groups(ThreadPlace at, int num_rows, F f) {
   }
 }
 
-// Of g as it came, or activated.
+// alpha, of g as it came or activated.
 template <bool kActivated, class Cfg>
 __device__ void read_decays(ThreadInputs<Cfg>& x, SharedStorage<Cfg>& smem, int num_rows) {
   ThreadPlace const at = thread_place<Cfg>();
@@ -175,7 +175,7 @@ __device__ void scale_rows(SharedStorage<Cfg>& smem, PrepareParams const& params
       smem.k_scale[row] = kNormalize ? inverse_norm(row, dots.self[half], kChunk) : 1.f;
     });
   }
-  __syncwarp();
+  __syncwarp();  // lanes without rows wait for the others
 }
 
 // By 64 threads: the diagonal of P to its place, when nobody reads the chunk before there.
@@ -481,7 +481,7 @@ __global__ void __launch_bounds__(Cfg::kThreads, Cfg::kCtasPerSm)
     prepare_kernel(__grid_constant__ PrepareParams const params, __grid_constant__ ChunkDivisors const by,
                    __grid_constant__ TensorMaps const maps) {
   extern __shared__ std::uint8_t smem_bytes[];
-  // Of which descriptors of wgmma are made without asking.
+  // Uniform, so that descriptors of wgmma are made of it without asking.
   int const team = Cfg::kTeams == 1 ? 0 : uniform(team_index<Cfg>());
   auto& smem = reinterpret_cast<SharedStorage<Cfg>*>(smem_bytes)[team];
   InputLoads<Cfg> const loads{smem, maps, params.gate_element};
@@ -505,7 +505,7 @@ __global__ void __launch_bounds__(Cfg::kThreads, Cfg::kCtasPerSm)
   if (int const part = thread_of_team<Cfg>() / kWarpThreads;
       part < loads.kParts && has_order(params, first_order) && elect_one()) {
     Work const own = find_work<Cfg>(params, by, first_order);
-    loads.load(own, part);
+    loads.load_part(own, part);
     if (part == 0) {
       smem.work[0] = own;
     }

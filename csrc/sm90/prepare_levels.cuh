@@ -138,8 +138,8 @@ __device__ void build_level(LevelOperands<Cfg>& out, SharedStorage<Cfg>& smem, T
   }
 }
 
-// Where a lane has its first entry of a level, or its first two side by side: of what it has more is `half` by
-// as many rows and columns further, and j by eight columns.
+// Where a lane has its first entry of a level, or its first two side by side: of what it has more is `half`
+// by as many rows and columns further, and j by eight columns.
 template <int h>
 struct EntryPlace {
   static constexpr int kHalfRows = h > 8 ? 8 : 16, kHalfColumns = h > 8 ? 0 : 16;

@@ -97,7 +97,9 @@ __device__ int thread_of_team() {
 }
 
 enum class TeamBarrier { kAll, kInverse, kTilesOut };
-constexpr int kFirstBlockBarrier = 3;  // of a CTA of one team: one for every block of rows
+// Of a CTA of one team, one for every block of rows.
+constexpr int kFirstBlockBarrier = static_cast<int>(TeamBarrier::kTilesOut) + 1;
+static_assert(kFirstBlockBarrier + kNumBlocks <= 16 - 8);
 template <class Cfg>
 __device__ std::uint32_t barrier_id(TeamBarrier barrier) {
   constexpr int kNumber = Cfg::kWarpgroups == 1 ? 1 : 3;  // a team of one warpgroup meets at one barrier
@@ -156,9 +158,10 @@ struct InputLoads {
     smem.g_full.arrive_and_expect_tx((is_wide() ? 2 : 1) * Cfg::kTileBytes);
     smem.b_full.arrive_and_expect_tx(Cfg::kTileBytes);
   }
-  __device__ void load(Work const& work, int part) const {
+  // Every `stride`-th box from `first` on.
+  __device__ void load(Work const& work, int first, int stride) const {
     constexpr int kOfG = 2 * Cfg::kBoxes, kOfB = 4 * Cfg::kBoxes;  // the first box
-    for (int i = part; i < 5 * Cfg::kBoxes; i += kParts) {
+    for (int i = first; i < 5 * Cfg::kBoxes; i += stride) {
       int const box = i % Cfg::kBoxes, channel = box * kBoxColumns;
       if (i < Cfg::kBoxes) {
         load(maps.q, smem.rows_full, smem.in.q[box], channel, work.head, work);
@@ -172,11 +175,10 @@ struct InputLoads {
       }
     }
   }
+  __device__ void load_part(Work const& work, int part) const { load(work, part, kParts); }
   __device__ void load(Work const& work) const {
     announce();
-    for (int part = 0; part < kParts; ++part) {
-      load(work, part);
-    }
+    load(work, 0, 1);
   }
 
  private:
