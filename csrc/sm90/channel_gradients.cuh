@@ -23,15 +23,18 @@ struct Channels {
   HalfAccumulators &dq, &dE, &dk;  // [16 channels, tokens]; start as dO S^T, dX S^T and R dS'^T transposed
   HalfAccumulators& dG;
 
-  // What the fused inputs are made with, from global memory, while the first slice is on its way.
+  // What the fused inputs are made with, from global memory, while the first slice is on its way: the gate's
+  // parameters by one warpgroup, norms by the other.
   __device__ void load_parameters() const {
-    int const thread = threadIdx.x;
-    if (params.gates.decay_gate != DecayGate::kNone) {
-      GateParameterLoad<kChannels> share;
-      share.load(params.gates, work.head, work.first_channel, params.shape.dim_k, thread);
-      share.store(smem.gate, thread);
-    }
-    if (params.gates.use_qk_l2norm && thread < 2 * kChunk) {
+    static_assert(kChannels <= kWarpgroupThreads && 2 * kChunk == kWarpgroupThreads);
+    int const thread = threadIdx.x % kWarpgroupThreads;
+    if (threadIdx.x < kWarpgroupThreads) {
+      if (params.gates.decay_gate != DecayGate::kNone) {
+        GateParameterLoad<kChannels> share;
+        share.load(params.gates, work.head, work.first_channel, params.shape.dim_k, thread);
+        share.store(smem.gate, thread);
+      }
+    } else if (params.gates.use_qk_l2norm) {
       smem.loaded_norms[thread % kChunk][thread / kChunk] = params.row_norms[work.tile * 2 * kChunk + thread];
     }
   }

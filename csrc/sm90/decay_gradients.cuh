@@ -58,8 +58,31 @@ struct DecayGradients {
 
   // dg from its tile, through the gate where there is one. A thread has four channels of every few tokens.
   __device__ void store() {
+    CallShape const& shape = params.shape;
+    bool const has_whole_pieces =
+        params.dg != nullptr && shape.dim_k % 4 == 0 && shape.dim_k - work.first_channel >= kChannels;
+    bool const is_wide = !Cfg::kFused || params.gate_element == ElementType::kFloat32;
+    if (!has_whole_pieces) {
+      store_pieces<false>(is_wide);
+    } else if (is_wide) {
+      store_pieces<true>(std::true_type{});
+    } else {
+      store_pieces<true>(std::false_type{});
+    }
+  }
+
+ private:
+  using Element = typename Cfg::Element;
+  using Pieces = GatePieces<Element, kThreads>;
+
+  // kWhole: dg is asked for, and all pieces are whole. is_wide: whether g and dg are float32, then a constant.
+  // So nothing is asked for every piece.
+  template <bool kWhole, class Bool>
+  __device__ void store_pieces(Bool is_wide) {
     Pieces const pieces(smem.scratch().raw_g, threadIdx.x);
-    auto const store_plainly = [&] { for_each_piece(pieces, [](int, float4 dg) { return dg; }); };
+    auto const store_plainly = [&] {
+      for_each_piece<kWhole>(pieces, is_wide, [](int, float4 dg) { return dg; });
+    };
     if constexpr (!Cfg::kFused) {
       store_plainly();
       return;
@@ -71,8 +94,8 @@ struct DecayGradients {
         float4 const bias = smem.gate.bias_of(pieces.channel);
         float dA_log = 0.f;
         float4 d_bias{};
-        for_each_piece(pieces, [&](int i, float4 dg) -> float4 {
-          float4 const g = pieces.read(i, params.gate_element);
+        for_each_piece<kWhole>(pieces, is_wide, [&](int i, float4 dg) -> float4 {
+          float4 const g = pieces.read(i, is_wide);
           dg = {decay.backward(g.x, bias.x, dg.x, dA_log), decay.backward(g.y, bias.y, dg.y, dA_log),
                 decay.backward(g.z, bias.z, dg.z, dA_log), decay.backward(g.w, bias.w, dg.w, dA_log)};
           d_bias = {d_bias.x + dg.x, d_bias.y + dg.y, d_bias.z + dg.z, d_bias.w + dg.w};
@@ -85,13 +108,9 @@ struct DecayGradients {
     });
   }
 
- private:
-  using Element = typename Cfg::Element;
-  using Pieces = GatePieces<Element, kThreads>;
-
   // Stores function(i, dg) of the thread's pieces of dg, the i-th one of token first_row + i * kRows.
-  template <class Function>
-  __device__ void for_each_piece(Pieces const& pieces, Function function) {
+  template <bool kWhole, class Bool, class Function>
+  __device__ void for_each_piece(Pieces const& pieces, Bool is_wide, Function function) {
     constexpr int kRows = Pieces::kRows;
     static_assert(kRows % 8 == 0);  // so that dg_at permutes them alike
     CallShape const& shape = params.shape;
@@ -105,20 +124,19 @@ struct DecayGradients {
 #pragma unroll 1
     for (int i = 0; i < num_pieces; ++i, dg += kRows * kChannels, at += kRows * row_stride) {
       float4 const x = function(i, *reinterpret_cast<float4 const*>(dg));
-      if (params.dg != nullptr) {
-        store(at, x, count);
+      if (kWhole || params.dg != nullptr) {
+        store(at, is_wide, x, kWhole ? 4 : count, kWhole || shape.dim_k % 4 == 0);
       }
     }
   }
 
   // Four neighbouring channels of dg, of which `count` or fewer exist.
-  __device__ void store(std::int64_t at, float4 dg, int count) const {
-    bool const aligned = params.shape.dim_k % 4 == 0;
-    if (Cfg::kFused && params.gate_element != ElementType::kFloat32) {
+  __device__ void store(std::int64_t at, bool is_wide, float4 dg, int count, bool aligned) const {
+    if (is_wide) {
+      store_piece(static_cast<float*>(params.dg) + at, dg, count, aligned);
+    } else {
       uint2 const pairs{pack<Element>(dg.x, dg.y), pack<Element>(dg.z, dg.w)};
       store_piece(static_cast<Element*>(params.dg) + at, pairs, count, aligned);
-    } else {
-      store_piece(static_cast<float*>(params.dg) + at, dg, count, aligned);
     }
   }
 

@@ -212,17 +212,17 @@ struct GatePieces {
   std::uint8_t const *wide, *narrow;  // float32 and 16-bit
 
   template <class Boxes>
-  __device__ GatePieces(Boxes const& boxes, int thread) {
-    int const piece = thread % kPieces;
-    first_row = thread / kPieces;
+  __device__ GatePieces(Boxes const& boxes, unsigned thread) {
+    int const piece = static_cast<int>(thread % kPieces);
+    first_row = static_cast<int>(thread / kPieces);
     channel = 4 * piece;
     wide = boxes[piece / 8] + swizzled_offset(first_row, piece % 8);
     narrow = boxes[0] + swizzled_offset(first_row, piece / 2) + piece % 2 * 8;
   }
 
   // Of token first_row + i * kRows.
-  __device__ float4 read(int i, ElementType element) const {
-    if (element == ElementType::kFloat32) {
+  __device__ float4 read(int i, bool is_wide) const {
+    if (is_wide) {
       return *reinterpret_cast<float4 const*>(wide + i * kRows * kBoxRowBytes);
     }
     uint2 const pairs = *reinterpret_cast<uint2 const*>(narrow + i * kRows * kBoxRowBytes);

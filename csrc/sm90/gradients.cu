@@ -330,8 +330,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     ValueGradients<Cfg> const values(params, by, work, slice_index);
     typename ValueGradients<Cfg>::Inputs rows[2];
     if (has_values) {
-      rows[0] = values.load(0);
-      rows[1] = values.load(1);
+      values.load(rows);
     }
     smem.full[stage].wait(index / kStages % 2);
     if (num_rows < kChunk) {

@@ -64,18 +64,23 @@ struct ValueGradients {
 
   __device__ int row(int i) const { return threadIdx.x / 8 + kRowStep * i; }
   __device__ bool is_mine(int i) const { return row(i) < work.num_rows && count > 0; }
-  __device__ Element const* row_of(TokenTensor const& x, int i) const {
+  __device__ Element const* first_row(TokenTensor const& x) const {
     return static_cast<Element const*>(x.data) + work.batch * x.stride_batch +
-           (work.first_token + row(i)) * x.stride_token + at.value_head * x.stride_head + column;
+           (work.first_token + row(0)) * x.stride_token + at.value_head * x.stride_head + column;
   }
 
   // Before the slice is waited for.
-  __device__ Inputs load(int i) const {
-    Inputs x{};
-    if (is_mine(i)) {
-      x = {load_piece(row_of(params.v, i), count), load_piece(row_of(params.w, i), count)};
+  __device__ void load(Inputs (&x)[kRows]) const {
+    Element const *v = first_row(params.v), *w = first_row(params.w);
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      x[i] = {};
+      if (is_mine(i)) {
+        x[i] = {load_piece(v, count), load_piece(w, count)};
+      }
+      v += kRowStep * params.v.stride_token;
+      w += kRowStep * params.w.stride_token;
     }
-    return x;
   }
 
   template <bool kSigmoid>
