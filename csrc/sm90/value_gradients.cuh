@@ -88,14 +88,15 @@ struct ValueGradients {
                                   std::uint32_t const (&w)[4], std::uint32_t const (&dX)[4]) {
 #pragma unroll
     for (int p = 0; p < 4; ++p) {
-      float2 const v2 = unpack<Element>(v[p]), dX2 = unpack<Element>(dX[p]);
-      float2 w2 = unpack<Element>(w[p]), dw2{v2.x * dX2.x, v2.y * dX2.y};
       if constexpr (kSigmoid) {
-        w2 = sigmoid(w2);
-        dw2 = {dw2.x * fmaf(-w2.x, w2.x, w2.x), dw2.y * fmaf(-w2.y, w2.y, w2.y)};
+        float2 const v2 = unpack<Element>(v[p]), dX2 = unpack<Element>(dX[p]),
+                     w2 = sigmoid(unpack<Element>(w[p]));
+        dv[p] = pack<Element>(w2.x * dX2.x, w2.y * dX2.y);
+        dw[p] = pack<Element>(v2.x * dX2.x * fmaf(-w2.x, w2.x, w2.x), v2.y * dX2.y * fmaf(-w2.y, w2.y, w2.y));
+      } else {
+        dv[p] = multiply_pairs<Element>(w[p], dX[p]);
+        dw[p] = multiply_pairs<Element>(v[p], dX[p]);
       }
-      dv[p] = pack<Element>(w2.x * dX2.x, w2.y * dX2.y);
-      dw[p] = pack<Element>(dw2.x, dw2.y);
     }
   }
 
