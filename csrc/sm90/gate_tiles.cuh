@@ -186,9 +186,8 @@ __device__ void activate_rows(std::uint8_t* boxes, int first_row, GateParams con
         if (element == ElementType::kFloat32) {
           g[p] = *wide_piece(p);
         } else {
-          uint2 const pairs = *reinterpret_cast<uint2 const*>(boxes + (narrow ^ p * 32) + lane / 8 % 2 * 8);
-          float2 const low = unpack<Element>(pairs.x), high = unpack<Element>(pairs.y);
-          g[p] = {low.x, low.y, high.x, high.y};
+          g[p] =
+              unpack<Element>(*reinterpret_cast<uint2 const*>(boxes + (narrow ^ p * 32) + lane / 8 % 2 * 8));
         }
       }
       __syncwarp();  // alpha of a row comes to lie where its 16-bit g is
@@ -225,9 +224,7 @@ struct GatePieces {
     if (is_wide) {
       return *reinterpret_cast<float4 const*>(wide + i * kRows * kBoxRowBytes);
     }
-    uint2 const pairs = *reinterpret_cast<uint2 const*>(narrow + i * kRows * kBoxRowBytes);
-    float2 const low = unpack<Element>(pairs.x), high = unpack<Element>(pairs.y);
-    return {low.x, low.y, high.x, high.y};
+    return unpack<Element>(*reinterpret_cast<uint2 const*>(narrow + i * kRows * kBoxRowBytes));
   }
 };
 

@@ -40,6 +40,12 @@ __device__ float2 unpack(std::uint32_t bits) {
   }
 }
 
+template <class Element>
+__device__ float4 unpack(uint2 bits) {
+  float2 const low = unpack<Element>(bits.x), high = unpack<Element>(bits.y);
+  return {low.x, low.y, high.x, high.y};
+}
+
 // Both products of two pairs, each rounded once.
 template <class Element>
 __device__ std::uint32_t multiply_pairs(std::uint32_t a, std::uint32_t b) {
