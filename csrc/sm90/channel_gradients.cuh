@@ -4,7 +4,7 @@
 #include <cutlass/arch/barrier.h>
 #include <cute/arch/cluster_sm90.hpp>
 
-#include "sm90/gate_tiles.cuh"
+#include "sm90/gates.cuh"
 #include "sm90/gradients_parts.cuh"
 #include "sm90/pair_gradients.cuh"
 #include "tile/activation.cuh"
@@ -30,7 +30,7 @@ struct Channels {
     int const thread = threadIdx.x % kWarpgroupThreads;
     if (threadIdx.x < kWarpgroupThreads) {
       if (params.gates.decay_gate != DecayGate::kNone) {
-        GateParameterLoad<kChannels> share;
+        GateParameterLoad share;
         share.load(params.gates, work.head, work.first_channel, params.shape.dim_k, thread);
         share.store(smem.gate, thread);
       }
@@ -40,56 +40,66 @@ struct Channels {
   }
 
   // The warp's pieces of q, k and E as the products read them: normalised, rows that are not the chunk's own
-  // zero whatever lies there; E = b*k to the scratch tile.
+  // zero whatever lies there; E = b*k, through the sigmoid of b, to the scratch tile.
   __device__ void prepare_tiles() {
+    bool const normalize = Cfg::kFused && params.gates.use_qk_l2norm,
+               sigmoid = Cfg::kFused && params.gates.use_gate_sigmoid;
+    if (normalize) {
+      sigmoid ? prepare_tiles_as<true, true>() : prepare_tiles_as<true, false>();
+    } else {
+      sigmoid ? prepare_tiles_as<false, true>() : prepare_tiles_as<false, false>();
+    }
+  }
+
+  template <bool kNormalize, bool kSigmoid>
+  __device__ void prepare_tiles_as() {
     int const num_rows = uniform(smem.work.num_rows);
     auto& tokens = smem.tokens();
     auto& scratch = smem.scratch();
     GradientsPlace const place;
     int const t = kHalfTokens * place.half_of_chunk + place.lane;
-    auto const make = [&](auto normalize, auto sigmoid) {
-      if (normalize && threadIdx.x < kChunk) {
-        *reinterpret_cast<float2*>(scratch.inverse_norms[threadIdx.x]) =
-            *reinterpret_cast<float2 const*>(smem.loaded_norms[threadIdx.x]);
-      }
-#pragma unroll 1
-      for (int i = 0; i < 2; ++i) {
-        int const piece = 2 * place.warp + i;
-        auto const at = [&](std::uint8_t* tile) {
-          return reinterpret_cast<uint4*>(tile + swizzled_offset(t, piece));
-        };
-        if (t >= num_rows) {
-          *at(tokens.q) = *at(tokens.k) = *at(scratch.E) = uint4{};
-          continue;
-        }
-        float2 norms{1.f, 1.f};
-        if constexpr (normalize) {
-          norms = *reinterpret_cast<float2 const*>(smem.loaded_norms[t]);
-          *at(tokens.q) = scaled(*at(tokens.q), norms.x);
-        }
-        KeyPiece const made =
-            make_key_piece<Element, normalize, sigmoid>(params.gates, *at(tokens.k), *at(tokens.b), norms.y);
-        if constexpr (normalize) {
-          *at(tokens.k) = made.k;
-        }
-        *at(scratch.E) = made.E;
-      }
+    if (kNormalize && threadIdx.x < kChunk) {
+      *reinterpret_cast<float2*>(scratch.inverse_norms[threadIdx.x]) =
+          *reinterpret_cast<float2 const*>(smem.loaded_norms[threadIdx.x]);
+    }
+    auto const at = [&](std::uint8_t* tile, int i) {
+      return reinterpret_cast<uint4*>(tile + swizzled_offset(t, 2 * place.warp + i));
     };
-    if constexpr (Cfg::kFused) {
-      with_key_options(params.gates, make);
-    } else {
-      make(std::false_type{}, std::false_type{});
-    }
-  }
-
-  __device__ static uint4 scaled(uint4 x8, float factor) {
-    std::uint32_t x[4] = {x8.x, x8.y, x8.z, x8.w};
+    // All is read before anything is written, or each read would wait for a write.
+    uint4 q[2], k[2], b[2];
 #pragma unroll
-    for (std::uint32_t& pair : x) {
-      float2 const x2 = unpack<Element>(pair);
-      pair = pack<Element>(x2.x * factor, x2.y * factor);
+    for (int i = 0; i < 2; ++i) {
+      if constexpr (kNormalize) {
+        q[i] = *at(tokens.q, i);
+      }
+      k[i] = *at(tokens.k, i);
+      b[i] = *at(tokens.b, i);
     }
-    return {x[0], x[1], x[2], x[3]};
+    if (t >= num_rows) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        *at(tokens.q, i) = *at(tokens.k, i) = *at(scratch.E, i) = uint4{};
+      }
+      return;
+    }
+    PairFactor<Element> of_q{}, of_k{};
+    if constexpr (kNormalize) {
+      float2 const inverse_norms = *reinterpret_cast<float2 const*>(smem.loaded_norms[t]);
+      of_q = PairFactor<Element>(inverse_norms.x);
+      of_k = PairFactor<Element>(inverse_norms.y);
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      if constexpr (kNormalize) {
+        *at(tokens.q, i) = of_q.times(q[i]);
+        *at(tokens.k, i) = k[i] = of_k.times(k[i]);
+      }
+      if constexpr (kSigmoid) {
+        b[i] = {activate_erase<Element>(params.gates, b[i].x), activate_erase<Element>(params.gates, b[i].y),
+                activate_erase<Element>(params.gates, b[i].z), activate_erase<Element>(params.gates, b[i].w)};
+      }
+      *at(scratch.E, i) = multiply_pairs<Element>(b[i], k[i]);
+    }
   }
 
   // g of a group's tokens and the lane's two channels, as it came.

@@ -1,11 +1,63 @@
 // The gradient of the decay in `gradients`: sums over the chunk, and back through the decay gate.
 #pragma once
 
-#include "sm90/gate_tiles.cuh"
+#include <cmath>
+#include <type_traits>
+
+#include "sm90/gates.cuh"
 #include "sm90/gradients_parts.cuh"
 #include "tile/convert.cuh"
 
 namespace gdn2 {
+
+// A thread's pieces of a tile of g [64 tokens, 64 channels], float32 in two boxes of 32 channels or
+// 16-bit in one: the same four channels of every kRows-th token.
+template <class Element>
+struct GatePieces {
+  static constexpr int kPieces = kBoxColumns / 4, kRows = kThreads / kPieces;
+  static_assert(kRows % 8 == 0);  // so that the pieces lie in the same place of their rows
+
+  int first_row, channel;
+  std::uint8_t const *wide, *narrow;  // float32 and 16-bit
+
+  template <class Boxes>
+  __device__ GatePieces(Boxes const& boxes, unsigned thread) {
+    int const piece = static_cast<int>(thread % kPieces);
+    first_row = static_cast<int>(thread / kPieces);
+    channel = 4 * piece;
+    wide = boxes[piece / 8] + swizzled_offset(first_row, piece % 8);
+    narrow = boxes[0] + swizzled_offset(first_row, piece / 2) + piece % 2 * 8;
+  }
+
+  // Of token first_row + i * kRows.
+  __device__ float4 read(int i, bool is_wide) const {
+    if (is_wide) {
+      return *reinterpret_cast<float4 const*>(wide + i * kRows * kBoxRowBytes);
+    }
+    return unpack<Element>(*reinterpret_cast<uint2 const*>(narrow + i * kRows * kBoxRowBytes));
+  }
+};
+
+// What a thread's pieces of dg add to dA_log, where some of g is infinite. Rarely called and never inlined:
+// code that is not in the way.
+template <class Element>
+__device__ __noinline__ float finite_sum(GradientsStorage& smem, GradientsParams const& params) {
+  GatePieces<Element> const pieces(smem.scratch().raw_g, threadIdx.x);
+  float4 const bias = smem.gate.bias_of(pieces.channel);
+  float sum = 0.f;
+  with_decay_function(params.gates, smem.gate.A_log, [&](auto decay) {
+    if constexpr (decay.kIsGate) {
+#pragma unroll 1
+      for (int i = 0; pieces.first_row + i * pieces.kRows < smem.work.num_rows; ++i) {
+        float4 const g = pieces.read(i, params.gate_element == ElementType::kFloat32);
+        float const* const dg = &smem.dg_at(pieces.first_row + i * pieces.kRows, pieces.channel);
+        sum += decay.finite_term(g.x, bias.x, dg[0]) + decay.finite_term(g.y, bias.y, dg[1]) +
+               decay.finite_term(g.z, bias.z, dg[2]) + decay.finite_term(g.w, bias.w, dg[3]);
+      }
+    }
+  });
+  return sum;
+}
 
 template <class Cfg>
 struct DecayGradients {
@@ -73,10 +125,10 @@ struct DecayGradients {
 
  private:
   using Element = typename Cfg::Element;
-  using Pieces = GatePieces<Element, kThreads>;
+  using Pieces = GatePieces<Element>;
 
-  // kWhole: dg is asked for, and all pieces are whole. is_wide: whether g and dg are float32, then a constant.
-  // So nothing is asked for every piece.
+  // kWhole: dg is asked for, and all pieces are whole; is_wide, whether g and dg are float32, is a constant
+  // then. So nothing is asked for every piece.
   template <bool kWhole, class Bool>
   __device__ void store_pieces(Bool is_wide) {
     Pieces const pieces(smem.scratch().raw_g, threadIdx.x);
@@ -102,6 +154,9 @@ struct DecayGradients {
           return dg;
         });
         if (params.dA_log_of_slots != nullptr || params.d_dt_bias_of_slots != nullptr) {
+          if (!isfinite(dA_log)) {
+            dA_log = finite_sum<Element>(smem, params);
+          }
           store_sums(pieces, decay.dA_log(dA_log), d_bias);
         }
       }

@@ -328,7 +328,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     auto& slice = smem.stages[stage].slice;
     bool const has_values = work.has_values(slice_index);
     ValueGradients<Cfg> const values(params, by, work, slice_index);
-    typename ValueGradients<Cfg>::Inputs rows[2];
+    typename ValueGradients<Cfg>::Inputs rows[ValueGradients<Cfg>::kRows];
     if (has_values) {
       values.load(rows);
     }
@@ -337,12 +337,12 @@ __global__ void __launch_bounds__(kThreads, 2)
       clear_foreign_rows(slice.dO, num_rows);
     }
     multiply_slice<Element>(products, slice, place, index > 0);
+    if (place.half_of_chunk == 1) {
+      multiply_states<Element>(products, slice, place);
+    }
     if (has_values) {
       values.store(0, rows[0], slice.dX);
       values.store(1, rows[1], slice.dX);
-    }
-    if (place.half_of_chunk == 1) {
-      multiply_states<Element>(products, slice, place);
     }
     __syncthreads();  // every warp is done with the slice
     if (is_first_thread()) {

@@ -5,7 +5,7 @@
 
 #include "params.h"
 #include "sm90/chunk_work.h"
-#include "sm90/gate_tiles.cuh"
+#include "tile/activation.cuh"
 #include "tile/decay_levels.cuh"
 #include "tile/pipeline.cuh"
 #include "tile/tma.cuh"
@@ -63,6 +63,37 @@ struct GradientsWork : ChunkWork {
   // Of the chunk's first token among all.
   __device__ std::int64_t token(CallShape const& shape) const {
     return static_cast<std::int64_t>(batch) * shape.seqlen + first_token;
+  }
+};
+
+// What the decay gate of a key head has, in shared memory.
+struct GateParameters {
+  alignas(16) float bias_log2[kChannels];  // dt_bias / ln(2), zero where there is none
+  float A_log;
+
+  // Of four neighbours.
+  __device__ float4 bias_of(int channel) const {
+    return *reinterpret_cast<float4 const*>(&bias_log2[channel]);
+  }
+};
+
+// A thread's share of them on its way there.
+struct GateParameterLoad {
+  float bias, A_log;
+
+  __device__ void load(GateParams const& gates, int head, int first_channel, int dim_k, int thread) {
+    int const channel = first_channel + thread;
+    bool const has_bias = gates.dt_bias != nullptr && thread < kChannels && channel < dim_k;
+    bias = has_bias ? gates.dt_bias[static_cast<std::int64_t>(head) * dim_k + channel] : 0.f;
+    A_log = gates.A_log != nullptr && thread == 0 ? gates.A_log[head] : 0.f;
+  }
+  __device__ void store(GateParameters& to, int thread) const {
+    if (thread < kChannels) {
+      to.bias_log2[thread] = kLog2E * bias;
+    }
+    if (thread == 0) {
+      to.A_log = A_log;
+    }
   }
 };
 
@@ -128,7 +159,7 @@ struct GradientsStorage {
   float first_writes[kChannels], second_reads[kChannels];
   FullBarrier full[kStages], dots_full;  // dots_full: other_dots have come
   GradientsWork work;
-  GateParameters<kChannels> gate;
+  GateParameters gate;
 
   // Slices alternate between the stages such that q, k, b and g follow the last one in stage 0.
   __device__ Tokens& tokens() { return stages[0].tokens; }

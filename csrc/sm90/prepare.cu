@@ -15,34 +15,31 @@
 // Grid: one CTA for a chunk slot and gate head, heads fastest, dense chunks as chunk_order.h has them; beside
 // a walk one CTA an SM, whose teams each take every so many-th. K 128: 256 threads, two CTAs an SM. K 64: 128
 // threads, three.
-// Roles: norms of rows, where they are asked for, and the diagonal of P come first, q's rows by the first
-// warpgroup and k's by the last one. Where anything is asked for, alpha, normalised k and E are made in
-// the inputs' tiles; q is divided by its norms where it is used. Then a thread owns two channels of 16
-// tokens, in registers from the first read to the last store, so that the running products stay inside it;
-// the four warps of a warpgroup take the four blocks of 16 tokens of 64 channels. Of three levels at a
-// time each of two warpgroups multiplies one and a half, and one alone (K 64) all; the first one inverts.
+// Roles: a thread owns two channels of 16 tokens, in registers from the first read to the last store, so that
+// the running products stay inside it; the four warps of a warpgroup take the four blocks of 16 tokens of 64
+// channels. alpha, E and normalised k are made where they are read; q is divided by its norms where it is
+// used. The first warpgroup multiplies rows of q for their norms and the diagonal of P before it makes alpha,
+// the last one rows of k afterwards: the tensor cores' waits and special functions meet each other. Of three
+// levels at a time each of two warpgroups multiplies one and a half, and one alone (K 64) all; the first one
+// inverts.
 // Shared memory (K 128): q, k, b, g 80 KB, which then hold three operand buffers of 24 KB; T 17 KB, P 8 KB,
 // block products 4 KB: 110 KB.
 //
-//     q, k | norms | g | alpha | b | k, E | tiles out | build 1, 2, 4 | multiply | build 8, 16, 32 | multiply
-//     | A, P out, next chunk in ..
+//     q, k | q's rows | g | alpha | k's rows | b | q, k, E | tiles out | build 1, 2, 4 | multiply
+//     | build 8, 16, 32 | multiply | A, P out, next chunk in ..
 #include <cutlass/arch/barrier.h>
 
 #include <algorithm>
-#include <cstddef>
 #include <stdexcept>
 
 #include "api/chunk_forward.h"
-#include "sm90/gate_tiles.cuh"
+#include "sm90/prepare_inputs.cuh"
 #include "sm90/prepare_levels.cuh"
 #include "sm90/token_map.h"
-#include "tile/activation.cuh"
 #include "tile/convert.cuh"
 #include "tile/launch.h"
 #include "tile/launch_order.cuh"
-#include "tile/mma.cuh"
 #include "tile/ready_flag.cuh"
-#include "tile/row_dots.cuh"
 #include "tile/triangular_inverse.cuh"
 
 namespace gdn2 {
@@ -50,154 +47,14 @@ namespace {
 
 using namespace prepare;
 
-// The warp's own rows and channels of k and b, in place, when 1 / norms of k are known: k normalised, E = b*k
-// where b has been.
-template <class Cfg>
-__device__ void make_keys(SharedStorage<Cfg>& smem, GateParams const& gates, ThreadPlace at) {
-  int const row = at.block * kBlock + at.lane % 8;
-  std::uint32_t const offset = swizzled_offset(row, at.lane / 8);
-  with_key_options(gates, [&](auto normalize, auto sigmoid) {
-#pragma unroll(Cfg::kStays ? 1 : 2)
-    for (int i = 0; i < kBlock; i += 8) {
-      float const inverse_norm = normalize ? smem.k_scale[row + i] : 1.f;
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        std::uint32_t const place = (offset ^ half * 64) + i * kBoxRowBytes;
-        auto& k = *reinterpret_cast<uint4*>(smem.in.k[at.box] + place);
-        auto& b = *reinterpret_cast<uint4*>(smem.in.b[at.box] + place);
-        KeyPiece const made =
-            make_key_piece<typename Cfg::Element, normalize, sigmoid>(gates, k, b, inverse_norm);
-        if constexpr (normalize) {
-          k = made.k;
-        }
-        b = made.E;
-      }
-    }
-  });
-}
-
-// f(first, kTail) of every kGroup of a thread's 16 tokens. Where kTail, rows may not be the sequence's: those
-// become g = 0 and q = k = E = 0, whatever lies there.
-template <class Cfg, class F>
-__device__ void for_groups(ThreadPlace at, int num_rows, F f) {
-#pragma unroll
-  for (int first = 0; first < kBlock; first += Cfg::kGroup) {
-    if (at.block * kBlock + first + Cfg::kGroup <= num_rows) {
-      f(first, std::false_type{});
-    } else {
-      f(first, std::true_type{});
-    }
-  }
-}
-
-// alpha, of g as it came or activated.
-template <bool kActivated, class Cfg>
-__device__ void read_decays(ThreadInputs<Cfg>& x, SharedStorage<Cfg>& smem, int num_rows) {
-  ThreadPlace const at = thread_place<Cfg>();
-  int const first_row = at.block * kBlock;
-  LaneRows<std::uint32_t> const gates{cute::cast_smem_ptr_to_uint(smem.in.g[2 * at.box + at.lane / 16]) +
-                                      swizzled_offset(first_row, at.lane % 16 / 2) + at.lane % 2 * 8};
-  for_groups<Cfg>(at, num_rows, [&](int first, auto tail) {
-#pragma unroll
-    for (int i = first; i < first + Cfg::kGroup; ++i) {
-      float2 const g = load_float2(gates[i]);
-      x.alpha[i][0] = kActivated ? g.x : exp2_approx(kLog2E * g.x);
-      x.alpha[i][1] = kActivated ? g.y : exp2_approx(kLog2E * g.y);
-      if (tail && first_row + i >= num_rows) {
-        x.alpha[i][0] = x.alpha[i][1] = 1.f;
-      }
-    }
-  });
-}
-
-template <class Cfg>
-__device__ void read_pairs(ThreadInputs<Cfg>& x, SharedStorage<Cfg>& smem, int num_rows) {
-  using In = decltype(smem.in);
-  ThreadPlace const at = thread_place<Cfg>();
-  int const first_row = at.block * kBlock;
-  auto const pairs = pairs_of(smem.in.q[at.box], first_row, at.lane);
-  for_groups<Cfg>(at, num_rows, [&](int first, auto tail) {
-#pragma unroll
-    for (int i = first; i < first + Cfg::kGroup; ++i) {
-      x.q[i] = load_pair(pairs[i]);
-      x.k[i] = load_pair(pairs[i] + (offsetof(In, k) - offsetof(In, q)));
-      std::uint32_t const b = load_pair(pairs[i] + (offsetof(In, b) - offsetof(In, q)));
-      x.E[i] = Cfg::kFused ? b : multiply_pairs<typename Cfg::Element>(b, x.k[i]);
-      if (tail && first_row + i >= num_rows) {
-        x.q[i] = x.k[i] = x.E[i] = 0u;
-      }
-    }
-  });
-}
-
-// The rows' scales and the diagonal of q k^T: q's by the first warpgroup, k's by the last one.
-template <class Cfg, bool kNormalize>
-__device__ void scale_rows(SharedStorage<Cfg>& smem, PrepareParams const& params, Work const& work) {
-  using Element = typename Cfg::Element;
-  using In = decltype(smem.in);
-  constexpr int kFromQToK = offsetof(In, k) - offsetof(In, q);
-  constexpr bool kDiagonal = !Cfg::kFactorsOnly;
-  ThreadPlace const at = thread_place<Cfg>();
-  // Of rows of q, or of k, which are kept `place` behind the first of q.
-  auto const inverse_norm = [&](int row, float dot, int place) {
-    float const inverse = row < work.num_rows ? rsqrtf(dot + 1e-6f) : 0.f;
-    if (params.row_norms != nullptr) {
-      params.row_norms[work.tile * 2 * kChunk + place + row] = inverse;
-    }
-    return inverse;
-  };
-  auto const for_own_rows = [&](auto f) {
-    if (has_rows(at.lane)) {
-      int const row = at.block * kBlock + at.lane / 4;
-      f(row, 0);
-      f(row + 8, 1);
-    }
-  };
-  if (at.box == 0) {
-    RowDots dots{};
-    if constexpr (kNormalize || kDiagonal) {
-      dots = row_dots<Element, Cfg::kBoxes, kNormalize, kDiagonal>(smem.in.q, kFromQToK, at.block * kBlock);
-    }
-    for_own_rows([&](int row, int half) {
-      float const norm = kNormalize ? inverse_norm(row, dots.self[half], 0) : 1.f;
-      smem.q_scale[row] = row < work.num_rows ? params.scale * norm : 0.f;
-      if constexpr (kDiagonal) {
-        smem.diagonal[row] = row < work.num_rows ? dots.other[half] : 0.f;
-      }
-    });
-  }
-  if (at.box == Cfg::kBoxes - 1) {
-    RowDots dots{};
-    if constexpr (kNormalize) {
-      dots = row_dots<Element, Cfg::kBoxes, true, false>(smem.in.k, 0, at.block * kBlock);
-    }
-    for_own_rows([&](int row, int half) {
-      smem.k_scale[row] = kNormalize ? inverse_norm(row, dots.self[half], kChunk) : 1.f;
-    });
-  }
-  __syncwarp();  // lanes without rows wait for the others
-}
-
 // By 64 threads: the diagonal of P to its place, when nobody reads the chunk before there.
 template <class Cfg>
-__device__ void place_diagonal(SharedStorage<Cfg>& smem, int row) {
+__device__ void place_diagonal(SharedStorage<Cfg>& smem, bool normalizes, int row) {
   using Element = typename Cfg::Element;
   auto* const place = smem.P + swizzled_offset(row, row / 8) + row % 8 * sizeof(Element);
-  *reinterpret_cast<Element*>(place) =
-      round_to<Element>(smem.diagonal[row] * smem.q_scale[row] * smem.k_scale[row]);
+  float const k_scale = normalizes ? smem.k_scale[row].value() : 1.f;
+  *reinterpret_cast<Element*>(place) = round_to<Element>(smem.diagonal[row] * smem.q_scale[row] * k_scale);
 }
-
-// What scales a thread's rows from first_row on, when it goes through them: read four at a time.
-struct RowScales {
-  float4 four;
-
-  __device__ float of(float const (&scales)[kChunk], int first_row, int i) {
-    if (i % 4 == 0) {
-      four = *reinterpret_cast<float4 const*>(&scales[first_row + i / 4 * 4]);
-    }
-    return i % 4 == 0 ? four.x : i % 4 == 1 ? four.y : i % 4 == 2 ? four.z : four.w;
-  }
-};
 
 // scale*gamma*q, Kt and gamma*E from running products over the chunk, straight to their tiles: a warp writes
 // the 128 bytes of a row.
@@ -222,7 +79,7 @@ __device__ void store_factor_tiles(SharedStorage<Cfg>& smem, PrepareParams const
 #pragma unroll
   for (int first = 0; first < kBlock; first += Cfg::kGroup) {
     if (phase_begins_if_crowded<Cfg>()) {
-      RowScales q_scales;
+      RowScales<float> q_scales;
 #pragma unroll
       for (int i = first; i < first + Cfg::kGroup; ++i) {
         if (i > 0) {
@@ -337,28 +194,6 @@ __device__ void publish_tile(PrepareParams const& params, Work const& work, bool
   }
 }
 
-// A thread's share of what the decay gate of a chunk is made with: asked for long before it is stored.
-template <class Cfg>
-struct GateLoad {
-  SharedStorage<Cfg>& smem;
-  PrepareParams const& params;
-  GateParameterLoad<Cfg::kDimK> share;
-
-  __device__ bool is_needed() const { return Cfg::kFused && params.gates.decay_gate != DecayGate::kNone; }
-  __device__ void load(Work const& work) {
-    if (is_needed()) {
-      share.load(params.gates, work.head, 0, params.shape.dim_k, thread_of_team<Cfg>());
-    }
-  }
-  // For the whole team, which meets behind it: it would wait for inputs anyhow.
-  __device__ void store() const {
-    if (is_needed()) {
-      share.store(smem.gate, thread_of_team<Cfg>());
-      sync_team<Cfg>();
-    }
-  }
-};
-
 // What a team that stays does for its next chunk while it is at one.
 template <class Cfg>
 struct NextChunk {
@@ -366,7 +201,6 @@ struct NextChunk {
   PrepareParams const& params;
   ChunkDivisors const& by;
   InputLoads<Cfg> const& loads;
-  GateLoad<Cfg>& gate;
   Work const& work;
   Work& next;
 
@@ -380,13 +214,9 @@ struct NextChunk {
     }
   }
   __device__ void load() const {
-    if (!has_order(params, next.order)) {
-      return;
-    }
-    if (is_asking()) {
+    if (is_asking() && has_order(params, next.order)) {
       loads.load(next);
     }
-    gate.load(next);
   }
 
  private:
@@ -395,41 +225,32 @@ struct NextChunk {
   }
 };
 
-// One chunk and gate head, whose inputs are on their way to shared memory, where those that are asked for
-// otherwise are made of them: each warp's own rows and channels, which it reads next. inputs_read(): when
-// they are in registers; operands_read(): when the products are made.
+// One chunk and gate head, whose inputs are on their way to shared memory. inputs_read(): when they are in
+// registers; operands_read(): when the products are made.
 template <class Cfg, class InputsRead, class OperandsRead>
 __device__ void run_tile(SharedStorage<Cfg>& smem, PrepareParams const& params, Work const& work, int phase,
                          InputsRead inputs_read, OperandsRead operands_read) {
   GateParams const& gates = params.gates;
   ThreadPlace const at = thread_place<Cfg>();
   bool const normalizes = Cfg::kFused && gates.use_qk_l2norm;
-  bool const activates = Cfg::kFused && needs_activation(gates, params.gate_element);
   ThreadInputs<Cfg> x;
+  GateOfThread const gate(params, work.head, at.channel());
   smem.rows_full.wait(phase);
-  if constexpr (Cfg::kFused || !Cfg::kFactorsOnly) {
-    normalizes ? scale_rows<Cfg, true>(smem, params, work) : scale_rows<Cfg, false>(smem, params, work);
+  if ((Cfg::kFused || !Cfg::kFactorsOnly) && at.box == 0) {
+    normalizes ? scale_q_rows<Cfg, true>(smem, params, work) : scale_q_rows<Cfg, false>(smem, params, work);
   }
   smem.g_full.wait(phase);
-  if (activates) {
-    activate_rows<typename Cfg::Element, Cfg::kStays ? 1 : 2>(smem.in.g[2 * at.box], at.block * kBlock, gates,
-                                                              smem.gate, at.box * kBoxColumns,
-                                                              params.gate_element);
-    __syncwarp();
-    read_decays<true>(x, smem, work.num_rows);
-  } else {
-    read_decays<false>(x, smem, work.num_rows);
-  }
+  read_decays(x, smem, params, gate, work.num_rows);
   store_block_products(smem, x);
+  if (normalizes && at.box == Cfg::kBoxes - 1) {
+    scale_k_rows(smem, params, work);
+  }
   smem.b_full.wait(phase);
+  read_b(x, smem, gates);
   if (normalizes) {
-    sync_block<Cfg>(at.block);  // norms of the block's rows are there, and nobody reads k for them
+    sync_block<Cfg>(at.block);  // norms of the block's rows are there
   }
-  if constexpr (Cfg::kFused) {
-    make_keys(smem, gates, at);
-    __syncwarp();
-  }
-  read_pairs(x, smem, work.num_rows);
+  read_q_and_k(x, smem, normalizes, work.num_rows);
   // The inputs are in registers: their shared memory becomes operands. Nobody reads the tiles of the chunk
   // before.
   sync_team<Cfg>();
@@ -439,7 +260,7 @@ __device__ void run_tile(SharedStorage<Cfg>& smem, PrepareParams const& params, 
     return;
   }
   if (thread_of_team<Cfg>() < kChunk) {
-    place_diagonal(smem, thread_of_team<Cfg>());
+    place_diagonal(smem, normalizes, thread_of_team<Cfg>());
   }
   build<0>(smem, x);
   build<1>(smem, x);
@@ -485,7 +306,6 @@ __global__ void __launch_bounds__(Cfg::kThreads, Cfg::kCtasPerSm)
   int const team = Cfg::kTeams == 1 ? 0 : uniform(team_index<Cfg>());
   auto& smem = reinterpret_cast<SharedStorage<Cfg>*>(smem_bytes)[team];
   InputLoads<Cfg> const loads{smem, maps, params.gate_element};
-  GateLoad<Cfg> gate{smem, params, {}};
   int const first_order = blockIdx.x * Cfg::kTeams + team_index<Cfg>();
   if (Cfg::kFactorsOnly && blockIdx.x == 0) {
     clear_flags(params.cleared, params.num_cleared);
@@ -520,20 +340,13 @@ __global__ void __launch_bounds__(Cfg::kThreads, Cfg::kCtasPerSm)
   if constexpr (Cfg::kStays) {
     clear_ready<Cfg>(params, by, first_order);
     sync_team<Cfg>();
-    if (has_order(params, first_order)) {
-      gate.load(smem.work[0]);
-    }
     for (unsigned round = 0; has_order(params, smem.work[round % 4].order); ++round) {
-      NextChunk<Cfg> const next{
-          smem, params, by, loads, gate, smem.work[round % 4], smem.work[(round + 1) % 4]};
-      gate.store();
+      NextChunk<Cfg> const next{smem, params, by, loads, smem.work[round % 4], smem.work[(round + 1) % 4]};
       run_tile(smem, params, next.work, round % 2, [&] { next.find(); }, [&] { next.load(); });
     }
   } else {
     let_next_kernel_start();  // where there is room; it waits for the end of this one
     sync_team<Cfg>();
-    gate.load(smem.work[0]);
-    gate.store();
     run_tile(smem, params, smem.work[0], 0, [] {}, [] {});
     if (!Cfg::kFactorsOnly && !has_order(params, static_cast<int>(blockIdx.x) + params.num_kept)) {
       keep_factors<Cfg>(params, smem.work[0]);

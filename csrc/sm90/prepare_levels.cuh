@@ -4,6 +4,7 @@
 
 #include "sm90/prepare_parts.cuh"
 #include "tile/convert.cuh"
+#include "tile/mma.cuh"
 #include "tile/wgmma.cuh"
 
 namespace gdn2::prepare {

@@ -6,7 +6,7 @@
 
 #include "params.h"
 #include "sm90/chunk_work.h"
-#include "sm90/gate_tiles.cuh"
+#include "tile/convert.cuh"
 #include "tile/pipeline.cuh"
 #include "tile/tma.cuh"
 #include "tile/triangle.h"
@@ -71,10 +71,9 @@ struct SharedStorage {
   float T[kChunk * TriangularMatrix::kStride];
   // Of every block of 16 tokens and channel: alpha of its first token, and the product over the others.
   float block_first[kNumBlocks][Cfg::kDimK], block_rest[kNumBlocks][Cfg::kDimK];
-  alignas(16) float q_scale[kChunk];  // scale / norm for q
-  alignas(16) float k_scale[kChunk];  // 1 / norm for k (norms are 1 where not asked for)
-  float diagonal[kChunk];             // of q k^T
-  GateParameters<Cfg::kDimK> gate;
+  alignas(16) float q_scale[kChunk];                              // scale / norm for q
+  alignas(16) PairFactor<typename Cfg::Element> k_scale[kChunk];  // 1 / norm for k, where it is asked for
+  float diagonal[kChunk];                                         // of q k^T
   // The CTA's chunk and head in this round, the next one and the ones before, which some threads may not have
   // left yet. Here, since all registers are needed elsewhere.
   Work work[4];
@@ -170,7 +169,7 @@ struct InputLoads {
       } else if (i >= kOfB) {
         load(maps.b, smem.b_full, smem.in.b[box], channel, work.gate_head, work);
       } else if (int const g = i - kOfG; is_wide() || g % 2 == 0) {
-        // 16-bit g lies where the first half of its alpha will.
+        // 16-bit g of 64 channels takes the first of the two boxes of float32.
         load(maps.g, smem.g_full, smem.in.g[g], g * Cfg::kGateColumns, work.gate_head, work);
       }
     }

@@ -1,5 +1,5 @@
-// The functions that make gates and decays of raw projections, by the special function unit: few of its
-// instructions, for it takes one of a warp every eight cycles.
+// The functions that make gates, decays and norms of raw projections, by the special function unit: few of
+// its instructions, for it takes one of a warp every eight cycles.
 #pragma once
 
 #include "tile/arch.cuh"
@@ -18,6 +18,12 @@ __device__ inline float exp2_approx(float x) {
 __device__ inline float reciprocal_approx(float x) {
   float y;
   asm("rcp.approx.ftz.f32 %0, %1;\n" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ inline float reciprocal_sqrt_approx(float x) {
+  float y;
+  asm("rsqrt.approx.ftz.f32 %0, %1;\n" : "=f"(y) : "f"(x));
   return y;
 }
 
