@@ -210,8 +210,9 @@ def variants(result: Result) -> str:
         f"What options and sizes cost on {result.gpu} (`python -m bench.variants`, {result.source}), at "
         "B4 T4096 H16, K = V = 128 unless said. small: beside a call of PyTorch's own, between events, or in "
         "a row without them, which tells what the host takes for it; fused: norms, decay gate and gate "
-        "sigmoids inside the call, or outside in PyTorch; keep: disable_recompute; groups: 4 value heads a "
-        "key head (H4, HV16), or q, k, g and b repeated for them; linear: B1."
+        "sigmoids inside the call, raw g in float32 or in 16 bits, or outside in PyTorch; keep: "
+        "disable_recompute; groups: 4 value heads a key head (H4, HV16), or q, k, g and b repeated for them; "
+        "linear: B1."
     )
     return f"{about}\n\n{table(header, lines)}"
 

@@ -4,8 +4,9 @@
                    that of a call of PyTorch's own; and without the events, whose recording takes the host as
                    long as a launch: calls in a row
     dtype, size    float16 beside bfloat16, K = V = 64 beside 128, at B4 T4096 H16
-    fused          L2 norm, decay gate and gate sigmoids inside the call, against the plain call on activated
-                   tensors, and against the same made outside in PyTorch
+    fused          L2 norm, decay gate and gate sigmoids inside the call, raw g in float32 and in 16 bits as a
+                   layer's projection is, against the plain call on activated tensors, and against the same
+                   made outside in PyTorch
     keep           disable_recompute, at B4 T4096 H16
     groups         4 value heads a key head (H4, HV16), against q, k, g and b repeated
     linear         nanoseconds a token and head at T = 262144 beside T = 16384
@@ -113,6 +114,7 @@ def dtypes_and_sizes() -> Lines:
 def fused() -> Lines:
     raw = raw_tensors(4, 4096, 16, 16, 128, torch.bfloat16)
     plain, inside = both(activated(raw)), both(raw, **EVERYTHING)
+    narrow = both(raw | {"g": raw["g"].to(raw["q"].dtype)}, **EVERYTHING)
     leaves = {name: x.detach().requires_grad_() for name, x in raw.items()}
     do = torch.randn_like(raw["v"])
     outside = {
@@ -120,7 +122,8 @@ def fused() -> Lines:
         "forward+backward": training(lambda: activated(leaves), list(leaves.values()), do),
     }
     for which in PASSES:
-        yield which, {"plain": plain[which], "inside": inside[which], "outside": outside[which]}, {}
+        calls = {"plain": plain, "inside": inside, "inside, 16-bit g": narrow, "outside": outside}
+        yield which, {name: call[which] for name, call in calls.items()}, {}
 
 
 def keep() -> Lines:
