@@ -373,8 +373,8 @@ def test_the_kernels_are_made_of_tensor_core_and_bulk_copy_instructions():
     # Which instructions a kernel is made of; of prepare's the backward's form makes no products.
     asked = {
         r"11scan_kernel": ("HGMMA", "UTMALDG", "UBLKCP", "UTMASTG"),
-        r"14prepare_kernel.*Li\d+ELb[01]ELb0E": ("HGMMA", "UTMALDG"),
-        r"14prepare_kernel.*Li\d+ELb[01]ELb1E": ("UTMALDG",),
+        r"14prepare_kernel.*6Extras\w+?EEELb0E": ("HGMMA", "UTMALDG"),
+        r"14prepare_kernel.*6Extras\w+?EEELb1E": ("UTMALDG",),
         r"20scan_backward_kernel": ("HGMMA", "UTMALDG", "UBLKCP"),
         r"16gradients_kernel": ("HGMMA", "HMMA", "UTMALDG", "UBLKCP", "UTMASTG"),
     }

@@ -118,12 +118,13 @@ def test_a_very_slow_gate_has_accurate_gradients(backend, dim_k, dim_v, seed):
     check(backend, inputs, seed, **EVERYTHING)
 
 
+@pytest.mark.parametrize("first", [0, 1])
 @pytest.mark.parametrize("raw", [float("inf"), -float("inf")])
 @pytest.mark.parametrize("lower_bound", [None, -5.0])
-def test_an_infinite_raw_gate_has_finite_gradients(backend, lower_bound, raw, seed):
+def test_an_infinite_raw_gate_has_finite_gradients(backend, lower_bound, raw, first, seed):
     """softplus(inf) resets the state, sigmoid(inf) is the bound: constants, with gradients of 0."""
     inputs = backend.raw_inputs(**SHAPE, seed=seed)
-    inputs.g[:, ::5, :, ::2] = raw
+    inputs.g[:, first::5, :, first::2] = raw
     initial_state, d_final_state = backend.states(inputs, seed=seed)
     options = {
         "lower_bound": lower_bound,
@@ -177,9 +178,11 @@ def test_everything_in_the_kernel_at_once(backend, v_first, lower_bound, dim_k, 
     check(backend, inputs, seed, v_first=v_first, lower_bound=lower_bound, **EVERYTHING, scale=0.5)
 
 
-@pytest.mark.parametrize("norm, gate, sigmoid", list(itertools.product([False, True], repeat=3)))
-def test_every_combination_of_activations(backend, norm, gate, sigmoid, seed):
-    shape = {**SHAPE, "seqlen": 70}
+@pytest.mark.parametrize("dim_k", [32, 100])
+@pytest.mark.parametrize("gate, lower_bound", [(False, None), (True, None), (True, -5.0)])
+@pytest.mark.parametrize("norm, sigmoid", list(itertools.product([False, True], repeat=2)))
+def test_every_combination_of_activations(backend, norm, sigmoid, gate, lower_bound, dim_k, seed):
+    shape = {**SHAPE, "seqlen": 70, "dim_k": dim_k}
     inputs, raw = backend.inputs("layer_init", **shape, seed=seed), backend.raw_inputs(**shape, seed=seed)
     if norm:
         inputs.q, inputs.k = raw.q, raw.k
@@ -191,6 +194,7 @@ def test_every_combination_of_activations(backend, norm, gate, sigmoid, seed):
         "use_qk_l2norm_in_kernel": norm,
         "use_gate_in_kernel": gate,
         "use_gate_sigmoid_in_kernel": sigmoid,
+        "lower_bound": lower_bound,
     }
     check(backend, inputs, seed, **options)
 

@@ -1,7 +1,6 @@
 // The gradients of q, k and b in `gradients`, before and after the pair products.
 #pragma once
 
-#include <cutlass/arch/barrier.h>
 #include <cute/arch/cluster_sm90.hpp>
 
 #include "sm90/gates.cuh"
@@ -23,18 +22,17 @@ struct Channels {
   HalfAccumulators &dq, &dE, &dk;  // [16 channels, tokens]; start as dO S^T, dX S^T and R dS'^T transposed
   HalfAccumulators& dG;
 
-  // What the fused inputs are made with, from global memory, while the first slice is on its way: the gate's
-  // parameters by one warpgroup, norms by the other.
+  // What inputs are made with, from global memory, while the first slice is on its way: the gate's parameters
+  // by one warpgroup, norms by the other.
   __device__ void load_parameters() const {
     static_assert(kChannels <= kWarpgroupThreads && 2 * kChunk == kWarpgroupThreads);
-    int const thread = threadIdx.x % kWarpgroupThreads;
-    if (threadIdx.x < kWarpgroupThreads) {
-      if (params.gates.decay_gate != DecayGate::kNone) {
-        GateParameterLoad share;
-        share.load(params.gates, work.head, work.first_channel, params.shape.dim_k, thread);
-        share.store(smem.gate, thread);
+    GradientsPlace const place;
+    int const thread = place.thread % kWarpgroupThreads;
+    if (place.half_of_chunk == 0) {
+      if constexpr (Cfg::kIsGated) {
+        smem.gate.load(params.gates, work.head, work.first_channel, params.shape.dim_k, thread);
       }
-    } else if (params.gates.use_qk_l2norm) {
+    } else if constexpr (Cfg::kNormalize) {
       smem.loaded_norms[thread % kChunk][thread / kChunk] = params.row_norms[work.tile * 2 * kChunk + thread];
     }
   }
@@ -42,23 +40,12 @@ struct Channels {
   // The warp's pieces of q, k and E as the products read them: normalised, rows that are not the chunk's own
   // zero whatever lies there; E = b*k, through the sigmoid of b, to the scratch tile.
   __device__ void prepare_tiles() {
-    bool const normalize = Cfg::kFused && params.gates.use_qk_l2norm,
-               sigmoid = Cfg::kFused && params.gates.use_gate_sigmoid;
-    if (normalize) {
-      sigmoid ? prepare_tiles_as<true, true>() : prepare_tiles_as<true, false>();
-    } else {
-      sigmoid ? prepare_tiles_as<false, true>() : prepare_tiles_as<false, false>();
-    }
-  }
-
-  template <bool kNormalize, bool kSigmoid>
-  __device__ void prepare_tiles_as() {
     int const num_rows = uniform(smem.work.num_rows);
     auto& tokens = smem.tokens();
     auto& scratch = smem.scratch();
     GradientsPlace const place;
     int const t = kHalfTokens * place.half_of_chunk + place.lane;
-    if (kNormalize && threadIdx.x < kChunk) {
+    if (Cfg::kNormalize && threadIdx.x < kChunk) {
       *reinterpret_cast<float2*>(scratch.inverse_norms[threadIdx.x]) =
           *reinterpret_cast<float2 const*>(smem.loaded_norms[threadIdx.x]);
     }
@@ -69,7 +56,7 @@ struct Channels {
     uint4 q[2], k[2], b[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      if constexpr (kNormalize) {
+      if constexpr (Cfg::kNormalize) {
         q[i] = *at(tokens.q, i);
       }
       k[i] = *at(tokens.k, i);
@@ -83,18 +70,18 @@ struct Channels {
       return;
     }
     PairFactor<Element> of_q{}, of_k{};
-    if constexpr (kNormalize) {
+    if constexpr (Cfg::kNormalize) {
       float2 const inverse_norms = *reinterpret_cast<float2 const*>(smem.loaded_norms[t]);
       of_q = PairFactor<Element>(inverse_norms.x);
       of_k = PairFactor<Element>(inverse_norms.y);
     }
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      if constexpr (kNormalize) {
-        *at(tokens.q, i) = of_q.times(q[i]);
-        *at(tokens.k, i) = k[i] = of_k.times(k[i]);
+      if constexpr (Cfg::kNormalize) {
+        *at(tokens.q, i) = multiply_pairs(q[i], of_q);
+        *at(tokens.k, i) = k[i] = multiply_pairs(k[i], of_k);
       }
-      if constexpr (kSigmoid) {
+      if constexpr (Cfg::kSigmoid) {
         b[i] = {activate_erase<Element>(params.gates, b[i].x), activate_erase<Element>(params.gates, b[i].y),
                 activate_erase<Element>(params.gates, b[i].z), activate_erase<Element>(params.gates, b[i].w)};
       }
@@ -112,7 +99,7 @@ struct Channels {
         g[1][t] = at(first_token + t, channel + 8);
       }
     };
-    if (!Cfg::kFused || params.gate_element == ElementType::kFloat32) {
+    if (!Cfg::kAny || params.gate_element == ElementType::kFloat32) {
       read([&](int token, int ch) { return tokens.g_at(token, ch); });
     } else {
       read([&](int token, int ch) { return tokens.template narrow_g_at<Element>(token, ch); });
@@ -120,19 +107,16 @@ struct Channels {
   }
 
   __device__ void make_alpha(float (&x)[2][kGroup], int channel) const {
-    auto const make = [&](auto decay, float bias0, float bias1) {
+    DecayFunction<Element, Cfg::kGate> const decay(params.gates, Cfg::kIsGated ? smem.gate.A_log : 0.f);
+    float bias[2] = {0.f, 0.f};
+    if constexpr (Cfg::kIsGated) {
+      bias[0] = smem.gate.bias_log2[channel];
+      bias[1] = smem.gate.bias_log2[channel + 8];
+    }
 #pragma unroll
-      for (int t = 0; t < kGroup; ++t) {
-        x[0][t] = decay.alpha(x[0][t], bias0);
-        x[1][t] = decay.alpha(x[1][t], bias1);
-      }
-    };
-    if constexpr (Cfg::kFused) {
-      auto const& bias = smem.gate.bias_log2;
-      with_decay_function(params.gates, smem.gate.A_log,
-                          [&](auto decay) { make(decay, bias[channel], bias[channel + 8]); });
-    } else {
-      make(DecayFunction<DecayGate::kNone>(params.gates, 0.f), 0.f, 0.f);
+    for (int t = 0; t < kGroup; ++t) {
+      x[0][t] = decay.alpha(x[0][t], bias[0]);
+      x[1][t] = decay.alpha(x[1][t], bias[1]);
     }
   }
 
@@ -261,17 +245,17 @@ struct Channels {
     }
   }
 
-  // dE becomes db, and dk takes its share; through the sigmoid of b where there is one.
-  __device__ void finish_erase_gradients() {
-    bool const use_sigmoid = Cfg::kFused && params.gates.use_gate_sigmoid;
-    use_sigmoid ? finish_erase_gradients_as<true>() : finish_erase_gradients_as<false>();
-  }
-
-  template <bool kSigmoid>
-  __device__ void finish_erase_gradients_as() {
+  // dE becomes db, and dk takes its share; through the sigmoid of b where there is one. Where there are
+  // norms, the products of rows with their gradients are made beside it, which go to both CTAs of the row and
+  // arrive during something else.
+  __device__ void finish_erase_and_dots() {
+    if (!Cfg::kNormalize && params.dk == nullptr && params.db == nullptr) {
+      return;
+    }
     auto& tokens = smem.tokens();
     GradientsPlace const place;
     float const erase_scale = params.gates.erase_scale;
+    float dots[2][2 * kHalfGroups];  // [of q, of k][2*i + c]
 #pragma unroll
     for (int pair = 0; pair < kHalfGroups / 2; ++pair) {
       GroupPair const k(lane_address(place, tokens.k), 2 * pair), b(lane_address(place, tokens.b), 2 * pair);
@@ -279,9 +263,8 @@ struct Channels {
       for (int m = 0; m < 4; ++m) {
         int const i = 2 * pair + m / 2, half = m % 2, n = 4 * i + 2 * half;
         float2 const k2 = unpack<Element>(k.at(i, half));
-        float2 b2 = unpack<Element>(b.at(i, half));
-        float2 slope{1.f, 1.f};
-        if constexpr (kSigmoid) {
+        float2 b2 = unpack<Element>(b.at(i, half)), slope{1.f, 1.f};
+        if constexpr (Cfg::kSigmoid) {
           float2 const s = sigmoid(b2);
           b2 = {erase_scale * s.x, erase_scale * s.y};
           slope = {fmaf(-b2.x, s.x, b2.x), fmaf(-b2.y, s.y, b2.y)};
@@ -290,8 +273,36 @@ struct Channels {
         dk[n + 1] += b2.y * dE[n + 1];
         dE[n] *= k2.x * slope.x;
         dE[n + 1] *= k2.y * slope.y;
+        if constexpr (Cfg::kNormalize) {
+          add_products(&dots[1][2 * i], half, k2, &dk[n]);
+        }
+      }
+      if constexpr (Cfg::kNormalize) {
+        GroupPair const q(lane_address(place, tokens.q), 2 * pair);
+#pragma unroll
+        for (int m = 0; m < 4; ++m) {
+          int const i = 2 * pair + m / 2, half = m % 2;
+          add_products(&dots[0][2 * i], half, unpack<Element>(q.at(i, half)), &dq[4 * i + 2 * half]);
+        }
       }
     }
+    if constexpr (Cfg::kNormalize) {
+      // Each step halves the tokens that a lane has sums of: at the end one of q's and one of k's, index row.
+#pragma unroll
+      for (auto& of_tokens : dots) {
+        halve_sums<4>(of_tokens, place.row & 4, 16);
+        halve_sums<2>(of_tokens, place.row & 2, 8);
+        halve_sums<1>(of_tokens, place.row & 1, 4);
+      }
+      int const token = place.token(place.row / 2, place.row % 2);
+      store_dots(place.warp, token, {dots[0][0], dots[1][0]});
+    }
+  }
+
+  // Of two tokens, over the lane's channels: `half` 0 begins the sums.
+  __device__ static void add_products(float* sums, int half, float2 y, float const* dy) {
+    sums[0] = half == 0 ? y.x * dy[0] : sums[0] + y.x * dy[0];
+    sums[1] = half == 0 ? y.y * dy[1] : sums[1] + y.y * dy[1];
   }
 
   // The CTA is done with its slices: dots of the CTA of the other channels may come to where they were. After
@@ -313,92 +324,51 @@ struct Channels {
     }
   }
 
-  // Through the norms: with y the normalised row and n its norm, dx = (dy - y (y.dy)) / n. The products go
-  // over lanes here, over warps and to the CTA of the other channels behind a barrier, and arrive during
-  // something else.
-  __device__ void sum_dots() const {
-    auto const& tokens = smem.tokens();
-    GradientsPlace const place;
-    float dots[2][2 * kHalfGroups];  // [of q, of k][2*i + c]
-#pragma unroll
-    for (int pair = 0; pair < kHalfGroups / 2; ++pair) {
-      GroupPair const q(lane_address(place, tokens.q), 2 * pair), k(lane_address(place, tokens.k), 2 * pair);
-#pragma unroll
-      for (int g = 0; g < 2; ++g) {
-        int const i = 2 * pair + g;
-        float2 const q0 = unpack<Element>(q.at(i, 0)), q1 = unpack<Element>(q.at(i, 1));
-        float2 const k0 = unpack<Element>(k.at(i, 0)), k1 = unpack<Element>(k.at(i, 1));
-        dots[0][2 * i] = q0.x * dq[4 * i] + q1.x * dq[4 * i + 2];
-        dots[0][2 * i + 1] = q0.y * dq[4 * i + 1] + q1.y * dq[4 * i + 3];
-        dots[1][2 * i] = k0.x * dk[4 * i] + k1.x * dk[4 * i + 2];
-        dots[1][2 * i + 1] = k0.y * dk[4 * i + 1] + k1.y * dk[4 * i + 3];
-      }
-    }
-    // Each step halves the tokens that a lane has sums of: at the end one of q's and one of k's, index row.
-#pragma unroll
-    for (auto& of_tokens : dots) {
-      halve_sums<4>(of_tokens, place.row & 4, 16);
-      halve_sums<2>(of_tokens, place.row & 2, 8);
-      halve_sums<1>(of_tokens, place.row & 1, 4);
-    }
-    int const token = place.token(place.row / 2, place.row % 2);
-    *reinterpret_cast<float2*>(smem.scratch().dots_of_warp[place.warp][token]) = {dots[0][0], dots[1][0]};
-  }
-
-  // A thread's share of the rows, of q or of k.
-  struct RowOfDots {
-    int token, which;
-    __device__ bool exists() const { return token < kChunk; }
-  };
-  __device__ static RowOfDots row_of_dots() {
-    return {static_cast<int>(threadIdx.x / 2), static_cast<int>(threadIdx.x % 2)};
-  }
-
-  // By all threads behind the barrier. Returns what finish_norm_gradients takes: the product of the thread's
-  // row, over the channels of this CTA.
-  __device__ float send_dots() const {
+  // The products of a token's rows of q and k over the warp's channels, for this CTA and the one of the other
+  // channels.
+  __device__ void store_dots(int warp, int token, float2 dots) const {
     auto& scratch = smem.scratch();
-    bool const has_other = work.num_boxes == 2;
-    if (has_other) {
+    scratch.dots_of_warp[warp][token] = dots;
+    if (work.num_boxes == 2) {
       cute::cluster_wait();  // see announce_dots
+      store_remote(&scratch.other_dots[warp][token], dots, smem.dots_full, work.box ^ 1);
     }
-    float sum = 0.f;
-    if (RowOfDots const row = row_of_dots(); row.exists()) {
-#pragma unroll
-      for (auto const& of_warp : scratch.dots_of_warp) {
-        sum += of_warp[row.token][row.which];
-      }
-      if (has_other) {
-        cute::store_shared_remote(__float_as_uint(sum),
-                                  cute::cast_smem_ptr_to_uint(&scratch.other_dots[row.token][row.which]),
-                                  cute::cast_smem_ptr_to_uint(&smem.dots_full), work.box ^ 1);
-      }
-    }
-    return sum;
   }
 
-  __device__ void finish_norm_gradients(float sum) {
+  // Through the norms, behind a barrier: with y the normalised row and n its norm, dx = (dy - y (y.dy)) / n.
+  __device__ void finish_norm_gradients() {
     auto& tokens = smem.tokens();
     auto& scratch = smem.scratch();
     GradientsPlace const place;
-    if (RowOfDots const row = row_of_dots(); row.exists()) {
+    auto& factors = scratch.norm_factors[place.thread / kWarpThreads];
+    {
+      // A lane a token, of all of the warp's.
+      int const token = kHalfTokens * place.half_of_chunk + place.lane;
+      // volatile: the other CTA's are read when they have come, and not before.
+      auto const add_warps = [&](float2& sums, float2 const(&dots)[kChannels / kWarpChannels][kChunk]) {
+#pragma unroll
+        for (auto const& of_warp : dots) {
+          auto const* const both = reinterpret_cast<float const volatile*>(&of_warp[token]);
+          sums = {sums.x + both[0], sums.y + both[1]};
+        }
+      };
+      float2 sums{};
+      add_warps(sums, scratch.dots_of_warp);
       if (work.num_boxes == 2) {
         smem.dots_full.wait(0);
-        // Read when it has come, and not before.
-        sum += *static_cast<float const volatile*>(&scratch.other_dots[row.token][row.which]);
+        add_warps(sums, scratch.other_dots);
       }
-      float const inverse_norm = scratch.inverse_norms[row.token][row.which];
-      scratch.norm_factors[row.token][row.which] = {inverse_norm, sum * inverse_norm};
+      float2 const inverse = *reinterpret_cast<float2 const*>(scratch.inverse_norms[token]);
+      factors[place.lane] = {inverse.x, sums.x * inverse.x, inverse.y, sums.y * inverse.y};
     }
-    __syncthreads();
+    __syncwarp();
 #pragma unroll
     for (int pair = 0; pair < kHalfGroups / 2; ++pair) {
       GroupPair const q(lane_address(place, tokens.q), 2 * pair), k(lane_address(place, tokens.k), 2 * pair);
 #pragma unroll
       for (int g = 0; g < 2; ++g) {
-        int const i = 2 * pair + g, t = place.token(i, 0);
-        float4 const factors0 = *reinterpret_cast<float4 const*>(scratch.norm_factors[t]),
-                     factors1 = *reinterpret_cast<float4 const*>(scratch.norm_factors[t + 1]);
+        int const i = 2 * pair + g, t = kGroup * i + 2 * place.quad;  // of the half
+        float4 const factors0 = factors[t], factors1 = factors[t + 1];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           int const n = 4 * i + 2 * half;

@@ -17,6 +17,13 @@ struct ChunkDivisors {
       : gate_heads(shape.num_gate_heads),
         gate_heads_of_head(shape.num_gate_heads / shape.num_heads),
         chunks(shape, num_segments) {}
+
+  // The key head of the order-th of all, for what is asked for before it is found.
+  __device__ int head(int order) const {
+    int slot, gate_head;
+    gate_heads(slot, gate_head, order);
+    return gate_heads_of_head.div(gate_head);
+  }
 };
 
 struct ChunkWork {

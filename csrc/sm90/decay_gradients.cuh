@@ -10,27 +10,34 @@
 
 namespace gdn2 {
 
-// A thread's pieces of a tile of g [64 tokens, 64 channels], float32 in two boxes of 32 channels or
-// 16-bit in one: the same four channels of every kRows-th token.
+// A thread's pieces of the tiles of dg and of g [64 tokens, 64 channels], g float32 in two boxes of 32
+// channels or 16-bit in one: the same four channels of every kRows-th token.
 template <class Element>
 struct GatePieces {
   static constexpr int kPieces = kBoxColumns / 4, kRows = kThreads / kPieces;
   static_assert(kRows % 8 == 0);  // so that the pieces lie in the same place of their rows
 
-  int first_row, channel;
-  std::uint8_t const *wide, *narrow;  // float32 and 16-bit
+  int first_row, channel, num_pieces;  // of the chunk's own rows
+  std::uint8_t const *wide, *narrow;   // float32 and 16-bit
+  float const* dg;
 
-  template <class Boxes>
-  __device__ GatePieces(Boxes const& boxes, unsigned thread) {
-    int const piece = static_cast<int>(thread % kPieces);
-    first_row = static_cast<int>(thread / kPieces);
+  // By some threads of a warp, or all.
+  __device__ explicit GatePieces(GradientsStorage& smem) {
+    int const thread = static_cast<int>(threadIdx.x), piece = thread % kPieces;
+    auto const& boxes = smem.scratch().raw_g;
+    first_row = thread / kPieces;
     channel = 4 * piece;
+    num_pieces = (smem.work.num_rows - first_row + kRows - 1) / kRows;
     wide = boxes[piece / 8] + swizzled_offset(first_row, piece % 8);
     narrow = boxes[0] + swizzled_offset(first_row, piece / 2) + piece % 2 * 8;
+    dg = &smem.dg_at(first_row, channel);
   }
 
   // Of token first_row + i * kRows.
-  __device__ float4 read(int i, bool is_wide) const {
+  __device__ float4 read_dg(int i) const {
+    return *reinterpret_cast<float4 const*>(dg + i * kRows * kChannels);
+  }
+  __device__ float4 read_g(int i, bool is_wide) const {
     if (is_wide) {
       return *reinterpret_cast<float4 const*>(wide + i * kRows * kBoxRowBytes);
     }
@@ -40,27 +47,26 @@ struct GatePieces {
 
 // What a thread's pieces of dg add to dA_log, where some of g is infinite. Rarely called and never inlined:
 // code that is not in the way.
-template <class Element>
+template <class Cfg>
 __device__ __noinline__ float finite_sum(GradientsStorage& smem, GradientsParams const& params) {
-  GatePieces<Element> const pieces(smem.scratch().raw_g, threadIdx.x);
+  GatePieces<typename Cfg::Element> const pieces(smem);
   float4 const bias = smem.gate.bias_of(pieces.channel);
+  DecayFunction<typename Cfg::Element, Cfg::kGate> const decay(params.gates, smem.gate.A_log);
   float sum = 0.f;
-  with_decay_function(params.gates, smem.gate.A_log, [&](auto decay) {
-    if constexpr (decay.kIsGate) {
 #pragma unroll 1
-      for (int i = 0; pieces.first_row + i * pieces.kRows < smem.work.num_rows; ++i) {
-        float4 const g = pieces.read(i, params.gate_element == ElementType::kFloat32);
-        float const* const dg = &smem.dg_at(pieces.first_row + i * pieces.kRows, pieces.channel);
-        sum += decay.finite_term(g.x, bias.x, dg[0]) + decay.finite_term(g.y, bias.y, dg[1]) +
-               decay.finite_term(g.z, bias.z, dg[2]) + decay.finite_term(g.w, bias.w, dg[3]);
-      }
-    }
-  });
+  for (int i = 0; i < pieces.num_pieces; ++i) {
+    float4 const g = pieces.read_g(i, params.gate_element == ElementType::kFloat32), dg = pieces.read_dg(i);
+    sum += decay.finite_term(g.x, bias.x, dg.x) + decay.finite_term(g.y, bias.y, dg.y) +
+           decay.finite_term(g.z, bias.z, dg.z) + decay.finite_term(g.w, bias.w, dg.w);
+  }
   return sum;
 }
 
 template <class Cfg>
 struct DecayGradients {
+  using Element = typename Cfg::Element;
+  using Pieces = GatePieces<Element>;
+
   GradientsStorage& smem;
   GradientsParams const& params;
   GradientsWork const& work;
@@ -108,77 +114,61 @@ struct DecayGradients {
     }
   }
 
-  // dg from its tile, through the gate where there is one. A thread has four channels of every few tokens.
-  __device__ void store() {
+  // dg from its tile, through the gate where there is one.
+  __device__ void store(Pieces const& pieces) {
     CallShape const& shape = params.shape;
     bool const has_whole_pieces =
         params.dg != nullptr && shape.dim_k % 4 == 0 && shape.dim_k - work.first_channel >= kChannels;
-    bool const is_wide = !Cfg::kFused || params.gate_element == ElementType::kFloat32;
+    bool const is_wide = !Cfg::kAny || params.gate_element == ElementType::kFloat32;
     if (!has_whole_pieces) {
-      store_pieces<false>(is_wide);
+      store_pieces<false>(pieces, is_wide);
     } else if (is_wide) {
-      store_pieces<true>(std::true_type{});
+      store_pieces<true>(pieces, std::true_type{});
     } else {
-      store_pieces<true>(std::false_type{});
+      store_pieces<true>(pieces, std::false_type{});
     }
   }
 
  private:
-  using Element = typename Cfg::Element;
-  using Pieces = GatePieces<Element>;
-
   // kWhole: dg is asked for, and all pieces are whole; is_wide, whether g and dg are float32, is a constant
   // then. So nothing is asked for every piece.
   template <bool kWhole, class Bool>
-  __device__ void store_pieces(Bool is_wide) {
-    Pieces const pieces(smem.scratch().raw_g, threadIdx.x);
-    auto const store_plainly = [&] {
+  __device__ void store_pieces(Pieces const& pieces, Bool is_wide) {
+    if constexpr (!Cfg::kIsGated) {
       for_each_piece<kWhole>(pieces, is_wide, [](int, float4 dg) { return dg; });
-    };
-    if constexpr (!Cfg::kFused) {
-      store_plainly();
-      return;
-    }
-    with_decay_function(params.gates, smem.gate.A_log, [&](auto decay) {
-      if constexpr (!decay.kIsGate) {
-        store_plainly();
-      } else {
-        float4 const bias = smem.gate.bias_of(pieces.channel);
-        float dA_log = 0.f;
-        float4 d_bias{};
-        for_each_piece<kWhole>(pieces, is_wide, [&](int i, float4 dg) -> float4 {
-          float4 const g = pieces.read(i, is_wide);
-          dg = {decay.backward(g.x, bias.x, dg.x, dA_log), decay.backward(g.y, bias.y, dg.y, dA_log),
-                decay.backward(g.z, bias.z, dg.z, dA_log), decay.backward(g.w, bias.w, dg.w, dA_log)};
-          d_bias = {d_bias.x + dg.x, d_bias.y + dg.y, d_bias.z + dg.z, d_bias.w + dg.w};
-          return dg;
-        });
-        if (params.dA_log_of_slots != nullptr || params.d_dt_bias_of_slots != nullptr) {
-          if (!isfinite(dA_log)) {
-            dA_log = finite_sum<Element>(smem, params);
-          }
-          store_sums(pieces, decay.dA_log(dA_log), d_bias);
+    } else {
+      DecayFunction<Element, Cfg::kGate> const decay(params.gates, smem.gate.A_log);
+      float4 const bias = smem.gate.bias_of(pieces.channel);
+      float dA_log = 0.f;
+      float4 d_bias{};
+      for_each_piece<kWhole>(pieces, is_wide, [&](int i, float4 dg) -> float4 {
+        float4 const g = pieces.read_g(i, is_wide);
+        dg = {decay.backward(g.x, bias.x, dg.x, dA_log), decay.backward(g.y, bias.y, dg.y, dA_log),
+              decay.backward(g.z, bias.z, dg.z, dA_log), decay.backward(g.w, bias.w, dg.w, dA_log)};
+        d_bias = {d_bias.x + dg.x, d_bias.y + dg.y, d_bias.z + dg.z, d_bias.w + dg.w};
+        return dg;
+      });
+      if (params.dA_log_of_slots != nullptr || params.d_dt_bias_of_slots != nullptr) {
+        if (!isfinite(dA_log)) {
+          dA_log = finite_sum<Cfg>(smem, params);
         }
+        store_sums(pieces, decay, dA_log, d_bias);
       }
-    });
+    }
   }
 
   // Stores function(i, dg) of the thread's pieces of dg, the i-th one of token first_row + i * kRows.
   template <bool kWhole, class Bool, class Function>
   __device__ void for_each_piece(Pieces const& pieces, Bool is_wide, Function function) {
-    constexpr int kRows = Pieces::kRows;
-    static_assert(kRows % 8 == 0);  // so that dg_at permutes them alike
     CallShape const& shape = params.shape;
     int const count = shape.dim_k - work.first_channel - pieces.channel;
-    std::int64_t const row_stride = static_cast<std::int64_t>(shape.num_gate_heads) * shape.dim_k;
-    std::int64_t at = (work.token(shape) + pieces.first_row) * row_stride +
-                      static_cast<std::int64_t>(work.gate_head) * shape.dim_k + work.first_channel +
-                      pieces.channel;
-    float const* dg = &smem.dg_at(pieces.first_row, pieces.channel);
-    int const num_pieces = (uniform(work.num_rows) - pieces.first_row + kRows - 1) / kRows;
+    int const row_stride = shape.num_gate_heads * shape.dim_k;
+    std::int64_t const step = static_cast<std::int64_t>(Pieces::kRows) * row_stride;
+    std::int64_t at =
+        work.first_dg + static_cast<std::int64_t>(pieces.first_row) * row_stride + pieces.channel;
 #pragma unroll 1
-    for (int i = 0; i < num_pieces; ++i, dg += kRows * kChannels, at += kRows * row_stride) {
-      float4 const x = function(i, *reinterpret_cast<float4 const*>(dg));
+    for (int i = 0; i < pieces.num_pieces; ++i, at += step) {
+      float4 const x = function(i, pieces.read_dg(i));
       if (kWhole || params.dg != nullptr) {
         store(at, is_wide, x, kWhole ? 4 : count, kWhole || shape.dim_k % 4 == 0);
       }
@@ -195,37 +185,39 @@ struct DecayGradients {
     }
   }
 
-  // Sums over tokens: over a thread's, a warp's, and all; those of dA_log over channels too.
-  __device__ void store_sums(Pieces const& pieces, float dA_log, float4 d_bias) {
-    auto& of_warps = smem.scratch().sums;
-    int const warp = threadIdx.x / kWarpThreads;
-#pragma unroll
-    for (int lane = kWarpThreads / 2; lane > 0; lane /= 2) {
-      dA_log += __shfl_xor_sync(0xffffffff, dA_log, lane);
-    }
-    static_assert(kWarpThreads == 2 * Pieces::kPieces);  // two tokens a warp
-    auto const both = [](float x) { return x + __shfl_xor_sync(0xffffffff, x, Pieces::kPieces); };
-    // Lanes of the same channels have the same.
-    of_warps.dA_log[warp] = dA_log;
-    *reinterpret_cast<float4*>(&of_warps.d_dt_bias[warp][pieces.channel]) = {both(d_bias.x), both(d_bias.y),
-                                                                             both(d_bias.z), both(d_bias.w)};
+  // Sums over tokens, of what every thread has of its own; those of dA_log over channels too.
+  template <class Decay>
+  __device__ void store_sums(Pieces const& pieces, Decay const& decay, float dA_log, float4 d_bias) {
+    auto& of_threads = smem.scratch().sums;
+    static_assert(sizeof(of_threads.d_dt_bias) == sizeof(float) * Pieces::kRows * kChannels);
+    of_threads.dA_log[threadIdx.x] = dA_log;
+    *reinterpret_cast<float4*>(&of_threads.d_dt_bias[pieces.first_row][pieces.channel]) = d_bias;
     __syncthreads();
-    auto const over_warps = [](auto of_warp) {
+    auto const sum_of = [](auto part, auto count) {
       float sum = 0.f;
 #pragma unroll
-      for (int i = 0; i < kThreads / kWarpThreads; ++i) {
-        sum += of_warp(i);
+      for (int i = 0; i < count; ++i) {
+        sum += part(i);
       }
       return sum;
     };
     if (int const channel = work.first_channel + threadIdx.x;
         params.d_dt_bias_of_slots != nullptr && threadIdx.x < kChannels && channel < params.shape.dim_k) {
       params.d_dt_bias_of_slots[work.tile * params.shape.dim_k + channel] =
-          over_warps([&](int i) { return of_warps.d_dt_bias[i][threadIdx.x]; });
+          sum_of([&](int i) { return of_threads.d_dt_bias[i][threadIdx.x]; },
+                 std::integral_constant<int, Pieces::kRows>{});
     }
-    if (params.dA_log_of_slots != nullptr && threadIdx.x == kThreads - 1) {
-      params.dA_log_of_slots[work.tile * work.num_boxes + work.box] =
-          over_warps([&](int i) { return of_warps.dA_log[i]; });
+    if (params.dA_log_of_slots != nullptr && threadIdx.x >= kThreads - kWarpThreads) {
+      int const lane = static_cast<int>(threadIdx.x % kWarpThreads);
+      float sum = sum_of([&](int i) { return of_threads.dA_log[i * kWarpThreads + lane]; },
+                         std::integral_constant<int, kThreads / kWarpThreads>{});
+#pragma unroll
+      for (int distance = kWarpThreads / 2; distance > 0; distance /= 2) {
+        sum += __shfl_xor_sync(0xffffffff, sum, distance);
+      }
+      if (lane == 0) {
+        params.dA_log_of_slots[work.tile * work.num_boxes + work.box] = decay.dA_log(sum);
+      }
     }
   }
 };

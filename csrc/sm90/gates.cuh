@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cmath>
+#include <type_traits>
 
 #include "params.h"
 #include "tile/activation.cuh"
@@ -9,16 +10,48 @@
 
 namespace gdn2 {
 
-// Whether anything is asked for that the plain kernels do not make.
-inline bool is_fused(GateParams const& gates, ElementType gate_element) {
-  return gates.use_qk_l2norm || gates.use_gate_sigmoid || gates.decay_gate != DecayGate::kNone ||
-         gate_element != ElementType::kFloat32;
+// What a kernel makes of its inputs itself, known where it is compiled: branches over what is not asked for,
+// and its code between the other, cost the call up to 3%. kAny: one of the others, or a g that may have 16
+// bits.
+template <bool kAny_, DecayGate kGate_ = DecayGate::kNone, bool kNormalize_ = false, bool kSigmoid_ = false>
+struct Extras {
+  static constexpr bool kAny = kAny_;
+  static constexpr DecayGate kGate = kGate_;
+  static constexpr bool kIsGated = kGate != DecayGate::kNone;
+  static constexpr bool kNormalize = kNormalize_;  // the L2 norms of q and k
+  static constexpr bool kSigmoid = kSigmoid_;      // of b and w
+};
+
+// f(Extras) of those that are asked for.
+template <class F>
+void with_extras(GateParams const& gates, ElementType gate_element, F f) {
+  if (!gates.use_qk_l2norm && !gates.use_gate_sigmoid && gates.decay_gate == DecayGate::kNone &&
+      gate_element == ElementType::kFloat32) {
+    return f(Extras<false>{});
+  }
+  auto const with_gate = [&](auto normalize, auto sigmoid) {
+    switch (gates.decay_gate) {
+      case DecayGate::kNone:
+        return f(Extras<true, DecayGate::kNone, normalize, sigmoid>{});
+      case DecayGate::kSoftplus:
+        return f(Extras<true, DecayGate::kSoftplus, normalize, sigmoid>{});
+      case DecayGate::kLowerBound:
+        return f(Extras<true, DecayGate::kLowerBound, normalize, sigmoid>{});
+    }
+  };
+  constexpr std::true_type yes;
+  constexpr std::false_type no;
+  if (gates.use_qk_l2norm) {
+    gates.use_gate_sigmoid ? with_gate(yes, yes) : with_gate(yes, no);
+  } else {
+    gates.use_gate_sigmoid ? with_gate(no, yes) : with_gate(no, no);
+  }
 }
 
-// A gate of a key head: from the raw projection g to alpha, and back. u = g + dt_bias.
-template <DecayGate kGate>
+// A gate of a key head: from the raw projection g to alpha, and back, as Element's factors need it.
+// u = g + dt_bias.
+template <class Element, DecayGate kGate>
 struct DecayFunction {
-  static constexpr bool kIsGate = kGate != DecayGate::kNone;
   float rate, inverse_rate, lower_bound;
 
   __device__ DecayFunction(GateParams const& gates, float A_log)
@@ -29,7 +62,7 @@ struct DecayFunction {
   __device__ float alpha(float g, float bias_log2) const {
     float const u_log2 = fmaf(kLog2E, g, bias_log2);
     if constexpr (kGate == DecayGate::kSoftplus) {
-      return exp2_approx(-rate * softplus_log2(u_log2));
+      return exp2_approx(-rate * softplus_log2<Element>(u_log2));
     } else if constexpr (kGate == DecayGate::kLowerBound) {
       return exp2_approx(kLog2E * lower_bound * sigmoid_log2(rate * u_log2));
     } else {
@@ -61,10 +94,10 @@ struct DecayFunction {
   static constexpr float kSmallest = 1.2e-38f, kLargest = 3.4e38f;
 
   __device__ float backward(float u_log2, float dg, float& sum) const {
-    static_assert(kIsGate);
+    static_assert(kGate != DecayGate::kNone);
     if constexpr (kGate == DecayGate::kSoftplus) {
       float const t = exp2_approx(-fabsf(u_log2));
-      sum = fmaf(dg, fmaxf(u_log2, 0.f) + log2_1p(t), sum);
+      sum = fmaf(dg, fmaxf(u_log2, 0.f) + log2_1p<Element>(t), sum);
       float slope = reciprocal_approx(fmaf(-inverse_rate, t, -inverse_rate));  // -rate / (1 + t)
       if (u_log2 < 0.f) {
         slope *= t;
@@ -77,18 +110,6 @@ struct DecayFunction {
     }
   }
 };
-
-// f(DecayFunction) of the gate that is asked for: one branch, and none an element.
-template <class F>
-__device__ void with_decay_function(GateParams const& gates, float A_log, F f) {
-  if (gates.decay_gate == DecayGate::kSoftplus) {
-    f(DecayFunction<DecayGate::kSoftplus>(gates, A_log));
-  } else if (gates.decay_gate == DecayGate::kLowerBound) {
-    f(DecayFunction<DecayGate::kLowerBound>(gates, A_log));
-  } else {
-    f(DecayFunction<DecayGate::kNone>(gates, A_log));
-  }
-}
 
 // b through its sigmoid, rounded: two neighbours of a row.
 template <class Element>

@@ -24,8 +24,8 @@
 // in the other), dP and dT 16 KB, terms of dg 16 KB, which become dg: 113 KB. Raw gates come a second time to
 // where the decays have been.
 //
-//     slices .. | dP, dT out | norms, E | decays | gamma, tail | pairs | erase | sums of dg | norms | all out
-//                                                                                raw g in .. back through it
+//     slices .. | dP, dT out | norms, E | decays | gamma, tail | pairs | erase, y.dy | sums of dg | norms | all out
+//                                                                                      raw g in .. back through it
 #include <cutlass/arch/barrier.h>
 
 #include "api/chunk_backward.h"
@@ -41,10 +41,9 @@
 namespace gdn2 {
 namespace {
 
-template <class Element_, bool kFused_>
-struct Config {
+template <class Element_, class Extras_>
+struct Config : Extras_ {
   using Element = Element_;
-  static constexpr bool kFused = kFused_;  // norms, gates, sigmoids or a 16-bit g may be asked for
 };
 
 struct TensorMaps {
@@ -75,9 +74,12 @@ __device__ void load_slice(GradientsStorage& smem, int stage, GradientsParams co
 
 __device__ void load_gates(std::uint8_t (&g)[2][kBoxBytes], FullBarrier& full, TensorMaps const& maps,
                            GradientsWork const& work, ElementType gate_element) {
-  for (int box = 0; box < (gate_element == ElementType::kFloat32 ? 2 : 1); ++box) {
-    tma_load(maps.g, full, g[box], work.first_channel + box * kChannels / 2, work.gate_head, work.first_token,
-             work.batch);
+#pragma unroll
+  for (int box = 0; box < 2; ++box) {
+    if (box == 0 || gate_element == ElementType::kFloat32) {
+      tma_load(maps.g, full, g[box], work.first_channel + box * kChannels / 2, work.gate_head,
+               work.first_token, work.batch);
+    }
   }
 }
 
@@ -285,8 +287,8 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
   };
   wait_for_earlier_kernels();  // scan_backward
-  // A thread a stage: all wait for them, and they not for each other.
-  if (int const index = threadIdx.x / kWarpThreads; index < kStages && threadIdx.x % kWarpThreads == 0) {
+  // A thread of a warp a stage: all wait for them, and they not for each other.
+  if (int const index = uniform(threadIdx.x / kWarpThreads); index < kStages && elect_one()) {
     GradientsWork const own(params, by);
     smem.full[stage_of(index)].init(1);
     cutlass::arch::fence_barrier_init();
@@ -297,7 +299,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       smem.work = own;
     }
   }
-  if constexpr (Cfg::kFused) {
+  if constexpr (Cfg::kNormalize) {
     if (threadIdx.x == kThreads - 1) {
       smem.dots_full.init(1);
       cutlass::arch::fence_barrier_init();
@@ -320,9 +322,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   HalfAccumulators &dq = products.S_dO, &dE = products.S_dX, &dk = products.dS_R;
   HalfAccumulators dG;
   Channels<Cfg> x{smem, params, work, dq, dE, dk, dG};
-  if constexpr (Cfg::kFused) {
-    x.load_parameters();
-  }
+  x.load_parameters();
   for (int index = 0; index < num_slices; ++index) {
     int const stage = stage_of(index), slice_index = work.slice(index, num_slices);
     auto& slice = smem.stages[stage].slice;
@@ -341,16 +341,17 @@ __global__ void __launch_bounds__(kThreads, 2)
       multiply_states<Element>(products, slice, place);
     }
     if (has_values) {
-      values.store(0, rows[0], slice.dX);
-      values.store(1, rows[1], slice.dX);
+      values.store(rows, slice.dX);
     }
     __syncthreads();  // every warp is done with the slice
-    if (is_first_thread()) {
-      load(work, index + kStages);
+    if (is_first_warp()) {
+      GradientsWork const own = work.for_loads();
+      if (elect_one()) {
+        load(own, index + kStages);
+      }
     }
   }
-  bool const normalize = Cfg::kFused && params.gates.use_qk_l2norm;
-  if (normalize) {
+  if constexpr (Cfg::kNormalize) {
     x.announce_dots();
   }
   float const rowsums[2] = {S_dS_rowsum(products, place, 0), S_dS_rowsum(products, place, 1)};
@@ -362,29 +363,27 @@ __global__ void __launch_bounds__(kThreads, 2)
   x.prepare_decays();
   x.finish_state_products(rowsums);
   PairGradients<Element>(smem, dq, dE, dk, dG).run();
-  if (params.dk != nullptr || params.db != nullptr) {
-    x.finish_erase_gradients();
-  }
-  if (normalize) {
-    x.sum_dots();
-  }
+  x.finish_erase_and_dots();
   DecayGradients<Cfg> decays{smem, params, work, dG};
   decays.sum_half();
-  __syncthreads();  // also: dg_writes and the scratch stage are free
-  float const dot = normalize ? x.send_dots() : 0.f;
+  // Also: dg_writes and the scratch stage but for dots are free, and no warp reads another's pieces of the
+  // inputs' tiles.
+  __syncthreads();
   decays.add_other_half();
-  if (Cfg::kFused && work.needs_raw_gates && is_first_thread()) {
-    cutlass::arch::fence_view_async_shared();  // what the scratch was, before the copy engine writes there
-    smem.full[1].arrive_and_expect_tx((params.gate_element == ElementType::kFloat32 ? 2 : 1) * kBoxBytes);
-    load_gates(smem.scratch().raw_g, smem.full[1], maps, work, params.gate_element);
+  if (Cfg::kIsGated && by.wants_decays != 0 && is_first_warp()) {
+    GradientsWork const own = work.for_loads();
+    if (elect_one()) {
+      cutlass::arch::fence_view_async_shared();  // what the scratch was, before the copy engine writes there
+      smem.full[1].arrive_and_expect_tx((params.gate_element == ElementType::kFloat32 ? 2 : 1) * kBoxBytes);
+      load_gates(smem.scratch().raw_g, smem.full[1], maps, own, params.gate_element);
+    }
   }
-  if (normalize) {
-    x.finish_norm_gradients(dot);
+  if constexpr (Cfg::kNormalize) {
+    x.finish_norm_gradients();
   }
 
   CallShape const& shape = params.shape;
   bool const partial = shape.num_gate_heads != shape.num_heads;
-  __syncthreads();  // the other half reads the tiles of the inputs no more
   auto& tokens = smem.tokens();
   if (partial) {
     x.store_partial(params.dq, dq);
@@ -394,14 +393,15 @@ __global__ void __launch_bounds__(kThreads, 2)
     x.store_tile(tokens.k, dk);
   }
   x.store_tile(tokens.b, dE);
+  typename DecayGradients<Cfg>::Pieces const pieces(smem);
   cutlass::arch::fence_view_async_shared();  // the tiles' ordinary stores, before the copy engine reads them
   __syncthreads();
   store_rows<Element>(smem, params, maps, work, partial);
-  if (Cfg::kFused && work.needs_raw_gates) {
+  if (Cfg::kIsGated && by.wants_decays != 0) {
     smem.full[1].wait((num_slices + 1) / kStages % 2);
   }
-  if (work.wants_decays) {
-    decays.store();
+  if (by.wants_decays != 0) {
+    decays.store(pieces);
   }
   if (is_first_thread()) {
     cute::tma_store_wait<0>();  // the tiles have been read
@@ -437,23 +437,21 @@ void launch(GradientsParams const& params, cudaStream_t stream) {
   constexpr int kSmemBytes = sizeof(GradientsStorage);
   static_assert(2 * (kSmemBytes + 1024) <= 228 * 1024);
   unsigned const boxes = shape.dim_k > kChannels ? 2 : 1;
-  bool const pair = Cfg::kFused && params.gates.use_qk_l2norm;
   launch_kernel<gradients_kernel<Cfg>>(
       {.name = "gradients",
        .grid = dim3(static_cast<unsigned>(shape.num_slots) * shape.num_gate_heads * boxes),
        .num_threads = kThreads,
        .shared_bytes = kSmemBytes,
        .stream = stream,
-       .cluster = dim3(pair ? boxes : 1),
+       .cluster = dim3(Cfg::kNormalize ? boxes : 1),
        .overlaps = true},
-      params, GradientsDivisors(shape, params.num_segments), maps);
+      params, GradientsDivisors(params), maps);
 }
 
 template <class Element>
 void dispatch(GradientsParams const& params, cudaStream_t stream) {
-  GateParams const& gates = params.gates;
-  is_fused(gates, params.gate_element) ? launch<Config<Element, true>>(params, stream)
-                                       : launch<Config<Element, false>>(params, stream);
+  with_extras(params.gates, params.gate_element,
+              [&](auto extras) { launch<Config<Element, decltype(extras)>>(params, stream); });
 }
 
 }  // namespace

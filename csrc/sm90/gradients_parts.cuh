@@ -21,22 +21,25 @@ constexpr int kThreads = kHalves * kWarpgroupThreads;
 constexpr int kBoxBytes = kChunk * kBoxRowBytes;
 constexpr int kStages = 2;
 
-// And boxes and slices, and how many value heads share a gate head.
+// And boxes and slices, how many value heads share a gate head, and whether dg or sums of it are asked for:
+// int, which is compared where it lies, among the parameters.
 struct GradientsDivisors : ChunkDivisors {
   cutlass::FastDivmod boxes, slices;
-  int heads_per_gate;
+  int heads_per_gate, wants_decays;
 
-  GradientsDivisors(CallShape const& shape, int num_segments)
-      : ChunkDivisors(shape, num_segments),
-        boxes(shape.dim_k > kChannels ? 2 : 1),
-        slices((shape.dim_v + kColumns - 1) / kColumns),
-        heads_per_gate(shape.num_value_heads / shape.num_gate_heads) {}
+  explicit GradientsDivisors(GradientsParams const& params)
+      : ChunkDivisors(params.shape, params.num_segments),
+        boxes(params.shape.dim_k > kChannels ? 2 : 1),
+        slices((params.shape.dim_v + kColumns - 1) / kColumns),
+        heads_per_gate(params.shape.num_value_heads / params.shape.num_gate_heads),
+        wants_decays(params.dg != nullptr || params.dA_log_of_slots != nullptr ||
+                     params.d_dt_bias_of_slots != nullptr) {}
 };
 
 // What one CTA works on.
 struct GradientsWork : ChunkWork {
   int box, first_channel, num_boxes;
-  bool wants_decays, needs_raw_gates;  // dg or sums of it; and through a decay gate
+  std::int64_t first_dg;  // where dg begins: the chunk's first token, the gate head, the CTA's first channel
 
   GradientsWork() = default;
 
@@ -46,10 +49,23 @@ struct GradientsWork : ChunkWork {
     by.boxes(order, box, static_cast<int>(blockIdx.x));
     num_boxes = by.boxes.divisor;
     first_channel = box * kChannels;
-    wants_decays =
-        params.dg != nullptr || params.dA_log_of_slots != nullptr || params.d_dt_bias_of_slots != nullptr;
-    needs_raw_gates = wants_decays && params.gates.decay_gate != DecayGate::kNone;
     find<ChunkOrder::kInwards>(shape, params.plan, by, order);  // the walks before have ended at both ends
+    first_dg = (token(shape) * shape.num_gate_heads + gate_head) * shape.dim_k + first_channel;
+  }
+
+  // By a converged warp, for loads: what they are asked for with is known to ptxas to be the same in all
+  // lanes. Otherwise each copy becomes a loop over lanes.
+  __device__ GradientsWork for_loads() const {
+    GradientsWork work = *this;
+    work.batch = uniform(batch);
+    work.first_token = uniform(first_token);
+    work.slot = uniform(slot);
+    work.head = uniform(head);
+    work.gate_head = uniform(gate_head);
+    work.box = uniform(box);
+    work.num_boxes = uniform(num_boxes);
+    work.first_channel = work.box * kChannels;
+    return work;
   }
 
   // Which slice comes index-th: the CTA of the other channels takes the second one of two first. Each makes
@@ -71,29 +87,22 @@ struct GateParameters {
   alignas(16) float bias_log2[kChannels];  // dt_bias / ln(2), zero where there is none
   float A_log;
 
+  // From global memory, by kChannels threads or more.
+  __device__ void load(GateParams const& gates, int head, int first_channel, int dim_k, int thread) {
+    int const channel = first_channel + thread;
+    if (thread < kChannels) {
+      bool const has_bias = gates.dt_bias != nullptr && channel < dim_k;
+      float const bias = has_bias ? gates.dt_bias[static_cast<std::int64_t>(head) * dim_k + channel] : 0.f;
+      bias_log2[thread] = kLog2E * bias;
+    }
+    if (thread == 0) {
+      A_log = gates.A_log != nullptr ? gates.A_log[head] : 0.f;
+    }
+  }
+
   // Of four neighbours.
   __device__ float4 bias_of(int channel) const {
     return *reinterpret_cast<float4 const*>(&bias_log2[channel]);
-  }
-};
-
-// A thread's share of them on its way there.
-struct GateParameterLoad {
-  float bias, A_log;
-
-  __device__ void load(GateParams const& gates, int head, int first_channel, int dim_k, int thread) {
-    int const channel = first_channel + thread;
-    bool const has_bias = gates.dt_bias != nullptr && thread < kChannels && channel < dim_k;
-    bias = has_bias ? gates.dt_bias[static_cast<std::int64_t>(head) * dim_k + channel] : 0.f;
-    A_log = gates.A_log != nullptr && thread == 0 ? gates.A_log[head] : 0.f;
-  }
-  __device__ void store(GateParameters& to, int thread) const {
-    if (thread < kChannels) {
-      to.bias_log2[thread] = kLog2E * bias;
-    }
-    if (thread == 0) {
-      to.A_log = A_log;
-    }
   }
 };
 
@@ -121,14 +130,19 @@ struct GradientsStorage {
   struct Scratch {  // in the stage that no slice and no tokens need
     union {
       std::uint8_t E[kBoxBytes];
-      struct {  // at the end: over a warp's tokens, and its channels
-        alignas(16) float d_dt_bias[kThreads / kWarpThreads][kChannels];
-        float dA_log[kThreads / kWarpThreads];
+      struct {  // at the end: over a thread's tokens, and its channels
+        alignas(16) float d_dt_bias[kThreads * 4 / kChannels][kChannels];
+        float dA_log[kThreads];
       } sums;
     };
     // From the first token of group j to a thread's first, and B from its second token to the group's last:
     // [2*j + channel `half`][thread of the warpgroup].
-    float F[2 * kGroups][kWarpgroupThreads];
+    union {
+      float F[2 * kGroups][kWarpgroupThreads];
+      // After the pair products, of a warp's tokens: of q and of k 1 / norm, and that times the product over
+      // all channels.
+      float4 norm_factors[kThreads / kWarpThreads][kHalfTokens];
+    };
     union {
       struct {
         float B[2 * kGroups][kWarpgroupThreads];
@@ -137,11 +151,10 @@ struct GradientsStorage {
       };
       std::uint8_t raw_g[2][kBoxBytes];  // after the pair products: what a gate was given
     };
-    // Of the rows of q and of k: 1 / norm; products with their gradients, over a warp's channels and over
-    // those of the other CTA; and 1 / norm, and that times the product over all.
+    // Of the rows of q and of k: 1 / norm; products with their gradients, over a warp's channels of this CTA
+    // and of the other one.
     alignas(16) float inverse_norms[kChunk][2];
-    float dots_of_warp[kChannels / kWarpChannels][kChunk][2], other_dots[kChunk][2];
-    alignas(16) float2 norm_factors[kChunk][2];
+    float2 dots_of_warp[kChannels / kWarpChannels][kChunk], other_dots[kChannels / kWarpChannels][kChunk];
   };
   union alignas(kSwizzleAtomBytes) Stage {
     Slice slice;
@@ -187,10 +200,15 @@ __device__ void store_piece(Value* row, Piece piece, int count, bool aligned) {
 }
 
 // Asked anew every time: what ptxas knows it keeps, packed into registers that there are not.
-__device__ inline bool is_first_thread() {
+__device__ inline bool is_first_warp() {
   unsigned id;
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(id));
-  return id == 0;
+  return uniform(static_cast<int>(id / kWarpThreads)) == 0;
+}
+
+// One thread of the first warp, which is converged; the same one at every call.
+__device__ inline bool is_first_thread() {
+  return is_first_warp() && elect_one();
 }
 
 // A thread's place: its warpgroup has half of the tokens, its warp 16 channels of them. Every phase finds it

@@ -14,7 +14,8 @@
 //
 // Grid: one CTA for a chunk slot and gate head, heads fastest, dense chunks as chunk_order.h has them; beside
 // a walk one CTA an SM, whose teams each take every so many-th. K 128: 256 threads, two CTAs an SM. K 64: 128
-// threads, three.
+// threads, three. One thread asks for the inputs, in the order in which they are needed: several at once took
+// longer.
 // Roles: a thread owns two channels of 16 tokens, in registers from the first read to the last store, so that
 // the running products stay inside it; the four warps of a warpgroup take the four blocks of 16 tokens of 64
 // channels. alpha, E and normalised k are made where they are read; q is divided by its norms where it is
@@ -49,10 +50,10 @@ using namespace prepare;
 
 // By 64 threads: the diagonal of P to its place, when nobody reads the chunk before there.
 template <class Cfg>
-__device__ void place_diagonal(SharedStorage<Cfg>& smem, bool normalizes, int row) {
+__device__ void place_diagonal(SharedStorage<Cfg>& smem, int row) {
   using Element = typename Cfg::Element;
   auto* const place = smem.P + swizzled_offset(row, row / 8) + row % 8 * sizeof(Element);
-  float const k_scale = normalizes ? smem.k_scale[row].value() : 1.f;
+  float const k_scale = Cfg::kNormalize ? smem.k_scale[row].value() : 1.f;
   *reinterpret_cast<Element*>(place) = round_to<Element>(smem.diagonal[row] * smem.q_scale[row] * k_scale);
 }
 
@@ -85,7 +86,7 @@ __device__ void store_factor_tiles(SharedStorage<Cfg>& smem, PrepareParams const
         if (i > 0) {
           gamma = gamma * float2{x.alpha[i][0], x.alpha[i][1]};
         }
-        float const q_scale = Cfg::kFused ? q_scales.of(smem.q_scale, first_row, i) : params.scale;
+        float const q_scale = Cfg::kNormalize ? q_scales.of(smem.q_scale, first_row, i) : params.scale;
         float2 const q = unpack<Element>(x.q[i]), E = unpack<Element>(x.E[i]);
         store_pair(gamma_q[i], pack<Element>(q.x * gamma.x * q_scale, q.y * gamma.y * q_scale));
         store_pair(gamma_q[i] + kFromE, pack<Element>(E.x * gamma.x, E.y * gamma.y));
@@ -228,29 +229,27 @@ struct NextChunk {
 // One chunk and gate head, whose inputs are on their way to shared memory. inputs_read(): when they are in
 // registers; operands_read(): when the products are made.
 template <class Cfg, class InputsRead, class OperandsRead>
-__device__ void run_tile(SharedStorage<Cfg>& smem, PrepareParams const& params, Work const& work, int phase,
-                         InputsRead inputs_read, OperandsRead operands_read) {
+__device__ void run_tile(SharedStorage<Cfg>& smem, PrepareParams const& params, Work const& work,
+                         GateOfThread const& gate, int phase, InputsRead inputs_read,
+                         OperandsRead operands_read) {
   GateParams const& gates = params.gates;
   ThreadPlace const at = thread_place<Cfg>();
-  bool const normalizes = Cfg::kFused && gates.use_qk_l2norm;
   ThreadInputs<Cfg> x;
-  GateOfThread const gate(params, work.head, at.channel());
   smem.rows_full.wait(phase);
-  if ((Cfg::kFused || !Cfg::kFactorsOnly) && at.box == 0) {
-    normalizes ? scale_q_rows<Cfg, true>(smem, params, work) : scale_q_rows<Cfg, false>(smem, params, work);
+  if ((Cfg::kNormalize || !Cfg::kFactorsOnly) && at.box == 0) {
+    scale_q_rows(smem, params, work);
   }
   smem.g_full.wait(phase);
   read_decays(x, smem, params, gate, work.num_rows);
   store_block_products(smem, x);
-  if (normalizes && at.box == Cfg::kBoxes - 1) {
+  if (Cfg::kNormalize && at.box == Cfg::kBoxes - 1) {
     scale_k_rows(smem, params, work);
   }
   smem.b_full.wait(phase);
-  read_b(x, smem, gates);
-  if (normalizes) {
+  if constexpr (Cfg::kNormalize) {
     sync_block<Cfg>(at.block);  // norms of the block's rows are there
   }
-  read_q_and_k(x, smem, normalizes, work.num_rows);
+  read_pairs(x, smem, gates, work.num_rows);
   // The inputs are in registers: their shared memory becomes operands. Nobody reads the tiles of the chunk
   // before.
   sync_team<Cfg>();
@@ -260,7 +259,7 @@ __device__ void run_tile(SharedStorage<Cfg>& smem, PrepareParams const& params, 
     return;
   }
   if (thread_of_team<Cfg>() < kChunk) {
-    place_diagonal(smem, normalizes, thread_of_team<Cfg>());
+    place_diagonal(smem, thread_of_team<Cfg>());
   }
   build<0>(smem, x);
   build<1>(smem, x);
@@ -310,23 +309,15 @@ __global__ void __launch_bounds__(Cfg::kThreads, Cfg::kCtasPerSm)
   if (Cfg::kFactorsOnly && blockIdx.x == 0) {
     clear_flags(params.cleared, params.num_cleared);
   }
-  if (thread_of_team<Cfg>() == 0) {
+  if (uniform(thread_of_team<Cfg>() / kWarpThreads) == 0 && elect_one()) {
     smem.rows_full.init(1);
     smem.g_full.init(1);
     smem.b_full.init(1);
     cutlass::arch::fence_barrier_init();
     smem.work[0].order = first_order;
     if (has_order(params, first_order)) {
-      loads.announce();
-    }
-  }
-  sync_team<Cfg>();
-  // A warp a part: all wait for them, and they not for each other.
-  if (int const part = thread_of_team<Cfg>() / kWarpThreads;
-      part < loads.kParts && has_order(params, first_order) && elect_one()) {
-    Work const own = find_work<Cfg>(params, by, first_order);
-    loads.load_part(own, part);
-    if (part == 0) {
+      Work const own = find_work<Cfg>(params, by, first_order);
+      loads.load(own);
       smem.work[0] = own;
     }
   }
@@ -342,12 +333,14 @@ __global__ void __launch_bounds__(Cfg::kThreads, Cfg::kCtasPerSm)
     sync_team<Cfg>();
     for (unsigned round = 0; has_order(params, smem.work[round % 4].order); ++round) {
       NextChunk<Cfg> const next{smem, params, by, loads, smem.work[round % 4], smem.work[(round + 1) % 4]};
-      run_tile(smem, params, next.work, round % 2, [&] { next.find(); }, [&] { next.load(); });
+      GateOfThread const gate(params, next.work.head, thread_place<Cfg>().channel());
+      run_tile(smem, params, next.work, gate, round % 2, [&] { next.find(); }, [&] { next.load(); });
     }
   } else {
+    GateOfThread const gate(params, by.head(first_order), thread_place<Cfg>().channel());
     let_next_kernel_start();  // where there is room; it waits for the end of this one
     sync_team<Cfg>();
-    run_tile(smem, params, smem.work[0], 0, [] {}, [] {});
+    run_tile(smem, params, smem.work[0], gate, 0, [] {}, [] {});
     if (!Cfg::kFactorsOnly && !has_order(params, static_cast<int>(blockIdx.x) + params.num_kept)) {
       keep_factors<Cfg>(params, smem.work[0]);
     }
@@ -378,15 +371,11 @@ void launch(PrepareParams const& params, cudaStream_t stream) {
 
 template <class Element, bool kFactorsOnly, bool kWholeSm>
 void dispatch(PrepareParams const& params, cudaStream_t stream) {
-  GateParams const& gates = params.gates;
-  bool const fused = is_fused(gates, params.gate_element);
-  if (params.shape.dim_k > 64) {
-    fused ? launch<Config<Element, 128, true, kFactorsOnly, kWholeSm>>(params, stream)
-          : launch<Config<Element, 128, false, kFactorsOnly, kWholeSm>>(params, stream);
-  } else {
-    fused ? launch<Config<Element, 64, true, kFactorsOnly, kWholeSm>>(params, stream)
-          : launch<Config<Element, 64, false, kFactorsOnly, kWholeSm>>(params, stream);
-  }
+  with_extras(params.gates, params.gate_element, [&](auto extras) {
+    using Extras = decltype(extras);
+    params.shape.dim_k > 64 ? launch<Config<Element, 128, Extras, kFactorsOnly, kWholeSm>>(params, stream)
+                            : launch<Config<Element, 64, Extras, kFactorsOnly, kWholeSm>>(params, stream);
+  });
 }
 
 template <class Element>

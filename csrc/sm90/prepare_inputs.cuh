@@ -3,7 +3,6 @@
 #pragma once
 
 #include <cstddef>
-#include <type_traits>
 
 #include "sm90/gates.cuh"
 #include "sm90/prepare_parts.cuh"
@@ -61,7 +60,7 @@ __device__ void read_g(float (&g)[kBlock][2], SharedStorage<Cfg>& smem, ElementT
       g[i][1] = both.y;
     }
   };
-  if (!Cfg::kFused || gate_element == ElementType::kFloat32) {
+  if (!Cfg::kAny || gate_element == ElementType::kFloat32) {
     LaneRows<std::uint32_t> const pairs{cute::cast_smem_ptr_to_uint(smem.in.g[2 * at.box + at.lane / 16]) +
                                         swizzled_offset(first_row, at.lane % 16 / 2) + at.lane % 2 * 8};
     read([&](int i) { return load_float2(pairs[i]); });
@@ -71,45 +70,41 @@ __device__ void read_g(float (&g)[kBlock][2], SharedStorage<Cfg>& smem, ElementT
   }
 }
 
-// What E will be k times: b, or its sigmoid.
+// q, k over its norm where that is asked for, and E, through the sigmoid of b: 0 in rows that are not the
+// sequence's.
 template <class Cfg>
-__device__ void read_b(ThreadInputs<Cfg>& x, SharedStorage<Cfg>& smem, GateParams const& gates) {
-  ThreadPlace const at = thread_place<Cfg>();
-  auto const pairs = pairs_of(smem.in.b[at.box], at.block * kBlock, at.lane);
-  auto const read = [&](auto sigmoid) {
-#pragma unroll
-    for (int i = 0; i < kBlock; ++i) {
-      x.E[i] = load_pair(pairs[i]);
-      if constexpr (sigmoid) {
-        x.E[i] = activate_erase<typename Cfg::Element>(gates, x.E[i]);
-      }
-    }
-  };
-  bool const sigmoid = Cfg::kFused && gates.use_gate_sigmoid;
-  sigmoid ? read(std::true_type{}) : read(std::false_type{});
-}
-
-// q, k over its norm where that is asked for, and E: 0 in rows that are not the sequence's.
-template <class Cfg>
-__device__ void read_q_and_k(ThreadInputs<Cfg>& x, SharedStorage<Cfg>& smem, bool normalizes, int num_rows) {
+__device__ void read_pairs(ThreadInputs<Cfg>& x, SharedStorage<Cfg>& smem, GateParams const& gates,
+                           int num_rows) {
   using Element = typename Cfg::Element;
   using In = decltype(smem.in);
   ThreadPlace const at = thread_place<Cfg>();
   int const first_row = at.block * kBlock;
   auto const pairs = pairs_of(smem.in.q[at.box], first_row, at.lane);
-  auto const read = [&](auto normalize) {
-    RowScales<PairFactor<Element>> inverse_norms;
+  auto const read_b = [&](int i) {
+    std::uint32_t const b = load_pair(pairs[i] + (offsetof(In, b) - offsetof(In, q)));
+    x.E[i] = Cfg::kSigmoid ? activate_erase<Element>(gates, b) : b;
+  };
+  // The sigmoid in one run of instructions with the rest, for the special function unit is slower than the
+  // others.
+  if constexpr (!Cfg::kSigmoid) {
 #pragma unroll
     for (int i = 0; i < kBlock; ++i) {
-      x.q[i] = load_pair(pairs[i]);
-      x.k[i] = load_pair(pairs[i] + (offsetof(In, k) - offsetof(In, q)));
-      if constexpr (normalize) {
-        x.k[i] = inverse_norms.of(smem.k_scale, first_row, i).times(x.k[i]);
-      }
-      x.E[i] = multiply_pairs<Element>(x.E[i], x.k[i]);
+      read_b(i);
     }
-  };
-  normalizes ? read(std::true_type{}) : read(std::false_type{});
+  }
+  RowScales<PairFactor<Element>> inverse_norms;
+#pragma unroll
+  for (int i = 0; i < kBlock; ++i) {
+    if constexpr (Cfg::kSigmoid) {
+      read_b(i);
+    }
+    x.q[i] = load_pair(pairs[i]);
+    x.k[i] = load_pair(pairs[i] + (offsetof(In, k) - offsetof(In, q)));
+    if constexpr (Cfg::kNormalize) {
+      x.k[i] = inverse_norms.of(smem.k_scale, first_row, i).times(x.k[i]);
+    }
+    x.E[i] = multiply_pairs<Element>(x.E[i], x.k[i]);
+  }
   if (first_row + kBlock > num_rows) {
 #pragma unroll
     for (int i = 0; i < kBlock; ++i) {
@@ -124,21 +119,16 @@ __device__ void read_q_and_k(ThreadInputs<Cfg>& x, SharedStorage<Cfg>& smem, boo
 template <class Cfg>
 __device__ void read_decays(ThreadInputs<Cfg>& x, SharedStorage<Cfg>& smem, PrepareParams const& params,
                             GateOfThread const& gate, int num_rows) {
+  using Element = typename Cfg::Element;
   read_g(x.alpha, smem, params.gate_element);
-  auto const make = [&](auto decay) {
-    float const bias_log2[2] = {kLog2E * gate.bias[0], kLog2E * gate.bias[1]};
+  DecayFunction<Element, Cfg::kGate> const decay(params.gates, gate.A_log);
+  float const bias_log2[2] = {kLog2E * gate.bias[0], kLog2E * gate.bias[1]};
 #pragma unroll
-    for (int i = 0; i < kBlock; ++i) {
+  for (int i = 0; i < kBlock; ++i) {
 #pragma unroll
-      for (int c = 0; c < 2; ++c) {
-        x.alpha[i][c] = decay.alpha(x.alpha[i][c], bias_log2[c]);
-      }
+    for (int c = 0; c < 2; ++c) {
+      x.alpha[i][c] = decay.alpha(x.alpha[i][c], bias_log2[c]);
     }
-  };
-  if constexpr (Cfg::kFused) {
-    with_decay_function(params.gates, gate.A_log, make);
-  } else {
-    make(DecayFunction<DecayGate::kNone>(params.gates, 0.f));
   }
   int const first_row = thread_place<Cfg>().block * kBlock;
   if (first_row + kBlock > num_rows) {
@@ -174,7 +164,7 @@ __device__ inline float inverse_norm(PrepareParams const& params, Work const& wo
 }
 
 // The scales of q's rows and the diagonal of q k^T, by the first warpgroup.
-template <class Cfg, bool kNormalize>
+template <class Cfg>
 __device__ void scale_q_rows(SharedStorage<Cfg>& smem, PrepareParams const& params, Work const& work) {
   using In = decltype(smem.in);
   constexpr int kFromQToK = offsetof(In, k) - offsetof(In, q);
@@ -182,15 +172,15 @@ __device__ void scale_q_rows(SharedStorage<Cfg>& smem, PrepareParams const& para
   ThreadPlace const at = thread_place<Cfg>();
   int const num_rows = work.num_rows;
   RowDots dots{};
-  if constexpr (kNormalize || kDiagonal) {
-    dots = row_dots<typename Cfg::Element, Cfg::kBoxes, kNormalize, kDiagonal>(smem.in.q, kFromQToK,
-                                                                               at.block * kBlock);
+  if constexpr (Cfg::kNormalize || kDiagonal) {
+    dots = row_dots<typename Cfg::Element, Cfg::kBoxes, Cfg::kNormalize, kDiagonal>(smem.in.q, kFromQToK,
+                                                                                    at.block * kBlock);
   }
   for_rows_of_lane(at, [&](int row, int i) {
     bool const is_own = row < num_rows;
-    float const inverse = kNormalize ? inverse_norm(params, work, num_rows, row, dots.self[i], false)
-                          : is_own   ? 1.f
-                                     : 0.f;
+    float const inverse = Cfg::kNormalize ? inverse_norm(params, work, num_rows, row, dots.self[i], false)
+                          : is_own        ? 1.f
+                                          : 0.f;
     smem.q_scale[row] = params.scale * inverse;
     if constexpr (kDiagonal) {
       smem.diagonal[row] = is_own ? dots.other[i] : 0.f;

@@ -18,11 +18,10 @@ constexpr int kBlock = 16;  // tokens that a thread owns
 constexpr int kNumBlocks = kChunk / kBlock;
 constexpr int kBoxBytes = kChunk * kBoxRowBytes;
 
-template <class Element_, int kDimK_, bool kFused_, bool kFactorsOnly_, bool kWholeSm_>
-struct Config {
+template <class Element_, int kDimK_, class Extras_, bool kFactorsOnly_, bool kWholeSm_>
+struct Config : Extras_ {
   using Element = Element_;
   static constexpr int kDimK = kDimK_;
-  static constexpr bool kFused = kFused_;  // norms, gates, sigmoids or a 16-bit g may be asked for
   static constexpr bool kFactorsOnly = kFactorsOnly_;  // for the backward, to which A - I and P are known
   static constexpr int kBoxes = kDimK / kBoxColumns;
   static constexpr int kWarpgroups = kBoxes;
@@ -42,7 +41,7 @@ struct Config {
   static constexpr int kTileBytes = kBoxes * kBoxBytes;
   static constexpr int kGateColumns = kBoxRowBytes / sizeof(float);  // of a box of float32 g
   // Where ptxas runs out of registers, in a loop over chunks above all. Then it is given smaller phases.
-  static constexpr bool kCrowded = kStays || (kFused && kFactorsOnly);
+  static constexpr bool kCrowded = kStays || (Extras_::kAny && kFactorsOnly);
   static constexpr int kGroup = kCrowded ? 4 : kBlock;  // tokens of a thread that are looked at together
 };
 
@@ -142,48 +141,51 @@ __device__ Work find_work(PrepareParams const& params, ChunkDivisors const& by, 
   return work;
 }
 
-// The loads of a chunk's inputs in the order in which they are needed, by one thread, or a thread each of its
-// parts once one of them has announced them.
+// The loads of a chunk's inputs, by one thread, in the order in which they are needed.
 template <class Cfg>
 struct InputLoads {
   SharedStorage<Cfg>& smem;
   TensorMaps const& maps;
   ElementType gate_element;
 
-  static constexpr int kParts = 4;
-
-  __device__ void announce() const {
-    smem.rows_full.arrive_and_expect_tx(2 * Cfg::kTileBytes);
-    smem.g_full.arrive_and_expect_tx((is_wide() ? 2 : 1) * Cfg::kTileBytes);
-    smem.b_full.arrive_and_expect_tx(Cfg::kTileBytes);
-  }
-  // Every `stride`-th box from `first` on.
-  __device__ void load(Work const& work, int first, int stride) const {
-    constexpr int kOfG = 2 * Cfg::kBoxes, kOfB = 4 * Cfg::kBoxes;  // the first box
-    for (int i = first; i < 5 * Cfg::kBoxes; i += stride) {
-      int const box = i % Cfg::kBoxes, channel = box * kBoxColumns;
-      if (i < Cfg::kBoxes) {
-        load(maps.q, smem.rows_full, smem.in.q[box], channel, work.head, work);
-      } else if (i < kOfG) {
-        load(maps.k, smem.rows_full, smem.in.k[box], channel, work.head, work);
-      } else if (i >= kOfB) {
-        load(maps.b, smem.b_full, smem.in.b[box], channel, work.gate_head, work);
-      } else if (int const g = i - kOfG; is_wide() || g % 2 == 0) {
-        // 16-bit g of 64 channels takes the first of the two boxes of float32.
-        load(maps.g, smem.g_full, smem.in.g[g], g * Cfg::kGateColumns, work.gate_head, work);
-      }
-    }
-  }
-  __device__ void load_part(Work const& work, int part) const { load(work, part, kParts); }
   __device__ void load(Work const& work) const {
-    announce();
-    load(work, 0, 1);
+    load_rows(work);
+    load_g(work);
+    load_b(work);
   }
 
  private:
-  __device__ bool is_wide() const { return gate_element == ElementType::kFloat32; }
-  __device__ void load(CUtensorMap const& map, FullBarrier& full, std::uint8_t* box, int channel, int head,
-                       Work const& work) const {
+  __device__ void load_rows(Work const& work) const {
+    smem.rows_full.arrive_and_expect_tx(2 * Cfg::kTileBytes);
+    load_boxes(maps.q, smem.rows_full, smem.in.q, work.head, work);
+    load_boxes(maps.k, smem.rows_full, smem.in.k, work.head, work);
+  }
+  __device__ void load_g(Work const& work) const {
+    FullBarrier& full = smem.g_full;
+    bool const is_wide = gate_element == ElementType::kFloat32;
+    full.arrive_and_expect_tx((is_wide ? 2 : 1) * Cfg::kTileBytes);
+#pragma unroll
+    for (int box = 0; box < 2 * Cfg::kBoxes; ++box) {
+      // 16-bit g of 64 channels takes the first of the two boxes of float32.
+      if (is_wide || box % 2 == 0) {
+        load_box(maps.g, full, smem.in.g[box], box * Cfg::kGateColumns, work.gate_head, work);
+      }
+    }
+  }
+  __device__ void load_b(Work const& work) const {
+    smem.b_full.arrive_and_expect_tx(Cfg::kTileBytes);
+    load_boxes(maps.b, smem.b_full, smem.in.b, work.gate_head, work);
+  }
+  __device__ void load_boxes(CUtensorMap const& map, FullBarrier& full,
+                             std::uint8_t (&boxes)[Cfg::kBoxes][kBoxBytes], int head,
+                             Work const& work) const {
+#pragma unroll
+    for (int box = 0; box < Cfg::kBoxes; ++box) {
+      load_box(map, full, boxes[box], box * kBoxColumns, head, work);
+    }
+  }
+  __device__ void load_box(CUtensorMap const& map, FullBarrier& full, std::uint8_t* box, int channel,
+                           int head, Work const& work) const {
     tma_load(map, full, box, channel, head, work.first_token, work.batch);
   }
 };
@@ -206,7 +208,7 @@ struct ThreadPlace {
 template <class Cfg>
 __device__ ThreadPlace thread_place() {
   unsigned thread = threadIdx.x;
-  if constexpr (Cfg::kCrowded || Cfg::kFused) {
+  if constexpr (Cfg::kCrowded || Cfg::kAny) {
     asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
   }
   thread = Cfg::kTeams == 1 ? thread : thread % Cfg::kTeamThreads;

@@ -53,29 +53,32 @@ struct ValueGradients {
   GradientsParams const& params;
   GradientsWork const& work;
   SliceIndex at;
-  int piece, column, count;  // `count` or fewer of the 8 columns exist
 
   __device__ ValueGradients(GradientsParams const& params_, GradientsDivisors const& by,
                             GradientsWork const& work_, int index)
-      : params(params_), work(work_), at(params_.shape, by, work_, index), piece(threadIdx.x % 8) {
-    column = at.slice * kColumns + 8 * piece;
-    count = params.shape.dim_v - column;
-  }
+      : params(params_), work(work_), at(params_.shape, by, work_, index) {}
 
-  __device__ int row(int i) const { return threadIdx.x / 8 + kRowStep * i; }
-  __device__ bool is_mine(int i) const { return row(i) < work.num_rows && count > 0; }
-  __device__ Element const* first_row(TokenTensor const& x) const {
+  // Asked anew every time: there are no registers for what follows from it.
+  __device__ static int thread() {
+    int thread;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+    return thread;
+  }
+  __device__ int first_row() const { return thread() / 8; }
+  __device__ int column() const { return at.slice * kColumns + thread() % 8 * 8; }
+  __device__ Element const* first_row_of(TokenTensor const& x) const {
     return static_cast<Element const*>(x.data) + work.batch * x.stride_batch +
-           (work.first_token + row(0)) * x.stride_token + at.value_head * x.stride_head + column;
+           (work.first_token + first_row()) * x.stride_token + at.value_head * x.stride_head + column();
   }
 
   // Before the slice is waited for.
   __device__ void load(Inputs (&x)[kRows]) const {
-    Element const *v = first_row(params.v), *w = first_row(params.w);
+    Element const *v = first_row_of(params.v), *w = first_row_of(params.w);
+    int const row = first_row(), count = params.shape.dim_v - column();
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       x[i] = {};
-      if (is_mine(i)) {
+      if (row + i * kRowStep < work.num_rows && count > 0) {
         x[i] = {load_piece(v, count), load_piece(w, count)};
       }
       v += kRowStep * params.v.stride_token;
@@ -83,16 +86,31 @@ struct ValueGradients {
     }
   }
 
-  template <bool kSigmoid>
+  // With the sigmoid a loop, so that both rows run what has been fetched once.
+  __device__ void store(Inputs (&x)[kRows], std::uint8_t const* dX_tile) const {
+    if constexpr (Cfg::kSigmoid) {
+#pragma unroll 1
+      for (int step = 0; step < kChunk; step += kRowStep) {
+        store(step, x[0], dX_tile);
+        x[0] = x[1];
+      }
+    } else {
+      store(0, x[0], dX_tile);
+      store(kRowStep, x[1], dX_tile);
+    }
+  }
+
+ private:
   __device__ static void multiply(std::uint32_t (&dv)[4], std::uint32_t (&dw)[4], std::uint32_t const (&v)[4],
                                   std::uint32_t const (&w)[4], std::uint32_t const (&dX)[4]) {
 #pragma unroll
     for (int p = 0; p < 4; ++p) {
-      if constexpr (kSigmoid) {
+      if constexpr (Cfg::kSigmoid) {
         float2 const v2 = unpack<Element>(v[p]), dX2 = unpack<Element>(dX[p]),
-                     w2 = sigmoid(unpack<Element>(w[p]));
-        dv[p] = pack<Element>(w2.x * dX2.x, w2.y * dX2.y);
-        dw[p] = pack<Element>(v2.x * dX2.x * fmaf(-w2.x, w2.x, w2.x), v2.y * dX2.y * fmaf(-w2.y, w2.y, w2.y));
+                     w2 = sigmoid(unpack<Element>(w[p])), dv2{w2.x * dX2.x, w2.y * dX2.y},
+                     v_dv{v2.x * dv2.x, v2.y * dv2.y};
+        dv[p] = pack<Element>(dv2.x, dv2.y);
+        dw[p] = pack<Element>(fmaf(-v_dv.x, w2.x, v_dv.x), fmaf(-v_dv.y, w2.y, v_dv.y));
       } else {
         dv[p] = multiply_pairs<Element>(w[p], dX[p]);
         dw[p] = multiply_pairs<Element>(v[p], dX[p]);
@@ -100,19 +118,21 @@ struct ValueGradients {
     }
   }
 
-  __device__ void store(int i, Inputs const& x, std::uint8_t const* dX_tile) const {
-    if (!is_mine(i)) {
+  // The row `step` behind the thread's first one.
+  __device__ void store(int step, Inputs const& x, std::uint8_t const* dX_tile) const {
+    CallShape const& shape = params.shape;
+    int const row = first_row() + step;
+    if (row >= work.num_rows || column() >= shape.dim_v) {
       return;
     }
-    CallShape const& shape = params.shape;
-    uint4 const dX8 = *reinterpret_cast<uint4 const*>(dX_tile + swizzled_offset(row(i), piece));
+    uint4 const dX8 = *reinterpret_cast<uint4 const*>(dX_tile + swizzled_offset(row, thread() % 8));
     std::uint32_t const v[4] = {x.v.x, x.v.y, x.v.z, x.v.w}, w[4] = {x.w.x, x.w.y, x.w.z, x.w.w},
                         dX[4] = {dX8.x, dX8.y, dX8.z, dX8.w};
     std::uint32_t dv[4], dw[4];
-    bool const use_sigmoid = Cfg::kFused && params.gates.use_gate_sigmoid;
-    use_sigmoid ? multiply<true>(dv, dw, v, w, dX) : multiply<false>(dv, dw, v, w, dX);
-    std::int64_t const token_head = (work.token(shape) + row(i)) * shape.num_value_heads + at.value_head;
-    std::int64_t const place = token_head * shape.dim_v + column;
+    multiply(dv, dw, v, w, dX);
+    std::int64_t const token = work.token(shape) + first_row() + step,
+                       place = (token * shape.num_value_heads + at.value_head) * shape.dim_v + column();
+    int const count = shape.dim_v - column();
     bool const aligned = shape.dim_v % 8 == 0;
     if (params.dv != nullptr) {
       store_piece(static_cast<Element*>(params.dv) + place, uint4{dv[0], dv[1], dv[2], dv[3]}, count,

@@ -85,9 +85,6 @@ struct alignas(8) PairFactor {
   __device__ std::uint32_t times(std::uint32_t pair) const {
     return multiply_add_pairs<Element>(pair, high, multiply_pairs<Element>(pair, low));
   }
-  __device__ uint4 times(uint4 pairs) const {
-    return {times(pairs.x), times(pairs.y), times(pairs.z), times(pairs.w)};
-  }
 };
 
 // float16 has not the range for that.
@@ -102,10 +99,12 @@ struct PairFactor<__half> {
     float2 const pair2 = unpack<__half>(pair);
     return pack<__half>(x * pair2.x, x * pair2.y);
   }
-  __device__ uint4 times(uint4 pairs) const {
-    return {times(pairs.x), times(pairs.y), times(pairs.z), times(pairs.w)};
-  }
 };
+
+template <class Element>
+__device__ uint4 multiply_pairs(uint4 a, PairFactor<Element> const& b) {
+  return {b.times(a.x), b.times(a.y), b.times(a.z), b.times(a.w)};
+}
 
 template <class Element>
 __device__ Element round_to(float x) {

@@ -1,10 +1,11 @@
 // A ring of shared-memory stages between a producer, which fills them by TMA, and consumers, which read them.
 //
 // full[stage] flips when every byte of the stage has arrived; empty[stage] flips when every consumer has let
-// go of it.
+// go of it. And what else is counted on such barriers.
 #pragma once
 
 #include <cutlass/arch/barrier.h>
+#include <cute/arch/cluster_sm90.hpp>
 
 #include "tile/arch.cuh"
 
@@ -84,5 +85,15 @@ struct RingBarriers {
     }
   }
 };
+
+// x to the same place of CTA `rank` of the cluster, whose barrier there counts the bytes that have come.
+__device__ inline void store_remote(float2* place, float2 x, FullBarrier& full, int rank) {
+  std::uint32_t const address = cute::set_block_rank(cute::cast_smem_ptr_to_uint(place), rank),
+                      barrier = cute::set_block_rank(cute::cast_smem_ptr_to_uint(&full), rank);
+  asm volatile(
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];\n" ::"r"(address),
+      "f"(x.x), "f"(x.y), "r"(barrier)
+      : "memory");
+}
 
 }  // namespace gdn2
