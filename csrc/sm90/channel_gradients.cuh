@@ -22,21 +22,6 @@ struct Channels {
   HalfAccumulators &dq, &dE, &dk;  // [16 channels, tokens]; start as dO S^T, dX S^T and R dS'^T transposed
   HalfAccumulators& dG;
 
-  // What inputs are made with, from global memory, while the first slice is on its way: the gate's parameters
-  // by one warpgroup, norms by the other.
-  __device__ void load_parameters() const {
-    static_assert(kChannels <= kWarpgroupThreads && 2 * kChunk == kWarpgroupThreads);
-    GradientsPlace const place;
-    int const thread = place.thread % kWarpgroupThreads;
-    if (place.half_of_chunk == 0) {
-      if constexpr (Cfg::kIsGated) {
-        smem.gate.load(params.gates, work.head, work.first_channel, params.shape.dim_k, thread);
-      }
-    } else if constexpr (Cfg::kNormalize) {
-      smem.loaded_norms[thread % kChunk][thread / kChunk] = params.row_norms[work.tile * 2 * kChunk + thread];
-    }
-  }
-
   // The warp's pieces of q, k and E as the products read them: normalised, rows that are not the chunk's own
   // zero whatever lies there; E = b*k, through the sigmoid of b, to the scratch tile.
   __device__ void prepare_tiles() {
@@ -46,8 +31,8 @@ struct Channels {
     GradientsPlace const place;
     int const t = kHalfTokens * place.half_of_chunk + place.lane;
     if (Cfg::kNormalize && threadIdx.x < kChunk) {
-      *reinterpret_cast<float2*>(scratch.inverse_norms[threadIdx.x]) =
-          *reinterpret_cast<float2 const*>(smem.loaded_norms[threadIdx.x]);
+      *reinterpret_cast<float2*>(scratch.inverse_norms[threadIdx.x]) = {smem.loaded_norms[0][threadIdx.x],
+                                                                        smem.loaded_norms[1][threadIdx.x]};
     }
     auto const at = [&](std::uint8_t* tile, int i) {
       return reinterpret_cast<uint4*>(tile + swizzled_offset(t, 2 * place.warp + i));
@@ -71,7 +56,7 @@ struct Channels {
     }
     PairFactor<Element> of_q{}, of_k{};
     if constexpr (Cfg::kNormalize) {
-      float2 const inverse_norms = *reinterpret_cast<float2 const*>(smem.loaded_norms[t]);
+      float2 const inverse_norms{smem.loaded_norms[0][t], smem.loaded_norms[1][t]};
       of_q = PairFactor<Element>(inverse_norms.x);
       of_k = PairFactor<Element>(inverse_norms.y);
     }
@@ -91,7 +76,7 @@ struct Channels {
 
   // g of a group's tokens and the lane's two channels, as it came.
   __device__ void read_g(float (&g)[2][kGroup], int first_token, int channel) const {
-    auto const& tokens = smem.tokens();
+    auto& gates = smem.tokens().g;
     auto const read = [&](auto at) {
 #pragma unroll
       for (int t = 0; t < kGroup; ++t) {
@@ -100,9 +85,9 @@ struct Channels {
       }
     };
     if (!Cfg::kAny || params.gate_element == ElementType::kFloat32) {
-      read([&](int token, int ch) { return tokens.g_at(token, ch); });
+      read([&](int token, int ch) { return gates.at(token, ch); });
     } else {
-      read([&](int token, int ch) { return tokens.template narrow_g_at<Element>(token, ch); });
+      read([&](int token, int ch) { return gates.template narrow_at<Element>(token, ch); });
     }
   }
 
@@ -110,8 +95,8 @@ struct Channels {
     DecayFunction<Element, Cfg::kGate> const decay(params.gates, Cfg::kIsGated ? smem.gate.A_log : 0.f);
     float bias[2] = {0.f, 0.f};
     if constexpr (Cfg::kIsGated) {
-      bias[0] = smem.gate.bias_log2[channel];
-      bias[1] = smem.gate.bias_log2[channel + 8];
+      bias[0] = kLog2E * smem.gate.bias[channel];
+      bias[1] = kLog2E * smem.gate.bias[channel + 8];
     }
 #pragma unroll
     for (int t = 0; t < kGroup; ++t) {
@@ -344,12 +329,11 @@ struct Channels {
     {
       // A lane a token, of all of the warp's.
       int const token = kHalfTokens * place.half_of_chunk + place.lane;
-      // volatile: the other CTA's are read when they have come, and not before.
       auto const add_warps = [&](float2& sums, float2 const(&dots)[kChannels / kWarpChannels][kChunk]) {
 #pragma unroll
         for (auto const& of_warp : dots) {
-          auto const* const both = reinterpret_cast<float const volatile*>(&of_warp[token]);
-          sums = {sums.x + both[0], sums.y + both[1]};
+          float2 const both = load_in_order(&of_warp[token]);
+          sums = {sums.x + both.x, sums.y + both.y};
         }
       };
       float2 sums{};
@@ -379,21 +363,6 @@ struct Channels {
           dk[n + 1] = dk[n + 1] * factors1.z - k2.y * factors1.w;
         }
       }
-    }
-  }
-
-  // The rounded gradient over the warp's part of the tile of its input.
-  __device__ void store_tile(std::uint8_t* tile, HalfAccumulators const& acc) const {
-    GradientsPlace const place;
-#pragma unroll
-    for (int pair = 0; pair < kHalfGroups / 2; ++pair) {
-      std::uint32_t r[4];
-#pragma unroll
-      for (int m = 0; m < 4; ++m) {
-        int const n = 4 * (2 * pair + m % 2) + 2 * (m / 2);
-        r[m] = pack<Element>(acc[n], acc[n + 1]);
-      }
-      store_matrices_transposed(r, tile, kGroup * place.group(2 * pair), 2 * place.warp);
     }
   }
 

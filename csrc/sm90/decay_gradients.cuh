@@ -10,32 +10,32 @@
 
 namespace gdn2 {
 
-// A thread's pieces of the tiles of dg and of g [64 tokens, 64 channels], g float32 in two boxes of 32
-// channels or 16-bit in one: the same four channels of every kRows-th token.
+// A thread's pieces of the tiles of dg and of g [64 tokens, 64 channels], float32 in two boxes of 32 channels
+// or, g, 16-bit in one: the same four channels of every kRows-th token.
 template <class Element>
 struct GatePieces {
   static constexpr int kPieces = kBoxColumns / 4, kRows = kThreads / kPieces;
   static_assert(kRows % 8 == 0);  // so that the pieces lie in the same place of their rows
 
   int first_row, channel, num_pieces;  // of the chunk's own rows
-  std::uint8_t const *wide, *narrow;   // float32 and 16-bit
-  float const* dg;
+  std::uint8_t const *wide, *narrow;   // of g: float32 and 16-bit
+  std::uint8_t const* dg;
 
   // By some threads of a warp, or all.
   __device__ explicit GatePieces(GradientsStorage& smem) {
     int const thread = static_cast<int>(threadIdx.x), piece = thread % kPieces;
-    auto const& boxes = smem.scratch().raw_g;
+    auto const& boxes = smem.scratch().raw_g.boxes;
     first_row = thread / kPieces;
     channel = 4 * piece;
     num_pieces = (smem.work.num_rows - first_row + kRows - 1) / kRows;
     wide = boxes[piece / 8] + swizzled_offset(first_row, piece % 8);
     narrow = boxes[0] + swizzled_offset(first_row, piece / 2) + piece % 2 * 8;
-    dg = &smem.dg_at(first_row, channel);
+    dg = smem.dg.boxes[piece / 8] + swizzled_offset(first_row, piece % 8);
   }
 
   // Of token first_row + i * kRows.
   __device__ float4 read_dg(int i) const {
-    return *reinterpret_cast<float4 const*>(dg + i * kRows * kChannels);
+    return *reinterpret_cast<float4 const*>(dg + i * kRows * kBoxRowBytes);
   }
   __device__ float4 read_g(int i, bool is_wide) const {
     if (is_wide) {
@@ -45,19 +45,19 @@ struct GatePieces {
   }
 };
 
-// What a thread's pieces of dg add to dA_log, where some of g is infinite. Rarely called and never inlined:
-// code that is not in the way.
+// What a thread's pieces of dg add to dA_log, where the quick sum is not exact. Rarely called and never
+// inlined: code that is not in the way.
 template <class Cfg>
-__device__ __noinline__ float finite_sum(GradientsStorage& smem, GradientsParams const& params) {
+__device__ __noinline__ float exact_sum(GradientsStorage& smem, GradientsParams const& params) {
   GatePieces<typename Cfg::Element> const pieces(smem);
-  float4 const bias = smem.gate.bias_of(pieces.channel);
+  float4 const bias = smem.gate.biases_log2(pieces.channel);
   DecayFunction<typename Cfg::Element, Cfg::kGate> const decay(params.gates, smem.gate.A_log);
   float sum = 0.f;
 #pragma unroll 1
   for (int i = 0; i < pieces.num_pieces; ++i) {
     float4 const g = pieces.read_g(i, params.gate_element == ElementType::kFloat32), dg = pieces.read_dg(i);
-    sum += decay.finite_term(g.x, bias.x, dg.x) + decay.finite_term(g.y, bias.y, dg.y) +
-           decay.finite_term(g.z, bias.z, dg.z) + decay.finite_term(g.w, bias.w, dg.w);
+    sum += decay.exact_term(g.x, bias.x, dg.x) + decay.exact_term(g.y, bias.y, dg.y) +
+           decay.exact_term(g.z, bias.z, dg.z) + decay.exact_term(g.w, bias.w, dg.w);
   }
   return sum;
 }
@@ -72,7 +72,8 @@ struct DecayGradients {
   GradientsWork const& work;
   HalfAccumulators& dG;  // terms of the reads and pairs; those of the writes are in smem.dg_writes
 
-  // Sums dG from the end of the half; behind a barrier add_other_half makes dg of it, in its tile.
+  // Sums dG from the end of the half; behind a barrier add_other_half makes dg of it, in its tile: float32
+  // where it goes through a gate, and else as g is.
   __device__ void sum_half() {
     GradientsPlace const place;
     float later[2] = {0.f, 0.f};
@@ -100,29 +101,37 @@ struct DecayGradients {
 
   __device__ void add_other_half() {
     GradientsPlace const place;
-    bool const first = place.half_of_chunk == 0;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       int const ch = place.channel(half);
-      float const other = first ? smem.second_reads[ch] : smem.first_writes[ch];
+      float const other = place.half_of_chunk == 0 ? smem.second_reads[ch] : smem.first_writes[ch];
 #pragma unroll
       for (int i = 0; i < kHalfGroups; ++i) {
-        int const n = 4 * i + 2 * half;
-        smem.dg_at(place.token(i, 0), ch) = dG[n] + other;
-        smem.dg_at(place.token(i, 1), ch) = dG[n + 1] + other;
+        dG[4 * i + 2 * half] += other;
+        dG[4 * i + 2 * half + 1] += other;
       }
+    }
+    if (!Cfg::kIsGated && !is_wide()) {
+      store_tile<Element>(smem.dg.boxes[0], dG);
+      return;
+    }
+#pragma unroll
+    for (int n = 0; n < 4 * kHalfGroups; ++n) {
+      smem.dg.at(place.token(n / 4, n % 2), place.channel(n / 2 % 2)) = dG[n];
     }
   }
 
-  // dg from its tile, through the gate where there is one.
+  __device__ bool is_wide() const { return !Cfg::kAny || params.gate_element == ElementType::kFloat32; }
+
+  // dg from its tile, through the gate.
   __device__ void store(Pieces const& pieces) {
+    static_assert(Cfg::kIsGated);
     CallShape const& shape = params.shape;
     bool const has_whole_pieces =
         params.dg != nullptr && shape.dim_k % 4 == 0 && shape.dim_k - work.first_channel >= kChannels;
-    bool const is_wide = !Cfg::kAny || params.gate_element == ElementType::kFloat32;
     if (!has_whole_pieces) {
-      store_pieces<false>(pieces, is_wide);
-    } else if (is_wide) {
+      store_pieces<false>(pieces, is_wide());
+    } else if (is_wide()) {
       store_pieces<true>(pieces, std::true_type{});
     } else {
       store_pieces<true>(pieces, std::false_type{});
@@ -134,26 +143,22 @@ struct DecayGradients {
   // then. So nothing is asked for every piece.
   template <bool kWhole, class Bool>
   __device__ void store_pieces(Pieces const& pieces, Bool is_wide) {
-    if constexpr (!Cfg::kIsGated) {
-      for_each_piece<kWhole>(pieces, is_wide, [](int, float4 dg) { return dg; });
-    } else {
-      DecayFunction<Element, Cfg::kGate> const decay(params.gates, smem.gate.A_log);
-      float4 const bias = smem.gate.bias_of(pieces.channel);
-      float dA_log = 0.f;
-      float4 d_bias{};
-      for_each_piece<kWhole>(pieces, is_wide, [&](int i, float4 dg) -> float4 {
-        float4 const g = pieces.read_g(i, is_wide);
-        dg = {decay.backward(g.x, bias.x, dg.x, dA_log), decay.backward(g.y, bias.y, dg.y, dA_log),
-              decay.backward(g.z, bias.z, dg.z, dA_log), decay.backward(g.w, bias.w, dg.w, dA_log)};
-        d_bias = {d_bias.x + dg.x, d_bias.y + dg.y, d_bias.z + dg.z, d_bias.w + dg.w};
-        return dg;
-      });
-      if (params.dA_log_of_slots != nullptr || params.d_dt_bias_of_slots != nullptr) {
-        if (!isfinite(dA_log)) {
-          dA_log = finite_sum<Cfg>(smem, params);
-        }
-        store_sums(pieces, decay, dA_log, d_bias);
+    DecayFunction<Element, Cfg::kGate> const decay(params.gates, smem.gate.A_log);
+    float4 bias = smem.gate.biases_log2(pieces.channel), d_bias{};
+    bias = {decay.shifted(bias.x), decay.shifted(bias.y), decay.shifted(bias.z), decay.shifted(bias.w)};
+    typename DecayFunction<Element, Cfg::kGate>::Sum dA_log;
+    for_each_piece<kWhole>(pieces, is_wide, [&](int i, float4 dg) -> float4 {
+      float4 const g = pieces.read_g(i, is_wide);
+      dg = {decay.backward(g.x, bias.x, dg.x, dA_log), decay.backward(g.y, bias.y, dg.y, dA_log),
+            decay.backward(g.z, bias.z, dg.z, dA_log), decay.backward(g.w, bias.w, dg.w, dA_log)};
+      d_bias = {d_bias.x + dg.x, d_bias.y + dg.y, d_bias.z + dg.z, d_bias.w + dg.w};
+      return dg;
+    });
+    if (params.dA_log_of_slots != nullptr || params.d_dt_bias_of_slots != nullptr) {
+      if (!dA_log.is_exact()) {
+        dA_log.all = exact_sum<Cfg>(smem, params);
       }
+      store_sums(pieces, decay, dA_log.all, d_bias);
     }
   }
 
@@ -209,12 +214,9 @@ struct DecayGradients {
     }
     if (params.dA_log_of_slots != nullptr && threadIdx.x >= kThreads - kWarpThreads) {
       int const lane = static_cast<int>(threadIdx.x % kWarpThreads);
-      float sum = sum_of([&](int i) { return of_threads.dA_log[i * kWarpThreads + lane]; },
-                         std::integral_constant<int, kThreads / kWarpThreads>{});
-#pragma unroll
-      for (int distance = kWarpThreads / 2; distance > 0; distance /= 2) {
-        sum += __shfl_xor_sync(0xffffffff, sum, distance);
-      }
+      float const sum =
+          sum_over_warp(sum_of([&](int i) { return of_threads.dA_log[i * kWarpThreads + lane]; },
+                               std::integral_constant<int, kThreads / kWarpThreads>{}));
       if (lane == 0) {
         params.dA_log_of_slots[work.tile * work.num_boxes + work.box] = decay.dA_log(sum);
       }

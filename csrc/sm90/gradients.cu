@@ -21,11 +21,11 @@
 // channels x 32 tokens for itself, and the pair products of pair_gradients.cuh add to the accumulators where
 // they are.
 // Shared memory: two stages of 40 KB (S, dS', dO, R, dX of a slice; after the last slice q, k, b, g; decays
-// in the other), dP and dT 16 KB, terms of dg 16 KB, which become dg: 113 KB. Raw gates come a second time to
-// where the decays have been.
+// in the other), dv and dw 16 KB, then dP and dT; v and w 16 KB, then terms of dg, then dg: 113 KB.
+// Raw gates come a second time to where the decays have been.
 //
-//     slices .. | dP, dT out | norms, E | decays | gamma, tail | pairs | erase, y.dy | sums of dg | norms | all out
-//                                                                                      raw g in .. back through it
+//     slices, dv, dw .. | dP, dT out | norms, E | decays | gamma, tail | pairs | erase, y.dy | sums of dg
+//     | norms | all out (raw g in since the sums of dg) | dg back through the gate
 #include <cutlass/arch/barrier.h>
 
 #include "api/chunk_backward.h"
@@ -47,8 +47,8 @@ struct Config : Extras_ {
 };
 
 struct TensorMaps {
-  CUtensorMap q, k, b, g, dO;
-  CUtensorMap dq, dk, db;
+  CUtensorMap q, k, b, g, v, w, dO;
+  CUtensorMap dq, dk, db, dg, dv, dw;
 };
 
 // ---- loads, by one thread ---------------------------------------------------------------------------------
@@ -59,25 +59,39 @@ __device__ void load_box(void* smem, void const* boxes, std::int64_t box, FullBa
 
 __device__ void load_slice(GradientsStorage& smem, int stage, GradientsParams const& params,
                            GradientsDivisors const& by, TensorMaps const& maps, GradientsWork const& work,
-                           int index) {
+                           int index, bool has_norms) {
   SliceIndex const at(params.shape, by, work, index);
   auto& slice = smem.stages[stage].slice;
   FullBarrier& full = smem.full[stage];
-  full.arrive_and_expect_tx(sizeof(slice));
+  full.arrive_and_expect_tx(sizeof(slice) + (has_norms ? sizeof(smem.loaded_norms) : 0));
   tma_load(maps.dO, full, slice.dO, at.slice * kColumns, at.value_head, work.first_token, work.batch);
   std::int64_t const state_box = at.tile * work.num_boxes + work.box;
   load_box(slice.R, params.tiles.R, at.tile, full);
   load_box(slice.dX, params.tiles.dX, at.tile, full);
   load_box(slice.S, params.tiles.S, state_box, full);
   load_box(slice.dS, params.tiles.dS, state_box, full);
+  if (has_norms) {
+    bulk_load(smem.loaded_norms, params.row_norms + work.tile * 2 * kChunk, sizeof(smem.loaded_norms), full);
+  }
 }
 
-__device__ void load_gates(std::uint8_t (&g)[2][kBoxBytes], FullBarrier& full, TensorMaps const& maps,
+__device__ void load_values(GradientsStorage& smem, GradientsParams const& params,
+                            GradientsDivisors const& by, TensorMaps const& maps, GradientsWork const& work,
+                            int index) {
+  SliceIndex const at(params.shape, by, work, index);
+  smem.values_full.arrive_and_expect_tx(sizeof(smem.values));
+  int const column = at.slice * kColumns;
+  tma_load(maps.v, smem.values_full, smem.values.v, column, at.value_head, work.first_token, work.batch);
+  tma_load(maps.w, smem.values_full, smem.values.w, column, at.value_head, work.first_token, work.batch);
+}
+
+// g in all its bytes, for which the barrier waits.
+__device__ void load_gates(GradientsStorage::Gates& g, FullBarrier& full, TensorMaps const& maps,
                            GradientsWork const& work, ElementType gate_element) {
 #pragma unroll
   for (int box = 0; box < 2; ++box) {
     if (box == 0 || gate_element == ElementType::kFloat32) {
-      tma_load(maps.g, full, g[box], work.first_channel + box * kChannels / 2, work.gate_head,
+      tma_load(maps.g, full, g.boxes[box], work.first_channel + box * kChannels / 2, work.gate_head,
                work.first_token, work.batch);
     }
   }
@@ -102,7 +116,8 @@ __device__ void load_tokens(GradientsStorage& smem, int stage, TensorMaps const&
 struct Products {
   float dM[4 * kGroups];              // [tokens, tokens]: dP in the first warpgroup, -dT in the second
   HalfAccumulators S_dO, S_dX, dS_R;  // [channels, tokens of the half]: S dO^T, S dX^T, dS' R^T
-  float S_dS[2][4] = {};              // second warpgroup: [16 channels, 8 of them] S dS'^T, for its diagonal
+  // Second warpgroup: of the diagonal of S dS'^T, rows lane/4 + 8*half, in lanes that have entries of it.
+  float S_dS[2] = {};  // second warpgroup: [16 channels, 8 of them] S dS'^T, for its diagonal
 };
 
 template <class Element>
@@ -124,27 +139,30 @@ __device__ void multiply_slice(Products& x, GradientsStorage::Slice const& slice
     wgmma_shared<Element, Major::MN>(x.dS_R, dS + along_column, R + half_rows + along_row, add);
   }
   wgmma_commit();
-  wgmma_wait<0>();
 }
 
-// S_dS, by the second warpgroup.
+// S_dS, by the second warpgroup: products [16 channels, 8 of them].
 template <class Element>
 __device__ void multiply_states(Products& x, GradientsStorage::Slice const& slice,
                                 GradientsPlace const& place) {
+  float products[2][4] = {};
 #pragma unroll
   for (int step = 0; step < kColumns / 16; ++step) {
     std::uint32_t s[4], ds[4];
     load_matrices_transposed<true>(s, slice.S, 16 * step, 2 * place.warp);
     load_matrices_transposed(ds, slice.dS, 16 * step, 2 * place.warp);
-    mma_16x8x16<Element>(x.S_dS[0], s, ds[0], ds[1]);
-    mma_16x8x16<Element>(x.S_dS[1], s, ds[2], ds[3]);
+    mma_16x8x16<Element>(products[0], s, ds[0], ds[1]);
+    mma_16x8x16<Element>(products[1], s, ds[2], ds[3]);
+  }
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    x.S_dS[half] += place.row % 2 == 0 ? products[half][2 * half] : products[half][2 * half + 1];
   }
 }
 
-// rowsum(S*dS') of the lane's channel `half`: the diagonal, row lane/4 and column 2*(lane%4) + c of the
-// half's eight.
+// rowsum(S*dS') of the lane's channel `half`.
 __device__ float S_dS_rowsum(Products const& x, GradientsPlace const& place, int half) {
-  return from_quad_lane(place.row % 2 ? x.S_dS[half][2 * half + 1] : x.S_dS[half][2 * half], place.row / 2);
+  return from_quad_lane(x.S_dS[half], place.row / 2);
 }
 
 // Rows of dO that are not the chunk's own become zero, whatever lies there.
@@ -171,23 +189,66 @@ __device__ void store_matrix(std::uint8_t* tile, float const (&acc)[4 * kGroups]
   }
 }
 
-// The chunk's own rows of a gradient [batch, seqlen, heads, dim_k], from its tile: where a copy by the copy
-// engine would touch the next sequence's rows, or rows are not whole 16 bytes. Never inlined: code that is
-// not in the way.
-template <class Element>
-__device__ __noinline__ void store_some_rows(void* out, std::uint8_t const* tile, CallShape const& shape,
-                                             GradientsWork const& work, int head, int heads) {
+// The chunk's own rows of a gradient [batch, seqlen, heads, dim_k], from its box, which begins at a channel:
+// where a copy by the copy engine would touch the next sequence's rows, or rows are not whole 16 bytes.
+template <class Value>
+__device__ void store_some_rows(void* out, std::uint8_t const* box, int first_channel, CallShape const& shape,
+                                GradientsWork const& work, int head, int heads, int channels) {
   if (out == nullptr) {
     return;
   }
-  int const piece = threadIdx.x % 8, channel = work.first_channel + 8 * piece, count = shape.dim_k - channel;
+  constexpr int kSize = sizeof(uint4) / sizeof(Value);
+  int const piece = threadIdx.x % 8, channel = first_channel + kSize * piece, count = channels - channel;
 #pragma unroll 1
   for (int row = threadIdx.x / 8; row < work.num_rows && count > 0; row += kThreads / 8) {
-    std::int64_t const token = static_cast<std::int64_t>(work.batch) * shape.seqlen + work.first_token + row;
-    store_piece(static_cast<Element*>(out) + (token * heads + head) * shape.dim_k + channel,
-                *reinterpret_cast<uint4 const*>(tile + swizzled_offset(row, piece)), count,
-                shape.dim_k % 8 == 0);
+    std::int64_t const at = ((work.token(shape) + row) * heads + head) * channels + channel;
+    store_piece(static_cast<Value*>(out) + at,
+                *reinterpret_cast<uint4 const*>(box + swizzled_offset(row, piece)), count,
+                channels % kSize == 0);
   }
+}
+
+// The same where there is no loop around that would have to save registers: code that is not in the way.
+template <class Value>
+__device__ __noinline__ void store_rows_out_of_line(void* out, std::uint8_t const* box, int first_channel,
+                                                    CallShape const& shape, GradientsWork const& work,
+                                                    int head, int heads, int channels) {
+  store_some_rows<Value>(out, box, first_channel, shape, work, head, heads, channels);
+}
+
+// Whether the copy engine stores the chunk's rows.
+__device__ bool has_whole_boxes(GradientsWork const& work, int channels) {
+  return uniform(work.num_rows) == kChunk && channels % 8 == 0;
+}
+
+// dv and dw of a slice from their tiles, by one thread.
+__device__ void store_values(GradientsStorage& smem, GradientsParams const& params,
+                             GradientsDivisors const& by, TensorMaps const& maps, GradientsWork const& work,
+                             int index) {
+  SliceIndex const at(params.shape, by, work, index);
+  auto const store = [&](void const* out, CUtensorMap const& map, std::uint8_t const* tile) {
+    if (out != nullptr) {
+      cute::SM90_TMA_STORE::copy(&map, tile, at.slice * kColumns, at.value_head, work.first_token,
+                                 work.batch);
+    }
+  };
+  store(params.dv, maps.dv, smem.d_values.v);
+  store(params.dw, maps.dw, smem.d_values.w);
+  cute::tma_store_arrive();
+}
+
+// The same by all threads, row by row.
+template <class Element>
+__device__ void store_some_values(GradientsStorage& smem, GradientsParams const& params,
+                                  GradientsDivisors const& by, GradientsWork const& work, int index) {
+  CallShape const& shape = params.shape;
+  SliceIndex const at(shape, by, work, index);
+  auto const store = [&](void* out, std::uint8_t const* tile) {
+    store_some_rows<Element>(out, tile, at.slice * kColumns, shape, work, at.value_head,
+                             shape.num_value_heads, shape.dim_v);
+  };
+  store(params.dv, smem.d_values.v);
+  store(params.dw, smem.d_values.w);
 }
 
 // dq and dk (unless they are partial) and db from their tiles.
@@ -196,12 +257,15 @@ __device__ void store_rows(GradientsStorage& smem, GradientsParams const& params
                            GradientsWork const& work, bool partial) {
   CallShape const& shape = params.shape;
   auto& tokens = smem.tokens();
-  if (uniform(work.num_rows) < kChunk || shape.dim_k % 8 != 0) {
+  if (!has_whole_boxes(work, shape.dim_k)) {
+    auto const store = [&](void* out, std::uint8_t const* tile, int head, int heads) {
+      store_rows_out_of_line<Element>(out, tile, work.first_channel, shape, work, head, heads, shape.dim_k);
+    };
     if (!partial) {
-      store_some_rows<Element>(params.dq, tokens.q, shape, work, work.head, shape.num_heads);
-      store_some_rows<Element>(params.dk, tokens.k, shape, work, work.head, shape.num_heads);
+      store(params.dq, tokens.q, work.head, shape.num_heads);
+      store(params.dk, tokens.k, work.head, shape.num_heads);
     }
-    store_some_rows<Element>(params.db, tokens.b, shape, work, work.gate_head, shape.num_gate_heads);
+    store(params.db, tokens.b, work.gate_head, shape.num_gate_heads);
     return;
   }
   if (!is_first_thread()) {
@@ -217,6 +281,39 @@ __device__ void store_rows(GradientsStorage& smem, GradientsParams const& params
     store(params.dk, maps.dk, tokens.k, work.head);
   }
   store(params.db, maps.db, tokens.b, work.gate_head);
+  cute::tma_store_arrive();
+}
+
+// dg from its tile, where it goes through no gate.
+template <class Element>
+__device__ void store_decays(GradientsStorage& smem, GradientsParams const& params, TensorMaps const& maps,
+                             GradientsWork const& work, bool is_wide) {
+  CallShape const& shape = params.shape;
+  int const channel = work.first_channel, second_channel = channel + kChannels / 2;
+  auto const& boxes = smem.dg.boxes;
+  if (!has_whole_boxes(work, shape.dim_k)) {
+    auto const store = [&](auto value, std::uint8_t const* box, int first_channel) {
+      store_rows_out_of_line<decltype(value)>(params.dg, box, first_channel, shape, work, work.gate_head,
+                                              shape.num_gate_heads, shape.dim_k);
+    };
+    if (is_wide) {
+      store(float{}, boxes[0], channel);
+      store(float{}, boxes[1], second_channel);
+    } else {
+      store(Element{}, boxes[0], channel);
+    }
+    return;
+  }
+  if (params.dg == nullptr || !is_first_thread()) {
+    return;
+  }
+  auto const store = [&](std::uint8_t const* box, int first_channel) {
+    cute::SM90_TMA_STORE::copy(&maps.dg, box, first_channel, work.gate_head, work.first_token, work.batch);
+  };
+  store(boxes[0], channel);
+  if (is_wide) {
+    store(boxes[1], second_channel);
+  }
   cute::tma_store_arrive();
 }
 
@@ -277,11 +374,13 @@ __global__ void __launch_bounds__(kThreads, 2)
   extern __shared__ std::uint8_t smem_bytes[];
   auto& smem = *reinterpret_cast<GradientsStorage*>(smem_bytes);
   GradientsWork const& work = smem.work;  // where it costs no registers
-  int const num_slices = by.heads_per_gate * by.slices.divisor;
+  SliceOrder const order(by);
+  int const num_slices = order.number;
   auto const stage_of = [&](int index) { return (num_slices - index) % kStages; };
   auto const load = [&](GradientsWork const& of, int index) {
     if (index < num_slices) {
-      load_slice(smem, stage_of(index), params, by, maps, of, of.slice(index, num_slices));
+      load_slice(smem, stage_of(index), params, by, maps, of, order.slice(index),
+                 Cfg::kNormalize && index == 0);
     } else if (index == num_slices) {
       load_tokens(smem, stage_of(index), maps, of, params.gate_element);
     }
@@ -296,6 +395,11 @@ __global__ void __launch_bounds__(kThreads, 2)
       load(own, index);
     }
     if (index == 0) {
+      smem.values_full.init(1);
+      cutlass::arch::fence_barrier_init();
+      if (own.num_rows > 0 && order.has_values(0)) {
+        load_values(smem, params, by, maps, own, order.slice(0));
+      }
       smem.work = own;
     }
   }
@@ -322,16 +426,14 @@ __global__ void __launch_bounds__(kThreads, 2)
   HalfAccumulators &dq = products.S_dO, &dE = products.S_dX, &dk = products.dS_R;
   HalfAccumulators dG;
   Channels<Cfg> x{smem, params, work, dq, dE, dk, dG};
-  x.load_parameters();
+  if constexpr (Cfg::kIsGated) {
+    smem.gate.load(params.gates, work.head, work.first_channel, params.shape.dim_k, threadIdx.x);
+  }
+  bool const whole_boxes = has_whole_boxes(work, params.shape.dim_v);
   for (int index = 0; index < num_slices; ++index) {
-    int const stage = stage_of(index), slice_index = work.slice(index, num_slices);
+    int const stage = uniform(stage_of(index));
     auto& slice = smem.stages[stage].slice;
-    bool const has_values = work.has_values(slice_index);
-    ValueGradients<Cfg> const values(params, by, work, slice_index);
-    typename ValueGradients<Cfg>::Inputs rows[ValueGradients<Cfg>::kRows];
-    if (has_values) {
-      values.load(rows);
-    }
+    bool const has_values = order.has_values(index);
     smem.full[stage].wait(index / kStages % 2);
     if (num_rows < kChunk) {
       clear_foreign_rows(slice.dO, num_rows);
@@ -341,14 +443,38 @@ __global__ void __launch_bounds__(kThreads, 2)
       multiply_states<Element>(products, slice, place);
     }
     if (has_values) {
-      values.store(rows, slice.dX);
+      smem.values_full.wait(order.num_values_before(index) % 2);
+      ValueGradients<Cfg>::run(smem, slice.dX);
+      cutlass::arch::fence_view_async_shared();  // dv and dw, before the copy engine reads them
+    } else if (is_first_thread()) {
+      cute::tma_store_wait<0>();  // it has read those before
+    }
+    wgmma_wait<0>();
+    if constexpr (Cfg::kIsGated) {
+      wait_for_copies();  // the parameters
     }
     __syncthreads();  // every warp is done with the slice
     if (is_first_warp()) {
       GradientsWork const own = work.for_loads();
       if (elect_one()) {
         load(own, index + kStages);
+        if (has_values) {
+          if (whole_boxes) {
+            store_values(smem, params, by, maps, own, order.slice(index));
+          }
+          if (int const next = index + order.num_boxes; order.has_values(next)) {
+            load_values(smem, params, by, maps, own, order.slice(next));
+          }
+        }
       }
+    }
+    if (has_values && (!whole_boxes || order.num_boxes == 1 || index + 1 == num_slices)) {
+      if (!whole_boxes) {
+        store_some_values<Element>(smem, params, by, work, order.slice(index));
+      } else if (is_first_thread()) {
+        cute::tma_store_wait<0>();
+      }
+      __syncthreads();  // dv and dw have been read
     }
   }
   if constexpr (Cfg::kNormalize) {
@@ -374,7 +500,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     GradientsWork const own = work.for_loads();
     if (elect_one()) {
       cutlass::arch::fence_view_async_shared();  // what the scratch was, before the copy engine writes there
-      smem.full[1].arrive_and_expect_tx((params.gate_element == ElementType::kFloat32 ? 2 : 1) * kBoxBytes);
+      smem.full[1].arrive_and_expect_tx((decays.is_wide() ? 2 : 1) * kBoxBytes);
       load_gates(smem.scratch().raw_g, smem.full[1], maps, own, params.gate_element);
     }
   }
@@ -389,19 +515,23 @@ __global__ void __launch_bounds__(kThreads, 2)
     x.store_partial(params.dq, dq);
     x.store_partial(params.dk, dk);
   } else {
-    x.store_tile(tokens.q, dq);
-    x.store_tile(tokens.k, dk);
+    store_tile<Element>(tokens.q, dq);
+    store_tile<Element>(tokens.k, dk);
   }
-  x.store_tile(tokens.b, dE);
-  typename DecayGradients<Cfg>::Pieces const pieces(smem);
+  store_tile<Element>(tokens.b, dE);
   cutlass::arch::fence_view_async_shared();  // the tiles' ordinary stores, before the copy engine reads them
-  __syncthreads();
-  store_rows<Element>(smem, params, maps, work, partial);
-  if (Cfg::kIsGated && by.wants_decays != 0) {
-    smem.full[1].wait((num_slices + 1) / kStages % 2);
-  }
-  if (by.wants_decays != 0) {
-    decays.store(pieces);
+  if constexpr (Cfg::kIsGated) {
+    typename DecayGradients<Cfg>::Pieces const pieces(smem);
+    __syncthreads();
+    store_rows<Element>(smem, params, maps, work, partial);
+    if (by.wants_decays != 0) {
+      smem.full[1].wait((num_slices + 1) / kStages % 2);
+      decays.store(pieces);
+    }
+  } else {
+    __syncthreads();
+    store_rows<Element>(smem, params, maps, work, partial);
+    store_decays<Element>(smem, params, maps, work, decays.is_wide());
   }
   if (is_first_thread()) {
     cute::tma_store_wait<0>();  // the tiles have been read
@@ -409,9 +539,9 @@ __global__ void __launch_bounds__(kThreads, 2)
 }
 
 // A contiguous gradient [batch, seqlen, heads, channels].
-CUtensorMap gradient_map(void* out, CallShape const& shape, int heads, int channels) {
+CUtensorMap gradient_map(void* out, CallShape const& shape, int heads, int channels, ElementType element) {
   std::int64_t const row = static_cast<std::int64_t>(heads) * channels;
-  return token_map({out, shape.seqlen * row, row, channels}, shape, heads, channels, shape.element);
+  return token_map({out, shape.seqlen * row, row, channels}, shape, heads, channels, element);
 }
 
 template <class Cfg>
@@ -421,17 +551,30 @@ void launch(GradientsParams const& params, cudaStream_t stream) {
                   .k = token_map(params.k, shape, shape.num_heads, shape.dim_k, shape.element),
                   .b = token_map(params.b, shape, shape.num_gate_heads, shape.dim_k, shape.element),
                   .g = token_map(params.g, shape, shape.num_gate_heads, shape.dim_k, params.gate_element),
+                  .v = token_map(params.v, shape, shape.num_value_heads, shape.dim_v, shape.element),
+                  .w = token_map(params.w, shape, shape.num_value_heads, shape.dim_v, shape.element),
                   .dO = token_map(params.dO, shape, shape.num_value_heads, shape.dim_v, shape.element)};
   if (shape.dim_k % 8 == 0) {
     bool const partial = shape.num_gate_heads != shape.num_heads;
     if (params.dq != nullptr && !partial) {
-      maps.dq = gradient_map(params.dq, shape, shape.num_heads, shape.dim_k);
+      maps.dq = gradient_map(params.dq, shape, shape.num_heads, shape.dim_k, shape.element);
     }
     if (params.dk != nullptr && !partial) {
-      maps.dk = gradient_map(params.dk, shape, shape.num_heads, shape.dim_k);
+      maps.dk = gradient_map(params.dk, shape, shape.num_heads, shape.dim_k, shape.element);
     }
     if (params.db != nullptr) {
-      maps.db = gradient_map(params.db, shape, shape.num_gate_heads, shape.dim_k);
+      maps.db = gradient_map(params.db, shape, shape.num_gate_heads, shape.dim_k, shape.element);
+    }
+    if (params.dg != nullptr) {
+      maps.dg = gradient_map(params.dg, shape, shape.num_gate_heads, shape.dim_k, params.gate_element);
+    }
+  }
+  if (shape.dim_v % 8 == 0) {
+    if (params.dv != nullptr) {
+      maps.dv = gradient_map(params.dv, shape, shape.num_value_heads, shape.dim_v, shape.element);
+    }
+    if (params.dw != nullptr) {
+      maps.dw = gradient_map(params.dw, shape, shape.num_value_heads, shape.dim_v, shape.element);
     }
   }
   constexpr int kSmemBytes = sizeof(GradientsStorage);

@@ -6,6 +6,7 @@
 #include "params.h"
 #include "sm90/chunk_work.h"
 #include "tile/activation.cuh"
+#include "tile/convert.cuh"
 #include "tile/decay_levels.cuh"
 #include "tile/pipeline.cuh"
 #include "tile/tma.cuh"
@@ -68,41 +69,55 @@ struct GradientsWork : ChunkWork {
     return work;
   }
 
-  // Which slice comes index-th: the CTA of the other channels takes the second one of two first. Each makes
-  // dv and dw of the first of two that it takes, whose v and w are on their way with it.
-  __device__ int slice(int index, int num_slices) const {
-    int const slice = index ^ box;
-    return slice < num_slices ? slice : index;
-  }
-  __device__ bool has_values(int slice) const { return (slice & (num_boxes - 1)) == box; }
-
   // Of the chunk's first token among all.
   __device__ std::int64_t token(CallShape const& shape) const {
     return static_cast<std::int64_t>(batch) * shape.seqlen + first_token;
   }
 };
 
+// In which order a CTA takes the slices: that of the other channels takes the second one of two first. Each
+// makes dv and dw of the first of two that it takes, and of all where there is no other.
+struct SliceOrder {
+  int number, num_boxes, box;
+
+  __device__ explicit SliceOrder(GradientsDivisors const& by)
+      : number(by.heads_per_gate * by.slices.divisor),
+        num_boxes(by.boxes.divisor),
+        box(static_cast<int>(blockIdx.x) & (num_boxes - 1)) {}
+
+  __device__ int slice(int index) const {
+    int const slice = index ^ box;
+    return slice < number ? slice : index;
+  }
+  __device__ bool has_values(int index) const {
+    return index < number && (slice(index) & (num_boxes - 1)) == box;
+  }
+  // Of the slices with values, how many come before the index-th.
+  __device__ int num_values_before(int index) const { return index >> (num_boxes - 1); }
+};
+
 // What the decay gate of a key head has, in shared memory.
 struct GateParameters {
-  alignas(16) float bias_log2[kChannels];  // dt_bias / ln(2), zero where there is none
+  alignas(16) float bias[kChannels];  // dt_bias, zero where there is none
   float A_log;
 
-  // From global memory, by kChannels threads or more.
+  // From global memory, by kChannels threads or more; wait_for_copies follows.
   __device__ void load(GateParams const& gates, int head, int first_channel, int dim_k, int thread) {
     int const channel = first_channel + thread;
     if (thread < kChannels) {
       bool const has_bias = gates.dt_bias != nullptr && channel < dim_k;
-      float const bias = has_bias ? gates.dt_bias[static_cast<std::int64_t>(head) * dim_k + channel] : 0.f;
-      bias_log2[thread] = kLog2E * bias;
+      copy_word(&bias[thread],
+                gates.dt_bias + (has_bias ? static_cast<std::int64_t>(head) * dim_k + channel : 0), has_bias);
     }
     if (thread == 0) {
-      A_log = gates.A_log != nullptr ? gates.A_log[head] : 0.f;
+      copy_word(&A_log, gates.A_log + (gates.A_log != nullptr ? head : 0), gates.A_log != nullptr);
     }
   }
 
-  // Of four neighbours.
-  __device__ float4 bias_of(int channel) const {
-    return *reinterpret_cast<float4 const*>(&bias_log2[channel]);
+  // Of four neighbours, over ln(2).
+  __device__ float4 biases_log2(int channel) const {
+    float4 const x = *reinterpret_cast<float4 const*>(&bias[channel]);
+    return {kLog2E * x.x, kLog2E * x.y, kLog2E * x.z, kLog2E * x.w};
   }
 };
 
@@ -110,22 +125,28 @@ struct GradientsStorage {
   struct Slice {
     std::uint8_t S[kBoxBytes], dS[kBoxBytes], dO[kBoxBytes], R[kBoxBytes], dX[kBoxBytes];
   };
+  struct Values {  // of a slice that this CTA makes dv and dw of, or their gradients
+    std::uint8_t v[kBoxBytes], w[kBoxBytes];
+  };
+  struct Gates {  // g or dg: float32 in two boxes of 32 channels, or 16-bit in the first one
+    std::uint8_t boxes[2][kBoxBytes];
+
+    __device__ float& at(int token, int channel) {
+      return *reinterpret_cast<float*>(boxes[channel / 32] + swizzled_offset(token, channel % 32 / 4) +
+                                       channel % 4 * 4);
+    }
+    template <class Element>
+    __device__ float narrow_at(int token, int channel) const {
+      return static_cast<float>(*reinterpret_cast<Element const*>(
+          boxes[0] + swizzled_offset(token, channel / 8) + channel % 8 * sizeof(Element)));
+    }
+  };
   struct Tokens {
     std::uint8_t q[kBoxBytes], k[kBoxBytes], b[kBoxBytes];
     union {
-      std::uint8_t g[2][kBoxBytes];                    // float32; the first one where g is 16 bits wide
+      Gates g;
       float alpha[2][2 * kGroups][kWarpgroupThreads];  // then alpha: [c][2*j + half][thread of the warpgroup]
     };
-
-    __device__ float g_at(int token, int channel) const {
-      return *reinterpret_cast<float const*>(g[channel / 32] + swizzled_offset(token, channel % 32 / 4) +
-                                             channel % 4 * 4);
-    }
-    template <class Element>
-    __device__ float narrow_g_at(int token, int channel) const {
-      return static_cast<float>(*reinterpret_cast<Element const*>(g[0] + swizzled_offset(token, channel / 8) +
-                                                                  channel % 8 * sizeof(Element)));
-    }
   };
   struct Scratch {  // in the stage that no slice and no tokens need
     union {
@@ -149,7 +170,7 @@ struct GradientsStorage {
         GroupDecay groups[kGroups][kChannels];
         GroupPlace places[kGroups][kChannels];
       };
-      std::uint8_t raw_g[2][kBoxBytes];  // after the pair products: what a gate was given
+      Gates raw_g;  // after the pair products: what a gate was given
     };
     // Of the rows of q and of k: 1 / norm; products with their gradients, over a warp's channels of this CTA
     // and of the other one.
@@ -162,24 +183,32 @@ struct GradientsStorage {
     Scratch scratch;
   };
   Stage stages[kStages];
-  std::uint8_t dP[kBoxBytes], dT[kBoxBytes];  // scale*dP, and dT; rounded, rows r
   union {
-    float loaded_norms[kChunk][2];  // scratch().inverse_norms, as long as slices lie there
-    // What the writes to S' by earlier tokens of the half add to dg; then dg.
-    float dg_writes[4 * kHalfGroups][kThreads], dg[kChunk][kChannels];
+    Values d_values;
+    struct {
+      std::uint8_t dP[kBoxBytes], dT[kBoxBytes];  // scale*dP, and dT; rounded, rows r
+    };
   };
-  // Of a channel: all writes of the first half, and all other terms of the second.
-  float first_writes[kChannels], second_reads[kChannels];
-  FullBarrier full[kStages], dots_full;  // dots_full: other_dots have come
+  union {
+    Values values;
+    float dg_writes[4 * kHalfGroups]
+                   [kThreads];  // what the writes to S' by earlier tokens of the half add to dg
+    Gates dg;
+  };
+  union {
+    float loaded_norms[2][kChunk];  // scratch().inverse_norms, as long as slices lie there
+    // Of a channel: all writes of the first half, and all other terms of the second.
+    struct {
+      float first_writes[kChannels], second_reads[kChannels];
+    };
+  };
+  FullBarrier full[kStages], values_full, dots_full;  // dots_full: other_dots have come
   GradientsWork work;
   GateParameters gate;
 
   // Slices alternate between the stages such that q, k, b and g follow the last one in stage 0.
   __device__ Tokens& tokens() { return stages[0].tokens; }
   __device__ Scratch& scratch() { return stages[1].scratch; }
-  // Permuted, so that lanes of four tokens and eight channels, and pieces of four channels, have banks of
-  // their own.
-  __device__ float& dg_at(int token, int channel) { return dg[token][channel ^ (token / 2 % 4 * 8)]; }
 };
 
 // Neighbouring elements of a row of which `count` or fewer exist.
@@ -199,11 +228,8 @@ __device__ void store_piece(Value* row, Piece piece, int count, bool aligned) {
   }
 }
 
-// Asked anew every time: what ptxas knows it keeps, packed into registers that there are not.
 __device__ inline bool is_first_warp() {
-  unsigned id;
-  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(id));
-  return uniform(static_cast<int>(id / kWarpThreads)) == 0;
+  return uniform(static_cast<int>(thread_anew() / kWarpThreads)) == 0;
 }
 
 // One thread of the first warp, which is converged; the same one at every call.
@@ -218,9 +244,7 @@ struct GradientsPlace {
   int thread, half_of_chunk, warp, lane, row, quad;
 
   __device__ GradientsPlace() {
-    unsigned id;
-    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(id));
-    id %= kThreads;  // which says that it is small
+    unsigned const id = thread_anew() % kThreads;  // which says that it is small
     thread = static_cast<int>(id);
     half_of_chunk = uniform(static_cast<int>(id / kWarpgroupThreads)) & 1;
     warp = static_cast<int>(id % kWarpgroupThreads / kWarpThreads);
@@ -239,5 +263,21 @@ struct GradientsPlace {
 
 // acc[4*i + 2*half + c]: channel `half` of the lane, token c of group i of the half.
 using HalfAccumulators = float[4 * kHalfGroups];
+
+// A gradient as HalfAccumulators, rounded, over the warp's part of a tile.
+template <class Element>
+__device__ void store_tile(std::uint8_t* tile, HalfAccumulators const& acc) {
+  GradientsPlace const place;
+#pragma unroll
+  for (int pair = 0; pair < kHalfGroups / 2; ++pair) {
+    std::uint32_t r[4];
+#pragma unroll
+    for (int m = 0; m < 4; ++m) {
+      int const n = 4 * (2 * pair + m % 2) + 2 * (m / 2);
+      r[m] = pack<Element>(acc[n], acc[n + 1]);
+    }
+    store_matrices_transposed(r, tile, kGroup * place.group(2 * pair), 2 * place.warp);
+  }
+}
 
 }  // namespace gdn2

@@ -207,10 +207,7 @@ struct ThreadPlace {
 // Where ptxas runs out of registers it is asked for anew in every phase, so that no address is kept.
 template <class Cfg>
 __device__ ThreadPlace thread_place() {
-  unsigned thread = threadIdx.x;
-  if constexpr (Cfg::kCrowded || Cfg::kAny) {
-    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
-  }
+  unsigned thread = Cfg::kCrowded || Cfg::kAny ? thread_anew() : threadIdx.x;
   thread = Cfg::kTeams == 1 ? thread : thread % Cfg::kTeamThreads;
   return {.box = static_cast<int>(thread / kWarpgroupThreads),
           .block = static_cast<int>(thread / kWarpThreads % kNumBlocks),

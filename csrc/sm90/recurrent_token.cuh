@@ -212,14 +212,6 @@ struct DecayRate {
   }
 };
 
-__device__ inline float sum_over_warp(float x) {
-#pragma unroll
-  for (int distance = kWarpThreads / 2; distance > 0; distance /= 2) {
-    x += __shfl_xor_sync(kAllLanes, x, distance);
-  }
-  return x;
-}
-
 // What the pass over the state needs of a token.
 template <class Cfg>
 struct TokenStorage {

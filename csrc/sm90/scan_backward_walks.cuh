@@ -275,8 +275,7 @@ struct Reverse {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           // r[i]: tokens 16*t + 8*(i%2) + 2*(lane%4) and the next, value columns 8*(i/2) of the warp's 16
-          int const rows_left = num_rows - (16 * t + 8 * (i % 2) + 2 * (lane_index() % 4));
-          r[i] &= rows_left >= 2 ? 0xffffffff : rows_left == 1 ? 0x0000ffff : 0;
+          r[i] &= mask_of_rows(num_rows - (16 * t + 8 * (i % 2) + 2 * (lane_index() % 4)));
         }
       }
       dO[t] = {r[0], r[2], r[1], r[3]};

@@ -106,6 +106,11 @@ inline CUtensorMap value_map(TokenTensor const& x, CallShape const& shape) {
 // Z of a chunk and warpgroup: four accumulators of every thread at a time.
 using FragmentsZ = float4[kColumns * kChunk / 4 / kWarpgroupThreads][kWarpgroupThreads];
 
+// Masks 16-bit numbers of two neighbouring rows, of which only the next rows_left count.
+__device__ inline std::uint32_t mask_of_rows(int rows_left) {
+  return rows_left >= 2 ? 0xffffffff : rows_left == 1 ? 0x0000ffff : 0;
+}
+
 // Z^T = (w*v)^T of 64 value columns, to where the math thread of the same index reads its accumulators;
 // tokens beyond num_rows are zero, whatever lies there.
 template <class Element>
@@ -118,6 +123,15 @@ __device__ void make_Z(FragmentsZ& Z, std::uint8_t const* v, std::uint8_t const*
     std::uint32_t v4[4], w4[4];
     load_matrices_transposed(v4, v, 16 * t, 2 * warp);
     load_matrices_transposed(w4, w, 16 * t, 2 * warp);
+    // v4[i], w4[i]: tokens 16*t + 8*(i%2) + token and the next, value columns 8*(i/2) of the warp's 16
+    if (num_rows < kChunk) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        std::uint32_t const own = mask_of_rows(num_rows - (16 * t + 8 * (i % 2) + token));
+        v4[i] &= own;
+        w4[i] &= own;
+      }
+    }
     float2 z[4], gate[4];
     // One branch for all, so that they are computed side by side.
     if (use_gate_sigmoid) {
@@ -133,11 +147,8 @@ __device__ void make_Z(FragmentsZ& Z, std::uint8_t const* v, std::uint8_t const*
     }
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      float2 const v2 = unpack<Element>(v4[i]), w2 = gate[i];
-      // v4[i]: tokens 16*t + 8*(i%2) + token and the next, value columns 8*(i/2) of the warp's 16
-      int const row = 16 * t + 8 * (i % 2) + token;
-      z[i].x = row < num_rows ? v2.x * w2.x : 0.f;
-      z[i].y = row + 1 < num_rows ? v2.y * w2.y : 0.f;
+      float2 const v2 = unpack<Element>(v4[i]);
+      z[i] = {v2.x * gate[i].x, v2.y * gate[i].y};
     }
     Z[2 * t][thread] = float4{z[0].x, z[0].y, z[2].x, z[2].y};
     Z[2 * t + 1][thread] = float4{z[1].x, z[1].y, z[3].x, z[3].y};

@@ -21,126 +21,59 @@ struct SliceIndex {
   }
 };
 
-// Eight neighbouring elements of a row of which `count` exist.
-template <class Element>
-__device__ uint4 load_piece(Element const* row, int count) {
-  if (count >= 8) {
-    return __ldg(reinterpret_cast<uint4 const*>(row));
-  }
-  uint4 piece{};
-  auto* const x = reinterpret_cast<Element*>(&piece);
-#pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    if (i < count) {
-      x[i] = row[i];
-    }
-  }
-  return piece;
-}
-
-// dv = w*dX and dw = v*dX of a slice, and through the sigmoid of w: a thread has a piece of 8 columns of two
-// rows.
+// dv = w*dX and dw = v*dX of a slice, and through the sigmoid of w, from tile to tile: a thread has a piece
+// of 8 columns of two rows.
 template <class Cfg>
 struct ValueGradients {
   using Element = typename Cfg::Element;
-  static constexpr int kRowStep = kThreads / 8, kRows = kChunk / kRowStep;
-  static_assert(kRows == 2);
+  static constexpr int kRowStep = kThreads / 8;
+  static_assert(kRowStep % 8 == 0);  // so that the pieces lie in the same place of their rows
 
-  struct Inputs {
-    uint4 v, w;
-  };
-
-  GradientsParams const& params;
-  GradientsWork const& work;
-  SliceIndex at;
-
-  __device__ ValueGradients(GradientsParams const& params_, GradientsDivisors const& by,
-                            GradientsWork const& work_, int index)
-      : params(params_), work(work_), at(params_.shape, by, work_, index) {}
-
-  // Asked anew every time: there are no registers for what follows from it.
-  __device__ static int thread() {
-    int thread;
-    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
-    return thread;
-  }
-  __device__ int first_row() const { return thread() / 8; }
-  __device__ int column() const { return at.slice * kColumns + thread() % 8 * 8; }
-  __device__ Element const* first_row_of(TokenTensor const& x) const {
-    return static_cast<Element const*>(x.data) + work.batch * x.stride_batch +
-           (work.first_token + first_row()) * x.stride_token + at.value_head * x.stride_head + column();
-  }
-
-  // Before the slice is waited for.
-  __device__ void load(Inputs (&x)[kRows]) const {
-    Element const *v = first_row_of(params.v), *w = first_row_of(params.w);
-    int const row = first_row(), count = params.shape.dim_v - column();
-#pragma unroll
-    for (int i = 0; i < kRows; ++i) {
-      x[i] = {};
-      if (row + i * kRowStep < work.num_rows && count > 0) {
-        x[i] = {load_piece(v, count), load_piece(w, count)};
-      }
-      v += kRowStep * params.v.stride_token;
-      w += kRowStep * params.w.stride_token;
-    }
-  }
-
-  // With the sigmoid a loop, so that both rows run what has been fetched once.
-  __device__ void store(Inputs (&x)[kRows], std::uint8_t const* dX_tile) const {
+  __device__ static void run(GradientsStorage& smem, std::uint8_t const* dX_tile) {
+    int const thread = static_cast<int>(thread_anew());
+    std::uint32_t const first = swizzled_offset(thread / 8, thread % 8);
+    auto const of_row = [&](std::uint32_t offset) {
+      auto const read = [&](std::uint8_t const* tile) {
+        return *reinterpret_cast<uint4 const*>(tile + offset);
+      };
+      uint4 dv, dw;
+      multiply(dv, dw, read(smem.values.v), read(smem.values.w), read(dX_tile));
+      *reinterpret_cast<uint4*>(smem.d_values.v + offset) = dv;
+      *reinterpret_cast<uint4*>(smem.d_values.w + offset) = dw;
+    };
+    // With the sigmoid a loop, so that both rows run what has been fetched once.
+    constexpr std::uint32_t kStep = kRowStep * kBoxRowBytes;
     if constexpr (Cfg::kSigmoid) {
 #pragma unroll 1
-      for (int step = 0; step < kChunk; step += kRowStep) {
-        store(step, x[0], dX_tile);
-        x[0] = x[1];
+      for (std::uint32_t offset = first; offset < first + kBoxBytes; offset += kStep) {
+        of_row(offset);
       }
     } else {
-      store(0, x[0], dX_tile);
-      store(kRowStep, x[1], dX_tile);
+      of_row(first);
+      of_row(first + kStep);
     }
   }
 
  private:
-  __device__ static void multiply(std::uint32_t (&dv)[4], std::uint32_t (&dw)[4], std::uint32_t const (&v)[4],
-                                  std::uint32_t const (&w)[4], std::uint32_t const (&dX)[4]) {
-#pragma unroll
-    for (int p = 0; p < 4; ++p) {
-      if constexpr (Cfg::kSigmoid) {
-        float2 const v2 = unpack<Element>(v[p]), dX2 = unpack<Element>(dX[p]),
-                     w2 = sigmoid(unpack<Element>(w[p])), dv2{w2.x * dX2.x, w2.y * dX2.y},
-                     v_dv{v2.x * dv2.x, v2.y * dv2.y};
-        dv[p] = pack<Element>(dv2.x, dv2.y);
-        dw[p] = pack<Element>(fmaf(-v_dv.x, w2.x, v_dv.x), fmaf(-v_dv.y, w2.y, v_dv.y));
-      } else {
-        dv[p] = multiply_pairs<Element>(w[p], dX[p]);
-        dw[p] = multiply_pairs<Element>(v[p], dX[p]);
-      }
-    }
+  static_assert(kChunk == 2 * kRowStep);
+
+  __device__ static void multiply(uint4& dv, uint4& dw, uint4 v, uint4 w, uint4 dX) {
+    multiply(dv.x, dw.x, v.x, w.x, dX.x);
+    multiply(dv.y, dw.y, v.y, w.y, dX.y);
+    multiply(dv.z, dw.z, v.z, w.z, dX.z);
+    multiply(dv.w, dw.w, v.w, w.w, dX.w);
   }
 
-  // The row `step` behind the thread's first one.
-  __device__ void store(int step, Inputs const& x, std::uint8_t const* dX_tile) const {
-    CallShape const& shape = params.shape;
-    int const row = first_row() + step;
-    if (row >= work.num_rows || column() >= shape.dim_v) {
-      return;
-    }
-    uint4 const dX8 = *reinterpret_cast<uint4 const*>(dX_tile + swizzled_offset(row, thread() % 8));
-    std::uint32_t const v[4] = {x.v.x, x.v.y, x.v.z, x.v.w}, w[4] = {x.w.x, x.w.y, x.w.z, x.w.w},
-                        dX[4] = {dX8.x, dX8.y, dX8.z, dX8.w};
-    std::uint32_t dv[4], dw[4];
-    multiply(dv, dw, v, w, dX);
-    std::int64_t const token = work.token(shape) + first_row() + step,
-                       place = (token * shape.num_value_heads + at.value_head) * shape.dim_v + column();
-    int const count = shape.dim_v - column();
-    bool const aligned = shape.dim_v % 8 == 0;
-    if (params.dv != nullptr) {
-      store_piece(static_cast<Element*>(params.dv) + place, uint4{dv[0], dv[1], dv[2], dv[3]}, count,
-                  aligned);
-    }
-    if (params.dw != nullptr) {
-      store_piece(static_cast<Element*>(params.dw) + place, uint4{dw[0], dw[1], dw[2], dw[3]}, count,
-                  aligned);
+  __device__ static void multiply(std::uint32_t& dv, std::uint32_t& dw, std::uint32_t v, std::uint32_t w,
+                                  std::uint32_t dX) {
+    if constexpr (Cfg::kSigmoid) {
+      float2 const v2 = unpack<Element>(v), dX2 = unpack<Element>(dX), w2 = sigmoid(unpack<Element>(w)),
+                   dv2{w2.x * dX2.x, w2.y * dX2.y}, v_dv{v2.x * dv2.x, v2.y * dv2.y};
+      dv = pack<Element>(dv2.x, dv2.y);
+      dw = pack<Element>(fmaf(-v_dv.x, w2.x, v_dv.x), fmaf(-v_dv.y, w2.y, v_dv.y));
+    } else {
+      dv = multiply_pairs<Element>(w, dX);
+      dw = multiply_pairs<Element>(v, dX);
     }
   }
 };

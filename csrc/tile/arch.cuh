@@ -20,6 +20,22 @@ __device__ inline int uniform(int x) {
   return __shfl_sync(0xffffffff, x, 0);
 }
 
+// threadIdx.x, asked for anew every time: what ptxas knows to be the same it keeps, with what follows from
+// it, in registers that there may not be.
+__device__ inline unsigned thread_anew() {
+  unsigned thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+}
+
+__device__ inline float sum_over_warp(float x) {
+#pragma unroll
+  for (int distance = kWarpThreads / 2; distance > 0; distance /= 2) {
+    x += __shfl_xor_sync(0xffffffff, x, distance);
+  }
+  return x;
+}
+
 // The index of this thread's warpgroup in the block, uniform.
 __device__ inline int warpgroup_index() {
   return uniform(static_cast<int>(threadIdx.x / kWarpgroupThreads));

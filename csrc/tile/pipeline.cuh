@@ -86,6 +86,16 @@ struct RingBarriers {
   }
 };
 
+// From shared memory, after what has been waited for before.
+__device__ inline float2 load_in_order(float2 const* place) {
+  float2 x;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];\n"
+               : "=f"(x.x), "=f"(x.y)
+               : "r"(cute::cast_smem_ptr_to_uint(place))
+               : "memory");
+  return x;
+}
+
 // x to the same place of CTA `rank` of the cluster, whose barrier there counts the bytes that have come.
 __device__ inline void store_remote(float2* place, float2 x, FullBarrier& full, int rank) {
   std::uint32_t const address = cute::set_block_rank(cute::cast_smem_ptr_to_uint(place), rank),

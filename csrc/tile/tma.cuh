@@ -72,6 +72,16 @@ __device__ inline void bulk_load_to_pair(void* smem, void const* global, std::ui
       : "memory");
 }
 
+// A copy by the thread itself that it does not wait for; zero, and nothing read, where there is nothing.
+__device__ inline void copy_word(void* smem, void const* global, bool is_there) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;\n" ::"r"(cute::cast_smem_ptr_to_uint(smem)),
+               "l"(global), "r"(is_there ? 4 : 0)
+               : "memory");
+}
+__device__ inline void wait_for_copies() {
+  asm volatile("cp.async.wait_all;\n" ::: "memory");
+}
+
 // Byte offset, inside a box that starts at a multiple of kSwizzleAtomBytes, of the 16-byte piece `piece` of
 // `row`.
 __host__ __device__ constexpr std::uint32_t swizzled_offset(int row, int piece) {
