@@ -321,55 +321,59 @@ struct Channels {
   }
 
   // Through the norms, behind a barrier: with y the normalised row and n its norm, dx = (dy - y (y.dy)) / n.
-  __device__ void finish_norm_gradients() {
-    auto& tokens = smem.tokens();
+  // First the factors of the warp's rows, a lane a token.
+  __device__ void make_norm_factors(GradientsPlace const& place) {
     auto& scratch = smem.scratch();
-    GradientsPlace const place;
-    auto& factors = scratch.norm_factors[place.thread / kWarpThreads];
-    {
-      // A lane a token, of all of the warp's.
-      int const token = kHalfTokens * place.half_of_chunk + place.lane;
-      auto const add_warps = [&](float2& sums, float2 const(&dots)[kChannels / kWarpChannels][kChunk]) {
+    int const token = kHalfTokens * place.half_of_chunk + place.lane;
+    float2 const inverse = *reinterpret_cast<float2 const*>(scratch.inverse_norms[token]);
+    float2 sums{};
+    auto const add_warps = [&](float2 const(&dots)[kChannels / kWarpChannels][kChunk]) {
+      float2 of_warps[kChannels / kWarpChannels];
 #pragma unroll
-        for (auto const& of_warp : dots) {
-          float2 const both = load_in_order(&of_warp[token]);
-          sums = {sums.x + both.x, sums.y + both.y};
-        }
-      };
-      float2 sums{};
-      add_warps(sums, scratch.dots_of_warp);
-      if (work.num_boxes == 2) {
-        smem.dots_full.wait(0);
-        add_warps(sums, scratch.other_dots);
+      for (int warp = 0; warp < kChannels / kWarpChannels; ++warp) {
+        of_warps[warp] = load_in_order(&dots[warp][token]);
       }
-      float2 const inverse = *reinterpret_cast<float2 const*>(scratch.inverse_norms[token]);
-      factors[place.lane] = {inverse.x, sums.x * inverse.x, inverse.y, sums.y * inverse.y};
+#pragma unroll
+      for (float2 x : of_warps) {
+        sums = {sums.x + x.x, sums.y + x.y};
+      }
+    };
+    add_warps(scratch.dots_of_warp);
+    if (work.num_boxes == 2) {
+      smem.dots_full.wait(0);
+      add_warps(scratch.other_dots);
     }
+    scratch.norm_factors[place.thread / kWarpThreads][place.lane] = {inverse.x, sums.x * inverse.x, inverse.y,
+                                                                     sums.y * inverse.y};
+  }
+
+  // Something else comes before, which hides that the factors go through memory.
+  __device__ void finish_norm_gradients(GradientsPlace const& place) {
+    auto& tokens = smem.tokens();
+    auto const& factors = smem.scratch().norm_factors[place.thread / kWarpThreads];
+    GroupPair const q[2] = {{lane_address(place, tokens.q), 0}, {lane_address(place, tokens.q), 2}},
+                    k[2] = {{lane_address(place, tokens.k), 0}, {lane_address(place, tokens.k), 2}};
+    static_assert(kHalfGroups == 4);
     __syncwarp();
 #pragma unroll
-    for (int pair = 0; pair < kHalfGroups / 2; ++pair) {
-      GroupPair const q(lane_address(place, tokens.q), 2 * pair), k(lane_address(place, tokens.k), 2 * pair);
+    for (int i = 0; i < kHalfGroups; ++i) {
+      int const t = kGroup * i + 2 * place.quad;  // of the half
+      float4 const factors0 = factors[t], factors1 = factors[t + 1];
 #pragma unroll
-      for (int g = 0; g < 2; ++g) {
-        int const i = 2 * pair + g, t = kGroup * i + 2 * place.quad;  // of the half
-        float4 const factors0 = factors[t], factors1 = factors[t + 1];
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          int const n = 4 * i + 2 * half;
-          float2 const q2 = unpack<Element>(q.at(i, half)), k2 = unpack<Element>(k.at(i, half));
-          dq[n] = dq[n] * factors0.x - q2.x * factors0.y;
-          dq[n + 1] = dq[n + 1] * factors1.x - q2.y * factors1.y;
-          dk[n] = dk[n] * factors0.z - k2.x * factors0.w;
-          dk[n + 1] = dk[n + 1] * factors1.z - k2.y * factors1.w;
-        }
+      for (int half = 0; half < 2; ++half) {
+        int const n = 4 * i + 2 * half;
+        float2 const q2 = unpack<Element>(q[i / 2].at(i, half)), k2 = unpack<Element>(k[i / 2].at(i, half));
+        dq[n] = dq[n] * factors0.x - q2.x * factors0.y;
+        dq[n + 1] = dq[n + 1] * factors1.x - q2.y * factors1.y;
+        dk[n] = dk[n] * factors0.z - k2.x * factors0.w;
+        dk[n + 1] = dk[n + 1] * factors1.z - k2.y * factors1.w;
       }
     }
   }
 
   // dq or dk for every gate head, float32 [batch, seqlen, num_gate_heads, dim_k].
-  __device__ void store_partial(void* out, HalfAccumulators const& acc) const {
+  __device__ void store_partial(void* out, HalfAccumulators const& acc, GradientsPlace const& place) const {
     int const num_rows = uniform(smem.work.num_rows);
-    GradientsPlace const place;
     if (out == nullptr) {
       return;
     }

@@ -14,20 +14,18 @@ namespace gdn2 {
 // or, g, 16-bit in one: the same four channels of every kRows-th token.
 template <class Element>
 struct GatePieces {
-  static constexpr int kPieces = kBoxColumns / 4, kRows = kThreads / kPieces;
+  static constexpr int kPieces = kBoxColumns / 4, kRows = kThreads / kPieces, kCount = kChunk / kRows;
   static_assert(kRows % 8 == 0);  // so that the pieces lie in the same place of their rows
 
-  int first_row, channel, num_pieces;  // of the chunk's own rows
-  std::uint8_t const *wide, *narrow;   // of g: float32 and 16-bit
+  int first_row, channel;
+  std::uint8_t const *wide, *narrow;  // of g: float32 and 16-bit
   std::uint8_t const* dg;
 
-  // By some threads of a warp, or all.
-  __device__ explicit GatePieces(GradientsStorage& smem) {
-    int const thread = static_cast<int>(threadIdx.x), piece = thread % kPieces;
+  __device__ GatePieces(GradientsStorage& smem, int thread) {
+    int const piece = thread % kPieces;
     auto const& boxes = smem.scratch().raw_g.boxes;
     first_row = thread / kPieces;
     channel = 4 * piece;
-    num_pieces = (smem.work.num_rows - first_row + kRows - 1) / kRows;
     wide = boxes[piece / 8] + swizzled_offset(first_row, piece % 8);
     narrow = boxes[0] + swizzled_offset(first_row, piece / 2) + piece % 2 * 8;
     dg = smem.dg.boxes[piece / 8] + swizzled_offset(first_row, piece % 8);
@@ -45,31 +43,12 @@ struct GatePieces {
   }
 };
 
-// What a thread's pieces of dg add to dA_log, where the quick sum is not exact. Rarely called and never
-// inlined: code that is not in the way.
-template <class Cfg>
-__device__ __noinline__ float exact_sum(GradientsStorage& smem, GradientsParams const& params) {
-  GatePieces<typename Cfg::Element> const pieces(smem);
-  float4 const bias = smem.gate.biases_log2(pieces.channel);
-  DecayFunction<typename Cfg::Element, Cfg::kGate> const decay(params.gates, smem.gate.A_log);
-  float sum = 0.f;
-#pragma unroll 1
-  for (int i = 0; i < pieces.num_pieces; ++i) {
-    float4 const g = pieces.read_g(i, params.gate_element == ElementType::kFloat32), dg = pieces.read_dg(i);
-    sum += decay.exact_term(g.x, bias.x, dg.x) + decay.exact_term(g.y, bias.y, dg.y) +
-           decay.exact_term(g.z, bias.z, dg.z) + decay.exact_term(g.w, bias.w, dg.w);
-  }
-  return sum;
-}
-
 template <class Cfg>
 struct DecayGradients {
   using Element = typename Cfg::Element;
-  using Pieces = GatePieces<Element>;
 
   GradientsStorage& smem;
   GradientsParams const& params;
-  GradientsWork const& work;
   HalfAccumulators& dG;  // terms of the reads and pairs; those of the writes are in smem.dg_writes
 
   // Sums dG from the end of the half; behind a barrier add_other_half makes dg of it, in its tile: float32
@@ -99,8 +78,7 @@ struct DecayGradients {
     }
   }
 
-  __device__ void add_other_half() {
-    GradientsPlace const place;
+  __device__ void add_other_half(GradientsPlace const& place) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       int const ch = place.channel(half);
@@ -112,7 +90,7 @@ struct DecayGradients {
       }
     }
     if (!Cfg::kIsGated && !is_wide()) {
-      store_tile<Element>(smem.dg.boxes[0], dG);
+      store_tile<Element>(smem.dg.boxes[0], dG, place);
       return;
     }
 #pragma unroll
@@ -122,66 +100,112 @@ struct DecayGradients {
   }
 
   __device__ bool is_wide() const { return !Cfg::kAny || params.gate_element == ElementType::kFloat32; }
+};
 
-  // dg from its tile, through the gate.
-  __device__ void store(Pieces const& pieces) {
-    static_assert(Cfg::kIsGated);
-    CallShape const& shape = params.shape;
-    bool const has_whole_pieces =
-        params.dg != nullptr && shape.dim_k % 4 == 0 && shape.dim_k - work.first_channel >= kChannels;
-    if (!has_whole_pieces) {
-      store_pieces<false>(pieces, is_wide());
-    } else if (is_wide()) {
-      store_pieces<true>(pieces, std::true_type{});
+// What a thread's pieces of dg add to dA_log where some of g are infinite. Rarely called and never inlined:
+// code that is not in the way.
+template <class Cfg>
+__device__ __noinline__ float finite_sum(GradientsStorage& smem, GradientsParams const& params,
+                                         bool is_wide) {
+  GatePieces<typename Cfg::Element> const pieces(smem, static_cast<int>(threadIdx.x));
+  float4 const bias = smem.gate.biases_log2(pieces.channel);
+  DecayFunction<typename Cfg::Element, Cfg::kGate> const decay(params.gates, smem.gate.A_log);
+  float sum = 0.f;
+#pragma unroll 1
+  for (int i = 0; pieces.first_row + i * pieces.kRows < smem.work.num_rows; ++i) {
+    float4 const g = pieces.read_g(i, is_wide), dg = pieces.read_dg(i);
+    sum += decay.finite_term(g.x, bias.x, dg.x) + decay.finite_term(g.y, bias.y, dg.y) +
+           decay.finite_term(g.z, bias.z, dg.z) + decay.finite_term(g.w, bias.w, dg.w);
+  }
+  return sum;
+}
+
+// dg from its tile through the gate, and what it adds to dA_log and d_dt_bias. What a thread needs for that it
+// reads before the barrier that the tile is behind.
+template <class Cfg>
+struct GateGradients {
+  using Element = typename Cfg::Element;
+  using Pieces = GatePieces<Element>;
+
+  GradientsStorage& smem;
+  GradientsParams const& params;
+  int thread;
+  Pieces pieces;
+  DecayFunction<Element, Cfg::kGate> decay;
+  float4 bias;
+  int num_rows, first_channel, row_stride;
+  std::int64_t first, tile;  // where the thread's first piece of dg begins; work.tile
+  float dA_log = 0.f;        // sums over the thread's pieces
+  float4 d_bias{};
+
+  __device__ GateGradients(GradientsStorage& smem_, GradientsParams const& params_, int thread_)
+      : smem(smem_),
+        params(params_),
+        thread(thread_),
+        pieces(smem_, thread_),
+        decay(params_.gates, smem_.gate.A_log),
+        bias(smem_.gate.biases_log2(pieces.channel)),
+        num_rows(smem_.work.num_rows),
+        first_channel(smem_.work.first_channel),
+        row_stride(params_.shape.num_gate_heads * params_.shape.dim_k),
+        first(smem_.work.first_dg + static_cast<std::int64_t>(pieces.first_row) * row_stride +
+              pieces.channel),
+        tile(smem_.work.tile) {}
+
+  // Of a whole chunk, with has_whole_dg: nothing is asked for every piece, and all are read at once.
+  // `meanwhile` comes before the sums.
+  template <class Meanwhile>
+  __device__ void store_whole(bool is_wide, Meanwhile meanwhile) {
+    if (is_wide) {
+      store_pieces<true>();
     } else {
-      store_pieces<true>(pieces, std::false_type{});
+      store_pieces<false>();
     }
+    meanwhile();
+    store_sums(is_wide);
+  }
+
+  // Of any other. Rarely called and never inlined.
+  __device__ static __noinline__ void store_some(GradientsStorage& smem, GradientsParams const& params,
+                                                 bool is_wide) {
+    GateGradients gate(smem, params, static_cast<int>(threadIdx.x));
+    CallShape const& shape = params.shape;
+    int const count = shape.dim_k - gate.first_channel - gate.pieces.channel;
+#pragma unroll 1
+    for (int i = 0; gate.pieces.first_row + i * Pieces::kRows < gate.num_rows; ++i) {
+      float4 const dg = gate.backward(gate.pieces.read_g(i, is_wide), gate.pieces.read_dg(i));
+      if (params.dg != nullptr) {
+        gate.store(i, is_wide, dg, count, shape.dim_k % 4 == 0);
+      }
+    }
+    gate.store_sums(is_wide);
   }
 
  private:
-  // kWhole: dg is asked for, and all pieces are whole; is_wide, whether g and dg are float32, is a constant
-  // then. So nothing is asked for every piece.
-  template <bool kWhole, class Bool>
-  __device__ void store_pieces(Pieces const& pieces, Bool is_wide) {
-    DecayFunction<Element, Cfg::kGate> const decay(params.gates, smem.gate.A_log);
-    float4 bias = smem.gate.biases_log2(pieces.channel), d_bias{};
-    bias = {decay.shifted(bias.x), decay.shifted(bias.y), decay.shifted(bias.z), decay.shifted(bias.w)};
-    typename DecayFunction<Element, Cfg::kGate>::Sum dA_log;
-    for_each_piece<kWhole>(pieces, is_wide, [&](int i, float4 dg) -> float4 {
-      float4 const g = pieces.read_g(i, is_wide);
-      dg = {decay.backward(g.x, bias.x, dg.x, dA_log), decay.backward(g.y, bias.y, dg.y, dA_log),
-            decay.backward(g.z, bias.z, dg.z, dA_log), decay.backward(g.w, bias.w, dg.w, dA_log)};
-      d_bias = {d_bias.x + dg.x, d_bias.y + dg.y, d_bias.z + dg.z, d_bias.w + dg.w};
-      return dg;
-    });
-    if (params.dA_log_of_slots != nullptr || params.d_dt_bias_of_slots != nullptr) {
-      if (!dA_log.is_exact()) {
-        dA_log.all = exact_sum<Cfg>(smem, params);
-      }
-      store_sums(pieces, decay, dA_log.all, d_bias);
+  template <bool kWide>
+  __device__ void store_pieces() {
+    float4 dg[Pieces::kCount], g[Pieces::kCount];
+#pragma unroll
+    for (int i = 0; i < Pieces::kCount; ++i) {
+      dg[i] = pieces.read_dg(i);
+      g[i] = pieces.read_g(i, kWide);
+    }
+#pragma unroll
+    for (int i = 0; i < Pieces::kCount; ++i) {
+      store(i, kWide, backward(g[i], dg[i]), 4, true);
     }
   }
 
-  // Stores function(i, dg) of the thread's pieces of dg, the i-th one of token first_row + i * kRows.
-  template <bool kWhole, class Bool, class Function>
-  __device__ void for_each_piece(Pieces const& pieces, Bool is_wide, Function function) {
-    CallShape const& shape = params.shape;
-    int const count = shape.dim_k - work.first_channel - pieces.channel;
-    int const row_stride = shape.num_gate_heads * shape.dim_k;
-    std::int64_t const step = static_cast<std::int64_t>(Pieces::kRows) * row_stride;
-    std::int64_t at =
-        work.first_dg + static_cast<std::int64_t>(pieces.first_row) * row_stride + pieces.channel;
-#pragma unroll 1
-    for (int i = 0; i < pieces.num_pieces; ++i, at += step) {
-      float4 const x = function(i, pieces.read_dg(i));
-      if (kWhole || params.dg != nullptr) {
-        store(at, is_wide, x, kWhole ? 4 : count, kWhole || shape.dim_k % 4 == 0);
-      }
-    }
+  __device__ float4 backward(float4 g, float4 dg) {
+    dg = {decay.backward(g.x, bias.x, dg.x, dA_log), decay.backward(g.y, bias.y, dg.y, dA_log),
+          decay.backward(g.z, bias.z, dg.z, dA_log), decay.backward(g.w, bias.w, dg.w, dA_log)};
+    d_bias = {d_bias.x + dg.x, d_bias.y + dg.y, d_bias.z + dg.z, d_bias.w + dg.w};
+    return dg;
   }
 
-  // Four neighbouring channels of dg, of which `count` or fewer exist.
-  __device__ void store(std::int64_t at, bool is_wide, float4 dg, int count, bool aligned) const {
+  // Of the i-th piece, four neighbouring channels of dg of which `count` or fewer exist.
+  __device__ void store(int i, bool is_wide, float4 dg, int count, bool aligned) const {
+    std::int64_t const at = first + static_cast<std::int64_t>(i * Pieces::kRows) * row_stride;
     if (is_wide) {
       store_piece(static_cast<float*>(params.dg) + at, dg, count, aligned);
     } else {
@@ -191,11 +215,16 @@ struct DecayGradients {
   }
 
   // Sums over tokens, of what every thread has of its own; those of dA_log over channels too.
-  template <class Decay>
-  __device__ void store_sums(Pieces const& pieces, Decay const& decay, float dA_log, float4 d_bias) {
+  __device__ void store_sums(bool is_wide) {
+    if (params.dA_log_of_slots == nullptr && params.d_dt_bias_of_slots == nullptr) {
+      return;
+    }
+    if (!isfinite(dA_log)) {
+      dA_log = finite_sum<Cfg>(smem, params, is_wide);
+    }
     auto& of_threads = smem.scratch().sums;
     static_assert(sizeof(of_threads.d_dt_bias) == sizeof(float) * Pieces::kRows * kChannels);
-    of_threads.dA_log[threadIdx.x] = dA_log;
+    of_threads.dA_log[thread] = dA_log;
     *reinterpret_cast<float4*>(&of_threads.d_dt_bias[pieces.first_row][pieces.channel]) = d_bias;
     __syncthreads();
     auto const sum_of = [](auto part, auto count) {
@@ -206,19 +235,19 @@ struct DecayGradients {
       }
       return sum;
     };
-    if (int const channel = work.first_channel + threadIdx.x;
-        params.d_dt_bias_of_slots != nullptr && threadIdx.x < kChannels && channel < params.shape.dim_k) {
-      params.d_dt_bias_of_slots[work.tile * params.shape.dim_k + channel] =
-          sum_of([&](int i) { return of_threads.d_dt_bias[i][threadIdx.x]; },
+    if (int const channel = first_channel + thread;
+        params.d_dt_bias_of_slots != nullptr && thread < kChannels && channel < params.shape.dim_k) {
+      params.d_dt_bias_of_slots[tile * params.shape.dim_k + channel] =
+          sum_of([&](int i) { return of_threads.d_dt_bias[i][thread]; },
                  std::integral_constant<int, Pieces::kRows>{});
     }
-    if (params.dA_log_of_slots != nullptr && threadIdx.x >= kThreads - kWarpThreads) {
-      int const lane = static_cast<int>(threadIdx.x % kWarpThreads);
+    if (params.dA_log_of_slots != nullptr && thread >= kThreads - kWarpThreads) {
+      int const lane = thread % kWarpThreads;
       float const sum =
           sum_over_warp(sum_of([&](int i) { return of_threads.dA_log[i * kWarpThreads + lane]; },
                                std::integral_constant<int, kThreads / kWarpThreads>{}));
       if (lane == 0) {
-        params.dA_log_of_slots[work.tile * work.num_boxes + work.box] = decay.dA_log(sum);
+        params.dA_log_of_slots[tile * smem.work.num_boxes + smem.work.box] = decay.dA_log(sum);
       }
     }
   }

@@ -52,12 +52,11 @@ void with_extras(GateParams const& gates, ElementType gate_element, F f) {
 // u = g + dt_bias.
 template <class Element, DecayGate kGate>
 struct DecayFunction {
-  float rate, inverse_rate, rate_log2, lower_bound;
+  float rate, inverse_rate, lower_bound;
 
   __device__ DecayFunction(GateParams const& gates, float A_log)
       : rate(exp2_approx(kLog2E * A_log)),
         inverse_rate(fminf(fmaxf(exp2_approx(-kLog2E * A_log), kSmallest), kLargest)),
-        rate_log2(kLog2E * A_log),
         lower_bound(gates.lower_bound) {}
 
   __device__ float alpha(float g, float bias_log2) const {
@@ -71,51 +70,19 @@ struct DecayFunction {
     }
   }
 
-  // What dA_log is a sum of, over some values of g.
-  struct Sum {
-    float all = 0.f;
-    float most = 0.f;  // softplus: the largest softplus(u) / ln(2)
-
-    // Else it is to be a sum of exact_term: of slow gates, and where some are infinite.
-    __device__ bool is_exact() const {
-      constexpr float kEnough = 2e-3f;  // a thousand times what backward's are off by
-      return isfinite(all) && (kGate != DecayGate::kSoftplus || most >= kEnough);
-    }
-  };
-
-  // dt_bias as backward takes it.
-  __device__ float shifted(float bias_log2) const {
-    return kGate == DecayGate::kSoftplus ? bias_log2 + rate_log2 : bias_log2;
+  // The gradient of the raw projection of that of the decay dg; adds to `sum` what dA_log is made of, which
+  // is not finite where g is not: then it is a sum of finite_term.
+  __device__ float backward(float g, float bias_log2, float dg, float& sum) const {
+    return backward(fmaf(kLog2E, g, bias_log2), dg, sum);
   }
 
-  // The gradient of the raw projection of that of the decay dg.
-  __device__ float backward(float g, float shifted_bias, float dg, Sum& sum) const {
-    static_assert(kGate != DecayGate::kNone);
-    float const x = fmaf(kLog2E, g, shifted_bias);
-    if constexpr (kGate == DecayGate::kSoftplus) {
-      // (1 + exp(-u)) / rate has both: 1 / slope, and softplus(u) = u + log(1 + exp(-u)).
-      float const y = inverse_rate + exp2_approx(-x), softplus = x + log2_approx(y);
-      sum.most = fmaxf(sum.most, softplus);
-      sum.all = fmaf(dg, softplus, sum.all);
-      return -reciprocal_approx(y) * dg;
-    } else {
-      float const s = sigmoid_log2(rate * x), slope = fmaf(-s, s, s) * dg;
-      sum.all = fmaf(slope, x, sum.all);
-      return lower_bound * rate * slope;
-    }
-  }
-
-  // What is added to Sum::all; nothing where the decay is infinite, whose dg is zero but for rounding.
-  __device__ float exact_term(float g, float bias_log2, float dg) const {
+  // What is added to `sum`; nothing where the decay is infinite, whose dg is zero but for rounding.
+  __device__ float finite_term(float g, float bias_log2, float dg) const {
+    float sum = 0.f;
+    float const u_log2 = fmaf(kLog2E, g, bias_log2);
     // NaN stays what it is.
-    float u = fmaf(kLog2E, g, bias_log2);
-    u = u < -kLargest ? -kLargest : u > kLargest ? kLargest : u;
-    if constexpr (kGate == DecayGate::kSoftplus) {
-      return u == kLargest ? 0.f * dg : dg * softplus_log2<Element>(u);
-    } else {
-      float const s = sigmoid_log2(rate * u);
-      return fmaf(-s, s, s) * dg * u;
-    }
+    backward(u_log2 > kLargest ? kLargest : u_log2 < -kLargest ? -kLargest : u_log2, dg, sum);
+    return kGate == DecayGate::kSoftplus && u_log2 > kLargest ? 0.f * dg : sum;
   }
 
   // dA_log, of a sum over tokens and channels.
@@ -125,6 +92,23 @@ struct DecayFunction {
 
  private:
   static constexpr float kSmallest = 1.2e-38f, kLargest = 3.4e38f;
+
+  __device__ float backward(float u_log2, float dg, float& sum) const {
+    static_assert(kGate != DecayGate::kNone);
+    if constexpr (kGate == DecayGate::kSoftplus) {
+      float const t = exp2_approx(-fabsf(u_log2));
+      sum = fmaf(dg, fmaxf(u_log2, 0.f) + log2_1p<Element>(t), sum);
+      float slope = reciprocal_approx(fmaf(-inverse_rate, t, -inverse_rate));  // -rate / (1 + t)
+      if (u_log2 < 0.f) {
+        slope *= t;
+      }
+      return slope * dg;
+    } else {
+      float const s = sigmoid_log2(rate * u_log2), slope = fmaf(-s, s, s) * dg;
+      sum = fmaf(slope, u_log2, sum);
+      return lower_bound * rate * slope;
+    }
+  }
 };
 
 // b through its sigmoid, rounded: two neighbours of a row.

@@ -31,6 +31,7 @@
 #include "api/chunk_backward.h"
 #include "sm90/channel_gradients.cuh"
 #include "sm90/decay_gradients.cuh"
+#include "sm90/gradients_stores.cuh"
 #include "sm90/token_map.h"
 #include "sm90/value_gradients.cuh"
 #include "tile/convert.cuh"
@@ -46,11 +47,6 @@ struct Config : Extras_ {
   using Element = Element_;
 };
 
-struct TensorMaps {
-  CUtensorMap q, k, b, g, v, w, dO;
-  CUtensorMap dq, dk, db, dg, dv, dw;
-};
-
 // ---- loads, by one thread ---------------------------------------------------------------------------------
 
 __device__ void load_box(void* smem, void const* boxes, std::int64_t box, FullBarrier& full) {
@@ -58,7 +54,7 @@ __device__ void load_box(void* smem, void const* boxes, std::int64_t box, FullBa
 }
 
 __device__ void load_slice(GradientsStorage& smem, int stage, GradientsParams const& params,
-                           GradientsDivisors const& by, TensorMaps const& maps, GradientsWork const& work,
+                           GradientsDivisors const& by, GradientsMaps const& maps, GradientsWork const& work,
                            int index, bool has_norms) {
   SliceIndex const at(params.shape, by, work, index);
   auto& slice = smem.stages[stage].slice;
@@ -76,7 +72,7 @@ __device__ void load_slice(GradientsStorage& smem, int stage, GradientsParams co
 }
 
 __device__ void load_values(GradientsStorage& smem, GradientsParams const& params,
-                            GradientsDivisors const& by, TensorMaps const& maps, GradientsWork const& work,
+                            GradientsDivisors const& by, GradientsMaps const& maps, GradientsWork const& work,
                             int index) {
   SliceIndex const at(params.shape, by, work, index);
   smem.values_full.arrive_and_expect_tx(sizeof(smem.values));
@@ -86,7 +82,7 @@ __device__ void load_values(GradientsStorage& smem, GradientsParams const& param
 }
 
 // g in all its bytes, for which the barrier waits.
-__device__ void load_gates(GradientsStorage::Gates& g, FullBarrier& full, TensorMaps const& maps,
+__device__ void load_gates(GradientsStorage::Gates& g, FullBarrier& full, GradientsMaps const& maps,
                            GradientsWork const& work, ElementType gate_element) {
 #pragma unroll
   for (int box = 0; box < 2; ++box) {
@@ -97,7 +93,7 @@ __device__ void load_gates(GradientsStorage::Gates& g, FullBarrier& full, Tensor
   }
 }
 
-__device__ void load_tokens(GradientsStorage& smem, int stage, TensorMaps const& maps,
+__device__ void load_tokens(GradientsStorage& smem, int stage, GradientsMaps const& maps,
                             GradientsWork const& work, ElementType gate_element) {
   bool const wide = gate_element == ElementType::kFloat32;
   auto& tokens = smem.stages[stage].tokens;
@@ -189,134 +185,6 @@ __device__ void store_matrix(std::uint8_t* tile, float const (&acc)[4 * kGroups]
   }
 }
 
-// The chunk's own rows of a gradient [batch, seqlen, heads, dim_k], from its box, which begins at a channel:
-// where a copy by the copy engine would touch the next sequence's rows, or rows are not whole 16 bytes.
-template <class Value>
-__device__ void store_some_rows(void* out, std::uint8_t const* box, int first_channel, CallShape const& shape,
-                                GradientsWork const& work, int head, int heads, int channels) {
-  if (out == nullptr) {
-    return;
-  }
-  constexpr int kSize = sizeof(uint4) / sizeof(Value);
-  int const piece = threadIdx.x % 8, channel = first_channel + kSize * piece, count = channels - channel;
-#pragma unroll 1
-  for (int row = threadIdx.x / 8; row < work.num_rows && count > 0; row += kThreads / 8) {
-    std::int64_t const at = ((work.token(shape) + row) * heads + head) * channels + channel;
-    store_piece(static_cast<Value*>(out) + at,
-                *reinterpret_cast<uint4 const*>(box + swizzled_offset(row, piece)), count,
-                channels % kSize == 0);
-  }
-}
-
-// The same where there is no loop around that would have to save registers: code that is not in the way.
-template <class Value>
-__device__ __noinline__ void store_rows_out_of_line(void* out, std::uint8_t const* box, int first_channel,
-                                                    CallShape const& shape, GradientsWork const& work,
-                                                    int head, int heads, int channels) {
-  store_some_rows<Value>(out, box, first_channel, shape, work, head, heads, channels);
-}
-
-// Whether the copy engine stores the chunk's rows.
-__device__ bool has_whole_boxes(GradientsWork const& work, int channels) {
-  return uniform(work.num_rows) == kChunk && channels % 8 == 0;
-}
-
-// dv and dw of a slice from their tiles, by one thread.
-__device__ void store_values(GradientsStorage& smem, GradientsParams const& params,
-                             GradientsDivisors const& by, TensorMaps const& maps, GradientsWork const& work,
-                             int index) {
-  SliceIndex const at(params.shape, by, work, index);
-  auto const store = [&](void const* out, CUtensorMap const& map, std::uint8_t const* tile) {
-    if (out != nullptr) {
-      cute::SM90_TMA_STORE::copy(&map, tile, at.slice * kColumns, at.value_head, work.first_token,
-                                 work.batch);
-    }
-  };
-  store(params.dv, maps.dv, smem.d_values.v);
-  store(params.dw, maps.dw, smem.d_values.w);
-  cute::tma_store_arrive();
-}
-
-// The same by all threads, row by row.
-template <class Element>
-__device__ void store_some_values(GradientsStorage& smem, GradientsParams const& params,
-                                  GradientsDivisors const& by, GradientsWork const& work, int index) {
-  CallShape const& shape = params.shape;
-  SliceIndex const at(shape, by, work, index);
-  auto const store = [&](void* out, std::uint8_t const* tile) {
-    store_some_rows<Element>(out, tile, at.slice * kColumns, shape, work, at.value_head,
-                             shape.num_value_heads, shape.dim_v);
-  };
-  store(params.dv, smem.d_values.v);
-  store(params.dw, smem.d_values.w);
-}
-
-// dq and dk (unless they are partial) and db from their tiles.
-template <class Element>
-__device__ void store_rows(GradientsStorage& smem, GradientsParams const& params, TensorMaps const& maps,
-                           GradientsWork const& work, bool partial) {
-  CallShape const& shape = params.shape;
-  auto& tokens = smem.tokens();
-  if (!has_whole_boxes(work, shape.dim_k)) {
-    auto const store = [&](void* out, std::uint8_t const* tile, int head, int heads) {
-      store_rows_out_of_line<Element>(out, tile, work.first_channel, shape, work, head, heads, shape.dim_k);
-    };
-    if (!partial) {
-      store(params.dq, tokens.q, work.head, shape.num_heads);
-      store(params.dk, tokens.k, work.head, shape.num_heads);
-    }
-    store(params.db, tokens.b, work.gate_head, shape.num_gate_heads);
-    return;
-  }
-  if (!is_first_thread()) {
-    return;
-  }
-  auto const store = [&](void const* out, CUtensorMap const& map, std::uint8_t const* tile, int head) {
-    if (out != nullptr) {
-      cute::SM90_TMA_STORE::copy(&map, tile, work.first_channel, head, work.first_token, work.batch);
-    }
-  };
-  if (!partial) {
-    store(params.dq, maps.dq, tokens.q, work.head);
-    store(params.dk, maps.dk, tokens.k, work.head);
-  }
-  store(params.db, maps.db, tokens.b, work.gate_head);
-  cute::tma_store_arrive();
-}
-
-// dg from its tile, where it goes through no gate.
-template <class Element>
-__device__ void store_decays(GradientsStorage& smem, GradientsParams const& params, TensorMaps const& maps,
-                             GradientsWork const& work, bool is_wide) {
-  CallShape const& shape = params.shape;
-  int const channel = work.first_channel, second_channel = channel + kChannels / 2;
-  auto const& boxes = smem.dg.boxes;
-  if (!has_whole_boxes(work, shape.dim_k)) {
-    auto const store = [&](auto value, std::uint8_t const* box, int first_channel) {
-      store_rows_out_of_line<decltype(value)>(params.dg, box, first_channel, shape, work, work.gate_head,
-                                              shape.num_gate_heads, shape.dim_k);
-    };
-    if (is_wide) {
-      store(float{}, boxes[0], channel);
-      store(float{}, boxes[1], second_channel);
-    } else {
-      store(Element{}, boxes[0], channel);
-    }
-    return;
-  }
-  if (params.dg == nullptr || !is_first_thread()) {
-    return;
-  }
-  auto const store = [&](std::uint8_t const* box, int first_channel) {
-    cute::SM90_TMA_STORE::copy(&maps.dg, box, first_channel, work.gate_head, work.first_token, work.batch);
-  };
-  store(boxes[0], channel);
-  if (is_wide) {
-    store(boxes[1], second_channel);
-  }
-  cute::tma_store_arrive();
-}
-
 // ---- rows that no sequence owns, behind the last well-formed one: NaN -------------------------------------
 
 template <class Value>
@@ -369,7 +237,8 @@ __device__ void store_no_sums(GradientsParams const& params, GradientsWork const
 template <class Cfg>
 __global__ void __launch_bounds__(kThreads, 2)
     gradients_kernel(__grid_constant__ GradientsParams const params,
-                     __grid_constant__ GradientsDivisors const by, __grid_constant__ TensorMaps const maps) {
+                     __grid_constant__ GradientsDivisors const by,
+                     __grid_constant__ GradientsMaps const maps) {
   using Element = typename Cfg::Element;
   extern __shared__ std::uint8_t smem_bytes[];
   auto& smem = *reinterpret_cast<GradientsStorage*>(smem_bytes);
@@ -429,7 +298,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   if constexpr (Cfg::kIsGated) {
     smem.gate.load(params.gates, work.head, work.first_channel, params.shape.dim_k, threadIdx.x);
   }
-  bool const whole_boxes = has_whole_boxes(work, params.shape.dim_v);
+  bool const whole_boxes = has_whole_boxes(num_rows, params.shape.dim_v);
   for (int index = 0; index < num_slices; ++index) {
     int const stage = uniform(stage_of(index));
     auto& slice = smem.stages[stage].slice;
@@ -439,6 +308,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       clear_foreign_rows(slice.dO, num_rows);
     }
     multiply_slice<Element>(products, slice, place, index > 0);
+    bool const first_warp = is_first_warp();
     if (place.half_of_chunk == 1) {
       multiply_states<Element>(products, slice, place);
     }
@@ -446,7 +316,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       smem.values_full.wait(order.num_values_before(index) % 2);
       ValueGradients<Cfg>::run(smem, slice.dX);
       cutlass::arch::fence_view_async_shared();  // dv and dw, before the copy engine reads them
-    } else if (is_first_thread()) {
+    } else if (first_warp && elect_one()) {
       cute::tma_store_wait<0>();  // it has read those before
     }
     wgmma_wait<0>();
@@ -454,7 +324,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       wait_for_copies();  // the parameters
     }
     __syncthreads();  // every warp is done with the slice
-    if (is_first_warp()) {
+    if (first_warp) {
       GradientsWork const own = work.for_loads();
       if (elect_one()) {
         load(own, index + kStages);
@@ -471,7 +341,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     if (has_values && (!whole_boxes || order.num_boxes == 1 || index + 1 == num_slices)) {
       if (!whole_boxes) {
         store_some_values<Element>(smem, params, by, work, order.slice(index));
-      } else if (is_first_thread()) {
+      } else if (first_warp && elect_one()) {
         cute::tma_store_wait<0>();
       }
       __syncthreads();  // dv and dw have been read
@@ -490,52 +360,73 @@ __global__ void __launch_bounds__(kThreads, 2)
   x.finish_state_products(rowsums);
   PairGradients<Element>(smem, dq, dE, dk, dG).run();
   x.finish_erase_and_dots();
-  DecayGradients<Cfg> decays{smem, params, work, dG};
+  DecayGradients<Cfg> decays{smem, params, dG};
   decays.sum_half();
+  // Registers are no longer short: what follows finds its place once.
+  GradientsPlace const end_place;
+  bool const first_warp = is_first_warp(), wants_gates = Cfg::kIsGated && by.wants_decays != 0,
+             is_wide = decays.is_wide();
   // Also: dg_writes and the scratch stage but for dots are free, and no warp reads another's pieces of the
   // inputs' tiles.
   __syncthreads();
-  decays.add_other_half();
-  if (Cfg::kIsGated && by.wants_decays != 0 && is_first_warp()) {
+  if (wants_gates && first_warp) {
     GradientsWork const own = work.for_loads();
     if (elect_one()) {
       cutlass::arch::fence_view_async_shared();  // what the scratch was, before the copy engine writes there
-      smem.full[1].arrive_and_expect_tx((decays.is_wide() ? 2 : 1) * kBoxBytes);
+      smem.full[1].arrive_and_expect_tx((is_wide ? 2 : 1) * kBoxBytes);
       load_gates(smem.scratch().raw_g, smem.full[1], maps, own, params.gate_element);
     }
   }
   if constexpr (Cfg::kNormalize) {
-    x.finish_norm_gradients();
+    x.make_norm_factors(end_place);
+  }
+  decays.add_other_half(end_place);
+  if constexpr (Cfg::kNormalize) {
+    x.finish_norm_gradients(end_place);
   }
 
-  CallShape const& shape = params.shape;
-  bool const partial = shape.num_gate_heads != shape.num_heads;
+  bool const partial = params.shape.num_gate_heads != params.shape.num_heads;
   auto& tokens = smem.tokens();
   if (partial) {
-    x.store_partial(params.dq, dq);
-    x.store_partial(params.dk, dk);
+    x.store_partial(params.dq, dq, end_place);
+    x.store_partial(params.dk, dk, end_place);
   } else {
-    store_tile<Element>(tokens.q, dq);
-    store_tile<Element>(tokens.k, dk);
+    store_tile<Element>(tokens.q, dq, end_place);
+    store_tile<Element>(tokens.k, dk, end_place);
   }
-  store_tile<Element>(tokens.b, dE);
+  store_tile<Element>(tokens.b, dE, end_place);
   cutlass::arch::fence_view_async_shared();  // the tiles' ordinary stores, before the copy engine reads them
-  if constexpr (Cfg::kIsGated) {
-    typename DecayGradients<Cfg>::Pieces const pieces(smem);
+  auto const store_tiles = [&] {
     __syncthreads();
-    store_rows<Element>(smem, params, maps, work, partial);
-    if (by.wants_decays != 0) {
+    if (!has_whole_boxes(work.num_rows, params.shape.dim_k)) {
+      store_tiles_by_rows<Cfg>(smem, params, work, partial, is_wide);
+    } else if (first_warp) {
+      GradientsWork const own = work.for_loads();
+      if (elect_one()) {
+        store_boxes<Cfg>(smem, params, maps, own, partial, is_wide);
+      }
+    }
+  };
+  auto const wait_for_stores = [&] {
+    if (first_warp && elect_one()) {
+      cute::tma_store_wait<0>();  // the tiles have been read
+    }
+  };
+  if constexpr (Cfg::kIsGated) {
+    GateGradients<Cfg> gate(smem, params, end_place.thread);
+    store_tiles();
+    if (wants_gates) {
       smem.full[1].wait((num_slices + 1) / kStages % 2);
-      decays.store(pieces);
+      if (by.has_whole_dg != 0 && gate.num_rows == kChunk) {
+        gate.store_whole(is_wide, wait_for_stores);
+        return;
+      }
+      GateGradients<Cfg>::store_some(smem, params, is_wide);
     }
   } else {
-    __syncthreads();
-    store_rows<Element>(smem, params, maps, work, partial);
-    store_decays<Element>(smem, params, maps, work, decays.is_wide());
+    store_tiles();
   }
-  if (is_first_thread()) {
-    cute::tma_store_wait<0>();  // the tiles have been read
-  }
+  wait_for_stores();
 }
 
 // A contiguous gradient [batch, seqlen, heads, channels].
@@ -547,13 +438,13 @@ CUtensorMap gradient_map(void* out, CallShape const& shape, int heads, int chann
 template <class Cfg>
 void launch(GradientsParams const& params, cudaStream_t stream) {
   CallShape const& shape = params.shape;
-  TensorMaps maps{.q = token_map(params.q, shape, shape.num_heads, shape.dim_k, shape.element),
-                  .k = token_map(params.k, shape, shape.num_heads, shape.dim_k, shape.element),
-                  .b = token_map(params.b, shape, shape.num_gate_heads, shape.dim_k, shape.element),
-                  .g = token_map(params.g, shape, shape.num_gate_heads, shape.dim_k, params.gate_element),
-                  .v = token_map(params.v, shape, shape.num_value_heads, shape.dim_v, shape.element),
-                  .w = token_map(params.w, shape, shape.num_value_heads, shape.dim_v, shape.element),
-                  .dO = token_map(params.dO, shape, shape.num_value_heads, shape.dim_v, shape.element)};
+  GradientsMaps maps{.q = token_map(params.q, shape, shape.num_heads, shape.dim_k, shape.element),
+                     .k = token_map(params.k, shape, shape.num_heads, shape.dim_k, shape.element),
+                     .b = token_map(params.b, shape, shape.num_gate_heads, shape.dim_k, shape.element),
+                     .g = token_map(params.g, shape, shape.num_gate_heads, shape.dim_k, params.gate_element),
+                     .v = token_map(params.v, shape, shape.num_value_heads, shape.dim_v, shape.element),
+                     .w = token_map(params.w, shape, shape.num_value_heads, shape.dim_v, shape.element),
+                     .dO = token_map(params.dO, shape, shape.num_value_heads, shape.dim_v, shape.element)};
   if (shape.dim_k % 8 == 0) {
     bool const partial = shape.num_gate_heads != shape.num_heads;
     if (params.dq != nullptr && !partial) {

@@ -22,11 +22,11 @@ constexpr int kThreads = kHalves * kWarpgroupThreads;
 constexpr int kBoxBytes = kChunk * kBoxRowBytes;
 constexpr int kStages = 2;
 
-// And boxes and slices, how many value heads share a gate head, and whether dg or sums of it are asked for:
-// int, which is compared where it lies, among the parameters.
+// And boxes and slices, how many value heads share a gate head, whether dg or sums of it are asked for, and
+// whether dg is and has all channels of every CTA: int, which is compared where it lies, among the parameters.
 struct GradientsDivisors : ChunkDivisors {
   cutlass::FastDivmod boxes, slices;
-  int heads_per_gate, wants_decays;
+  int heads_per_gate, wants_decays, has_whole_dg;
 
   explicit GradientsDivisors(GradientsParams const& params)
       : ChunkDivisors(params.shape, params.num_segments),
@@ -34,7 +34,8 @@ struct GradientsDivisors : ChunkDivisors {
         slices((params.shape.dim_v + kColumns - 1) / kColumns),
         heads_per_gate(params.shape.num_value_heads / params.shape.num_gate_heads),
         wants_decays(params.dg != nullptr || params.dA_log_of_slots != nullptr ||
-                     params.d_dt_bias_of_slots != nullptr) {}
+                     params.d_dt_bias_of_slots != nullptr),
+        has_whole_dg(params.dg != nullptr && params.shape.dim_k % kChannels == 0) {}
 };
 
 // What one CTA works on.
@@ -232,11 +233,6 @@ __device__ inline bool is_first_warp() {
   return uniform(static_cast<int>(thread_anew() / kWarpThreads)) == 0;
 }
 
-// One thread of the first warp, which is converged; the same one at every call.
-__device__ inline bool is_first_thread() {
-  return is_first_warp() && elect_one();
-}
-
 // A thread's place: its warpgroup has half of the tokens, its warp 16 channels of them. Every phase finds it
 // anew: what ptxas knows to be the same it keeps, with all addresses that follow from it, in registers that
 // the phases do not have.
@@ -266,8 +262,7 @@ using HalfAccumulators = float[4 * kHalfGroups];
 
 // A gradient as HalfAccumulators, rounded, over the warp's part of a tile.
 template <class Element>
-__device__ void store_tile(std::uint8_t* tile, HalfAccumulators const& acc) {
-  GradientsPlace const place;
+__device__ void store_tile(std::uint8_t* tile, HalfAccumulators const& acc, GradientsPlace const& place) {
 #pragma unroll
   for (int pair = 0; pair < kHalfGroups / 2; ++pair) {
     std::uint32_t r[4];
