@@ -435,9 +435,8 @@ def _label(name: str, dtype: torch.dtype) -> str:
 
 def pytest_terminal_summary(terminalreporter, config) -> None:
     path = config.getoption("--record")
-    if path is None or hasattr(
-        config, "workerinput"
-    ):  # a worker whose controller has gone has seen its share only
+    # A worker whose controller has gone comes here too, and has seen no more than its share.
+    if path is None or hasattr(config, "workerinput"):
         return
     outcomes = terminalreporter.stats
     skips = [_skip_reason(report) for report in outcomes.get("skipped", [])]
