@@ -30,10 +30,6 @@ struct Channels {
     auto& scratch = smem.scratch();
     GradientsPlace const place;
     int const t = kHalfTokens * place.half_of_chunk + place.lane;
-    if (Cfg::kNormalize && threadIdx.x < kChunk) {
-      *reinterpret_cast<float2*>(scratch.inverse_norms[threadIdx.x]) = {smem.loaded_norms[0][threadIdx.x],
-                                                                        smem.loaded_norms[1][threadIdx.x]};
-    }
     auto const at = [&](std::uint8_t* tile, int i) {
       return reinterpret_cast<uint4*>(tile + swizzled_offset(t, 2 * place.warp + i));
     };
@@ -56,9 +52,8 @@ struct Channels {
     }
     PairFactor<Element> of_q{}, of_k{};
     if constexpr (Cfg::kNormalize) {
-      float2 const inverse_norms{smem.loaded_norms[0][t], smem.loaded_norms[1][t]};
-      of_q = PairFactor<Element>(inverse_norms.x);
-      of_k = PairFactor<Element>(inverse_norms.y);
+      of_q = PairFactor<Element>(smem.inverse_norms[0][t]);
+      of_k = PairFactor<Element>(smem.inverse_norms[1][t]);
     }
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -75,19 +70,20 @@ struct Channels {
   }
 
   // g of a group's tokens and the lane's two channels, as it came.
-  __device__ void read_g(float (&g)[2][kGroup], int first_token, int channel) const {
-    auto& gates = smem.tokens().g;
-    auto const read = [&](auto at) {
+  __device__ void read_g(float (&g)[2][kGroup], GradientsStorage::Gates& gates, int first_token,
+                         int channel) const {
+    auto const read = [&](auto value) {
+      GateLane<decltype(value)> const lane(gates, first_token, channel);
 #pragma unroll
       for (int t = 0; t < kGroup; ++t) {
-        g[0][t] = at(first_token + t, channel);
-        g[1][t] = at(first_token + t, channel + 8);
+        g[0][t] = static_cast<float>(lane.at(0, t, 0));
+        g[1][t] = static_cast<float>(lane.at(0, t, 1));
       }
     };
     if (!Cfg::kAny || params.gate_element == ElementType::kFloat32) {
-      read([&](int token, int ch) { return gates.at(token, ch); });
+      read(float{});
     } else {
-      read([&](int token, int ch) { return gates.template narrow_at<Element>(token, ch); });
+      read(Element{});
     }
   }
 
@@ -107,14 +103,14 @@ struct Channels {
 
   // The decays inside groups, a warp a group and a lane two channels of it, and over them. Both warpgroups
   // read all of them: ends with the CTA's barrier.
-  __device__ void prepare_decays() {
+  __device__ void prepare_decays(bool has_room_for_g) {
     auto& tokens = smem.tokens();
     auto& scratch = smem.scratch();
     GradientsPlace const place;
     int const group = place.thread / kWarpThreads, num_rows = uniform(smem.work.num_rows) - kGroup * group;
     int const channel = kWarpChannels * (place.lane / 8) + place.lane % 8;  // and the one eight behind it
     float alpha[2][kGroup];
-    read_g(alpha, kGroup * group, channel);
+    read_g(alpha, has_room_for_g ? smem.g : tokens.g, kGroup * group, channel);
     make_alpha(alpha, channel);
     if (num_rows < kGroup) {
 #pragma unroll
@@ -124,7 +120,9 @@ struct Channels {
         }
       }
     }
-    __syncthreads();  // all of g has been read
+    if (!has_room_for_g) {
+      __syncthreads();  // all of g has been read
+    }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       float const(&a)[kGroup] = alpha[half];
@@ -170,9 +168,9 @@ struct Channels {
     __syncthreads();
   }
 
-  // The products with S and dS' become their shares of dq, dE and dk, and of dg: reads of S by tokens r >= i
-  // and the state that is carried through in dG, to be summed from the end; writes to S' by tokens s < i
-  // summed here.
+  // The products with S and dS' become their shares of dq, dE and dk, and of dG, which is summed from the
+  // end: reads of S by tokens r >= i, the state that is carried through, and all writes to S' of the half
+  // less those by tokens s >= i.
   __device__ void finish_state_products(float const (&rowsums)[2]) {
     LaneReader const lane(smem);
     GradientsPlace const& place = lane.place;
@@ -202,30 +200,24 @@ struct Channels {
         dE[n + 1] *= -gamma1;
         dk[n] *= tail0;
         dk[n + 1] *= tail1;
-        dG[n] = q2.x * dq[n] + E2.x * dE[n];
-        dG[n + 1] = q2.y * dq[n + 1] + E2.y * dE[n + 1];
-        float const write0 = k2.x * dk[n], write1 = k2.y * dk[n + 1];
-        float all;
-        float const before = written[half] + exclusive_sum<true>(write0 + write1, all);
-        smem.dg_writes[n][place.thread] = before;
-        smem.dg_writes[n + 1][place.thread] = before + write0;
-        written[half] += all;
+        dG[n] = q2.x * dq[n] + E2.x * dE[n] - k2.x * dk[n];
+        dG[n + 1] = q2.y * dq[n + 1] + E2.y * dE[n + 1] - k2.y * dk[n + 1];
+        written[half] += k2.x * dk[n];
+        written[half] += k2.y * dk[n + 1];
       }
     }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      int const ch = place.channel(half);
-      if (place.half_of_chunk == 0) {
-        if (place.quad == 0) {
-          smem.first_writes[ch] = written[half];
-        }
-        continue;
-      }
       constexpr int kLast = kHalfGroups - 1;
-      float const gamma_last = lane.group_place(kLast, half).before * lane.group_decay(kLast, half).rest;
-      float const carried = gamma_last * rowsums[half];
+      float at_end = sum_over_quad(written[half]);
+      if (place.half_of_chunk == 1) {
+        float const gamma_last = lane.group_place(kLast, half).before * lane.group_decay(kLast, half).rest;
+        at_end += gamma_last * rowsums[half];
+      } else if (place.quad == 0) {
+        smem.scratch().first_writes[place.channel(half)] = at_end;
+      }
       if (place.quad == 3) {
-        dG[4 * kLast + 2 * half + 1] += carried;
+        dG[4 * kLast + 2 * half + 1] += at_end;
       }
     }
   }
@@ -272,15 +264,9 @@ struct Channels {
       }
     }
     if constexpr (Cfg::kNormalize) {
-      // Each step halves the tokens that a lane has sums of: at the end one of q's and one of k's, index row.
-#pragma unroll
-      for (auto& of_tokens : dots) {
-        halve_sums<4>(of_tokens, place.row & 4, 16);
-        halve_sums<2>(of_tokens, place.row & 2, 8);
-        halve_sums<1>(of_tokens, place.row & 1, 4);
-      }
-      int const token = place.token(place.row / 2, place.row % 2);
-      store_dots(place.warp, token, {dots[0][0], dots[1][0]});
+      // Over the lanes that have the same tokens. A lane stores those of one: of row `row` of group `quad`.
+      float const of_q = sum_over_rows(dots[0], place), of_k = sum_over_rows(dots[1], place);
+      store_dots(place.warp, kGroup * place.group(place.quad) + place.row, {of_q, of_k});
     }
   }
 
@@ -299,14 +285,22 @@ struct Channels {
     }
   }
 
-  // x[i] + x[kKeep + i] of two lanes, one the lower and one the upper half of the sums.
-  template <int kKeep>
-  __device__ static void halve_sums(float (&x)[2 * kHalfGroups], bool upper, int lane_distance) {
+  // Of token `row` of group `quad`, the sum of x[2*group + c] over the eight lanes that have it: rounded to
+  // bfloat16, which has the range, transposed, times ones.
+  __device__ static float sum_over_rows(float const (&x)[2 * kHalfGroups], GradientsPlace const& place) {
+    constexpr std::uint32_t kOnes = 0x3f803f80;
+    float sums[kHalfGroups];
 #pragma unroll
-    for (int i = 0; i < kKeep; ++i) {
-      float const low = x[i], high = x[kKeep + i];
-      x[i] = (upper ? high : low) + __shfl_xor_sync(0xffffffff, upper ? low : high, lane_distance);
+    for (int i = 0; i < kHalfGroups; i += 2) {
+      std::uint32_t const a[2] = {transpose(pack<__nv_bfloat16>(x[2 * i], x[2 * i + 1])),
+                                  transpose(pack<__nv_bfloat16>(x[2 * i + 2], x[2 * i + 3]))};
+      float acc[4] = {};
+      mma_16x8x8<__nv_bfloat16>(acc, a, kOnes);
+      sums[i] = acc[0];
+      sums[i + 1] = acc[2];
     }
+    float const low = place.quad % 2 == 0 ? sums[0] : sums[1], high = place.quad % 2 == 0 ? sums[2] : sums[3];
+    return place.quad / 2 == 0 ? low : high;
   }
 
   // The products of a token's rows of q and k over the warp's channels, for this CTA and the one of the other
@@ -325,13 +319,13 @@ struct Channels {
   __device__ void make_norm_factors(GradientsPlace const& place) {
     auto& scratch = smem.scratch();
     int const token = kHalfTokens * place.half_of_chunk + place.lane;
-    float2 const inverse = *reinterpret_cast<float2 const*>(scratch.inverse_norms[token]);
+    float2 const inverse{smem.inverse_norms[0][token], smem.inverse_norms[1][token]};
     float2 sums{};
     auto const add_warps = [&](float2 const(&dots)[kChannels / kWarpChannels][kChunk]) {
       float2 of_warps[kChannels / kWarpChannels];
 #pragma unroll
       for (int warp = 0; warp < kChannels / kWarpChannels; ++warp) {
-        of_warps[warp] = load_in_order(&dots[warp][token]);
+        of_warps[warp] = dots[warp][token];
       }
 #pragma unroll
       for (float2 x : of_warps) {
@@ -340,7 +334,7 @@ struct Channels {
     };
     add_warps(scratch.dots_of_warp);
     if (work.num_boxes == 2) {
-      smem.dots_full.wait(0);
+      wait_to_read(smem.dots_full, 0);
       add_warps(scratch.other_dots);
     }
     scratch.norm_factors[place.thread / kWarpThreads][place.lane] = {inverse.x, sums.x * inverse.x, inverse.y,

@@ -10,49 +10,17 @@
 
 namespace gdn2 {
 
-// A thread's pieces of the tiles of dg and of g [64 tokens, 64 channels], float32 in two boxes of 32 channels
-// or, g, 16-bit in one: the same four channels of every kRows-th token.
-template <class Element>
-struct GatePieces {
-  static constexpr int kPieces = kBoxColumns / 4, kRows = kThreads / kPieces, kCount = kChunk / kRows;
-  static_assert(kRows % 8 == 0);  // so that the pieces lie in the same place of their rows
-
-  int first_row, channel;
-  std::uint8_t const *wide, *narrow;  // of g: float32 and 16-bit
-  std::uint8_t const* dg;
-
-  __device__ GatePieces(GradientsStorage& smem, int thread) {
-    int const piece = thread % kPieces;
-    auto const& boxes = smem.scratch().raw_g.boxes;
-    first_row = thread / kPieces;
-    channel = 4 * piece;
-    wide = boxes[piece / 8] + swizzled_offset(first_row, piece % 8);
-    narrow = boxes[0] + swizzled_offset(first_row, piece / 2) + piece % 2 * 8;
-    dg = smem.dg.boxes[piece / 8] + swizzled_offset(first_row, piece % 8);
-  }
-
-  // Of token first_row + i * kRows.
-  __device__ float4 read_dg(int i) const {
-    return *reinterpret_cast<float4 const*>(dg + i * kRows * kBoxRowBytes);
-  }
-  __device__ float4 read_g(int i, bool is_wide) const {
-    if (is_wide) {
-      return *reinterpret_cast<float4 const*>(wide + i * kRows * kBoxRowBytes);
-    }
-    return unpack<Element>(*reinterpret_cast<uint2 const*>(narrow + i * kRows * kBoxRowBytes));
-  }
-};
-
+// The gradient of the decay, of the tokens and channels that a lane's accumulators have.
 template <class Cfg>
 struct DecayGradients {
   using Element = typename Cfg::Element;
+  using Decay = DecayFunction<Element, Cfg::kGate>;
 
   GradientsStorage& smem;
   GradientsParams const& params;
-  HalfAccumulators& dG;  // terms of the reads and pairs; those of the writes are in smem.dg_writes
+  HalfAccumulators& dG;  // terms of the reads, writes and pairs
 
-  // Sums dG from the end of the half; behind a barrier add_other_half makes dg of it, in its tile: float32
-  // where it goes through a gate, and else as g is.
+  // Sums dG from the end of the half; behind a barrier add_other_half makes dg of it.
   __device__ void sum_half() {
     GradientsPlace const place;
     float later[2] = {0.f, 0.f};
@@ -63,193 +31,139 @@ struct DecayGradients {
         int const n = 4 * i + 2 * half;
         float all;
         float const both = dG[n] + dG[n + 1];
-        float const after = later[half] + exclusive_sum<false>(both, all);
+        float const after = later[half] + sum_behind(both, all);
         later[half] += all;
-        dG[n] = after + both + smem.dg_writes[n][place.thread];
-        dG[n + 1] = after + dG[n + 1] + smem.dg_writes[n + 1][place.thread];
+        dG[n] = after + both;
+        dG[n + 1] += after;
       }
     }
-    bool const first = place.half_of_chunk == 0;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      if (!first && place.quad == 0) {
-        smem.second_reads[place.channel(half)] = later[half];
+      if (place.half_of_chunk == 1 && place.quad == 0) {
+        smem.scratch().second_reads[place.channel(half)] = later[half];
       }
     }
   }
 
   __device__ void add_other_half(GradientsPlace const& place) {
+    auto const& scratch = smem.scratch();
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       int const ch = place.channel(half);
-      float const other = place.half_of_chunk == 0 ? smem.second_reads[ch] : smem.first_writes[ch];
+      float const other = place.half_of_chunk == 0 ? scratch.second_reads[ch] : scratch.first_writes[ch];
 #pragma unroll
       for (int i = 0; i < kHalfGroups; ++i) {
         dG[4 * i + 2 * half] += other;
         dG[4 * i + 2 * half + 1] += other;
       }
     }
-    if (!Cfg::kIsGated && !is_wide()) {
-      store_tile<Element>(smem.dg.boxes[0], dG, place);
-      return;
+  }
+
+  // dg to its tile, as g is.
+  __device__ void store(GradientsPlace const& place) const {
+    is_wide() ? store_wide(place) : store_tile<Element>(smem.scratch().dg.boxes[0], dG, place);
+  }
+
+  // Back through the decay gate, whose input has come; and the sums of what that adds to d_dt_bias and
+  // dA_log.
+  __device__ void pass_gate(GradientsPlace const& place, int num_rows) {
+    is_wide() ? pass_gate<float>(place, num_rows) : pass_gate<Element>(place, num_rows);
+  }
+
+  // Behind a barrier: the sums of the chunk, to where gate_sums sums on.
+  __device__ void store_sums(GradientsWork const& work, int thread) const {
+    if (int const channel = work.first_channel + thread;
+        params.d_dt_bias_of_slots != nullptr && thread < kChannels && channel < params.shape.dim_k) {
+      params.d_dt_bias_of_slots[work.tile * params.shape.dim_k + channel] =
+          smem.sums.d_dt_bias[0][thread] + smem.sums.d_dt_bias[1][thread];
     }
+    if (int const lane = thread - (kThreads - kWarpThreads); params.dA_log_of_slots != nullptr && lane >= 0) {
+      float sum = 0.f;
 #pragma unroll
-    for (int n = 0; n < 4 * kHalfGroups; ++n) {
-      smem.dg.at(place.token(n / 4, n % 2), place.channel(n / 2 % 2)) = dG[n];
+      for (int warp = 0; warp < kThreads / kWarpThreads; ++warp) {
+        sum += smem.sums.dA_log[warp * kWarpThreads + lane];
+      }
+      sum = sum_over_warp(sum);
+      if (lane == 0) {
+        Decay const decay(params.gates, smem.gate.A_log);
+        params.dA_log_of_slots[work.tile * work.num_boxes + work.box] = decay.dA_log(sum);
+      }
     }
   }
 
   __device__ bool is_wide() const { return !Cfg::kAny || params.gate_element == ElementType::kFloat32; }
-};
-
-// What a thread's pieces of dg add to dA_log where some of g are infinite. Rarely called and never inlined:
-// code that is not in the way.
-template <class Cfg>
-__device__ __noinline__ float finite_sum(GradientsStorage& smem, GradientsParams const& params,
-                                         bool is_wide) {
-  GatePieces<typename Cfg::Element> const pieces(smem, static_cast<int>(threadIdx.x));
-  float4 const bias = smem.gate.biases_log2(pieces.channel);
-  DecayFunction<typename Cfg::Element, Cfg::kGate> const decay(params.gates, smem.gate.A_log);
-  float sum = 0.f;
-#pragma unroll 1
-  for (int i = 0; pieces.first_row + i * pieces.kRows < smem.work.num_rows; ++i) {
-    float4 const g = pieces.read_g(i, is_wide), dg = pieces.read_dg(i);
-    sum += decay.finite_term(g.x, bias.x, dg.x) + decay.finite_term(g.y, bias.y, dg.y) +
-           decay.finite_term(g.z, bias.z, dg.z) + decay.finite_term(g.w, bias.w, dg.w);
-  }
-  return sum;
-}
-
-// dg from its tile through the gate, and what it adds to dA_log and d_dt_bias. What a thread needs for that it
-// reads before the barrier that the tile is behind.
-template <class Cfg>
-struct GateGradients {
-  using Element = typename Cfg::Element;
-  using Pieces = GatePieces<Element>;
-
-  GradientsStorage& smem;
-  GradientsParams const& params;
-  int thread;
-  Pieces pieces;
-  DecayFunction<Element, Cfg::kGate> decay;
-  float4 bias;
-  int num_rows, first_channel, row_stride;
-  std::int64_t first, tile;  // where the thread's first piece of dg begins; work.tile
-  float dA_log = 0.f;        // sums over the thread's pieces
-  float4 d_bias{};
-
-  __device__ GateGradients(GradientsStorage& smem_, GradientsParams const& params_, int thread_)
-      : smem(smem_),
-        params(params_),
-        thread(thread_),
-        pieces(smem_, thread_),
-        decay(params_.gates, smem_.gate.A_log),
-        bias(smem_.gate.biases_log2(pieces.channel)),
-        num_rows(smem_.work.num_rows),
-        first_channel(smem_.work.first_channel),
-        row_stride(params_.shape.num_gate_heads * params_.shape.dim_k),
-        first(smem_.work.first_dg + static_cast<std::int64_t>(pieces.first_row) * row_stride +
-              pieces.channel),
-        tile(smem_.work.tile) {}
-
-  // Of a whole chunk, with has_whole_dg: nothing is asked for every piece, and all are read at once.
-  // `meanwhile` comes before the sums.
-  template <class Meanwhile>
-  __device__ void store_whole(bool is_wide, Meanwhile meanwhile) {
-    if (is_wide) {
-      store_pieces<true>();
-    } else {
-      store_pieces<false>();
-    }
-    meanwhile();
-    store_sums(is_wide);
-  }
-
-  // Of any other. Rarely called and never inlined.
-  __device__ static __noinline__ void store_some(GradientsStorage& smem, GradientsParams const& params,
-                                                 bool is_wide) {
-    GateGradients gate(smem, params, static_cast<int>(threadIdx.x));
-    CallShape const& shape = params.shape;
-    int const count = shape.dim_k - gate.first_channel - gate.pieces.channel;
-#pragma unroll 1
-    for (int i = 0; gate.pieces.first_row + i * Pieces::kRows < gate.num_rows; ++i) {
-      float4 const dg = gate.backward(gate.pieces.read_g(i, is_wide), gate.pieces.read_dg(i));
-      if (params.dg != nullptr) {
-        gate.store(i, is_wide, dg, count, shape.dim_k % 4 == 0);
-      }
-    }
-    gate.store_sums(is_wide);
-  }
 
  private:
-  template <bool kWide>
-  __device__ void store_pieces() {
-    float4 dg[Pieces::kCount], g[Pieces::kCount];
+  __device__ void store_wide(GradientsPlace const& place) const {
+    GateLane<float> const dg(smem.scratch().dg, place.token(0, 0), place.channel(0));
 #pragma unroll
-    for (int i = 0; i < Pieces::kCount; ++i) {
-      dg[i] = pieces.read_dg(i);
-      g[i] = pieces.read_g(i, kWide);
-    }
-#pragma unroll
-    for (int i = 0; i < Pieces::kCount; ++i) {
-      store(i, kWide, backward(g[i], dg[i]), 4, true);
+    for (int n = 0; n < 4 * kHalfGroups; ++n) {
+      dg.at(n / 4, n % 2, n / 2 % 2) = dG[n];
     }
   }
 
-  __device__ float4 backward(float4 g, float4 dg) {
-    dg = {decay.backward(g.x, bias.x, dg.x, dA_log), decay.backward(g.y, bias.y, dg.y, dA_log),
-          decay.backward(g.z, bias.z, dg.z, dA_log), decay.backward(g.w, bias.w, dg.w, dA_log)};
-    d_bias = {d_bias.x + dg.x, d_bias.y + dg.y, d_bias.z + dg.z, d_bias.w + dg.w};
-    return dg;
-  }
-
-  // Of the i-th piece, four neighbouring channels of dg of which `count` or fewer exist.
-  __device__ void store(int i, bool is_wide, float4 dg, int count, bool aligned) const {
-    std::int64_t const at = first + static_cast<std::int64_t>(i * Pieces::kRows) * row_stride;
-    if (is_wide) {
-      store_piece(static_cast<float*>(params.dg) + at, dg, count, aligned);
+  template <class Value>
+  __device__ void pass_gate(GradientsPlace const& place, int num_rows) {
+    Decay const decay(params.gates, smem.gate.A_log);
+    float const bias[2] = {kLog2E * smem.gate.bias[place.channel(0)],
+                           kLog2E * smem.gate.bias[place.channel(1)]};
+    GateLane<Value> const raw_g(smem.g, place.token(0, 0), place.channel(0));
+    HalfAccumulators g;
+    auto const read = [&](int n) { return static_cast<float>(raw_g.at(n / 4, n % 2, n / 2 % 2)); };
+    if (num_rows == kChunk) {
+#pragma unroll
+      for (int n = 0; n < 4 * kHalfGroups; ++n) {
+        g[n] = read(n);
+      }
     } else {
-      uint2 const pairs{pack<Element>(dg.x, dg.y), pack<Element>(dg.z, dg.w)};
-      store_piece(static_cast<Element*>(params.dg) + at, pairs, count, aligned);
+#pragma unroll
+      for (int n = 0; n < 4 * kHalfGroups; ++n) {
+        bool const is_own = place.token(n / 4, n % 2) < num_rows;  // otherwise it may be anything
+        g[n] = is_own ? read(n) : 0.f;
+        dG[n] = is_own ? dG[n] : 0.f;
+      }
     }
-  }
-
-  // Sums over tokens, of what every thread has of its own; those of dA_log over channels too.
-  __device__ void store_sums(bool is_wide) {
-    if (params.dA_log_of_slots == nullptr && params.d_dt_bias_of_slots == nullptr) {
-      return;
+    float dA_log = 0.f, d_bias[2] = {0.f, 0.f};
+    HalfAccumulators du;
+#pragma unroll
+    for (int n = 0; n < 4 * kHalfGroups; ++n) {
+      du[n] = decay.backward(g[n], bias[n / 2 % 2], dG[n], dA_log);
+      d_bias[n / 2 % 2] += du[n];
     }
     if (!isfinite(dA_log)) {
-      dA_log = finite_sum<Cfg>(smem, params, is_wide);
+      dA_log = finite_sum(place, raw_g, num_rows, decay, bias);
     }
-    auto& of_threads = smem.scratch().sums;
-    static_assert(sizeof(of_threads.d_dt_bias) == sizeof(float) * Pieces::kRows * kChannels);
-    of_threads.dA_log[thread] = dA_log;
-    *reinterpret_cast<float4*>(&of_threads.d_dt_bias[pieces.first_row][pieces.channel]) = d_bias;
-    __syncthreads();
-    auto const sum_of = [](auto part, auto count) {
-      float sum = 0.f;
 #pragma unroll
-      for (int i = 0; i < count; ++i) {
-        sum += part(i);
-      }
-      return sum;
-    };
-    if (int const channel = first_channel + thread;
-        params.d_dt_bias_of_slots != nullptr && thread < kChannels && channel < params.shape.dim_k) {
-      params.d_dt_bias_of_slots[tile * params.shape.dim_k + channel] =
-          sum_of([&](int i) { return of_threads.d_dt_bias[i][thread]; },
-                 std::integral_constant<int, Pieces::kRows>{});
+    for (int n = 0; n < 4 * kHalfGroups; ++n) {
+      dG[n] = du[n];
     }
-    if (params.dA_log_of_slots != nullptr && thread >= kThreads - kWarpThreads) {
-      int const lane = thread % kWarpThreads;
-      float const sum =
-          sum_over_warp(sum_of([&](int i) { return of_threads.dA_log[i * kWarpThreads + lane]; },
-                               std::integral_constant<int, kThreads / kWarpThreads>{}));
-      if (lane == 0) {
-        params.dA_log_of_slots[tile * smem.work.num_boxes + smem.work.box] = decay.dA_log(sum);
+    smem.sums.dA_log[place.thread] = dA_log;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float const sum = sum_over_quad(d_bias[half]);
+      if (place.quad == 0) {
+        smem.sums.d_dt_bias[place.half_of_chunk][place.channel(half)] = sum;
       }
     }
+  }
+
+  // What the lane's tokens and channels add to dA_log where g is not finite somewhere. One at a time, dg from
+  // where the lane will store it: code that is seldom needed shall be short.
+  template <class Value>
+  __device__ float finite_sum(GradientsPlace const& place, GateLane<Value> const& raw_g, int num_rows,
+                              Decay const& decay, float const (&bias)[2]) const {
+    store_wide(place);
+    GateLane<float> const dg(smem.scratch().dg, place.token(0, 0), place.channel(0));
+    float sum = 0.f;
+#pragma unroll 1
+    for (int n = 0; n < 4 * kHalfGroups; ++n) {
+      int const group = n / 4, token = n % 2, half = n / 2 % 2;
+      if (place.token(group, token) < num_rows) {
+        sum += decay.finite_term(static_cast<float>(raw_g.at(group, token, half)),
+                                 half == 0 ? bias[0] : bias[1], dg.at(group, token, half));
+      }
+    }
+    return sum;
   }
 };
 

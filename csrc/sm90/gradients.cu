@@ -20,12 +20,12 @@
 // S^T, dX S^T and R dS'^T transposed, channels on the rows: 80 accumulators a thread. Then each warp has 16
 // channels x 32 tokens for itself, and the pair products of pair_gradients.cuh add to the accumulators where
 // they are.
-// Shared memory: two stages of 40 KB (S, dS', dO, R, dX of a slice; after the last slice q, k, b, g; decays
-// in the other), dv and dw 16 KB, then dP and dT; v and w 16 KB, then terms of dg, then dg: 113 KB.
-// Raw gates come a second time to where the decays have been.
+// Shared memory: two stages of 40 KB (S, dS', dO, R, dX of a slice; after the last slice q, k, b and alpha in
+// one, decays in the other), dv and dw 16 KB, then dP and dT; v and w 16 KB, then g: 113 KB. Where v and w
+// are in the way of g, it comes to where alpha will be, and for a gate once more.
 //
 //     slices, dv, dw .. | dP, dT out | norms, E | decays | gamma, tail | pairs | erase, y.dy | sums of dg
-//     | norms | all out (raw g in since the sums of dg) | dg back through the gate
+//     | dg back through the gate | norms | all out
 #include <cutlass/arch/barrier.h>
 
 #include "api/chunk_backward.h"
@@ -49,8 +49,9 @@ struct Config : Extras_ {
 
 // ---- loads, by one thread ---------------------------------------------------------------------------------
 
-__device__ void load_box(void* smem, void const* boxes, std::int64_t box, FullBarrier& full) {
-  bulk_load(smem, static_cast<std::uint8_t const*>(boxes) + box * kBoxBytes, kBoxBytes, full);
+__device__ void load_box(void* smem, void const* boxes, int box, FullBarrier& full) {
+  bulk_load(smem, static_cast<std::uint8_t const*>(boxes) + static_cast<std::int64_t>(box) * kBoxBytes,
+            kBoxBytes, full);
 }
 
 __device__ void load_slice(GradientsStorage& smem, int stage, GradientsParams const& params,
@@ -59,15 +60,16 @@ __device__ void load_slice(GradientsStorage& smem, int stage, GradientsParams co
   SliceIndex const at(params.shape, by, work, index);
   auto& slice = smem.stages[stage].slice;
   FullBarrier& full = smem.full[stage];
-  full.arrive_and_expect_tx(sizeof(slice) + (has_norms ? sizeof(smem.loaded_norms) : 0));
+  full.arrive_and_expect_tx(sizeof(slice) + (has_norms ? sizeof(smem.inverse_norms) : 0));
   tma_load(maps.dO, full, slice.dO, at.slice * kColumns, at.value_head, work.first_token, work.batch);
-  std::int64_t const state_box = at.tile * work.num_boxes + work.box;
+  int const state_box = at.tile * work.num_boxes + work.box;
   load_box(slice.R, params.tiles.R, at.tile, full);
   load_box(slice.dX, params.tiles.dX, at.tile, full);
   load_box(slice.S, params.tiles.S, state_box, full);
   load_box(slice.dS, params.tiles.dS, state_box, full);
   if (has_norms) {
-    bulk_load(smem.loaded_norms, params.row_norms + work.tile * 2 * kChunk, sizeof(smem.loaded_norms), full);
+    bulk_load(smem.inverse_norms, params.row_norms + work.tile * 2 * kChunk, sizeof(smem.inverse_norms),
+              full);
   }
 }
 
@@ -94,13 +96,13 @@ __device__ void load_gates(GradientsStorage::Gates& g, FullBarrier& full, Gradie
 }
 
 __device__ void load_tokens(GradientsStorage& smem, int stage, GradientsMaps const& maps,
-                            GradientsWork const& work, ElementType gate_element) {
+                            GradientsWork const& work, ElementType gate_element, bool has_room_for_g) {
   bool const wide = gate_element == ElementType::kFloat32;
   auto& tokens = smem.stages[stage].tokens;
   FullBarrier& full = smem.full[stage];
   full.arrive_and_expect_tx((wide ? 5 : 4) * kBoxBytes);
   int const channel = work.first_channel, token = work.first_token;
-  load_gates(tokens.g, full, maps, work, gate_element);
+  load_gates(has_room_for_g ? smem.g : tokens.g, full, maps, work, gate_element);
   tma_load(maps.q, full, tokens.q, channel, work.head, token, work.batch);
   tma_load(maps.k, full, tokens.k, channel, work.head, token, work.batch);
   tma_load(maps.b, full, tokens.b, channel, work.gate_head, token, work.batch);
@@ -113,7 +115,7 @@ struct Products {
   float dM[4 * kGroups];              // [tokens, tokens]: dP in the first warpgroup, -dT in the second
   HalfAccumulators S_dO, S_dX, dS_R;  // [channels, tokens of the half]: S dO^T, S dX^T, dS' R^T
   // Second warpgroup: of the diagonal of S dS'^T, rows lane/4 + 8*half, in lanes that have entries of it.
-  float S_dS[2] = {};  // second warpgroup: [16 channels, 8 of them] S dS'^T, for its diagonal
+  float S_dS[2] = {};
 };
 
 template <class Element>
@@ -251,7 +253,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       load_slice(smem, stage_of(index), params, by, maps, of, order.slice(index),
                  Cfg::kNormalize && index == 0);
     } else if (index == num_slices) {
-      load_tokens(smem, stage_of(index), maps, of, params.gate_element);
+      load_tokens(smem, stage_of(index), maps, of, params.gate_element, by.has_room_for_g != 0);
     }
   };
   wait_for_earlier_kernels();  // scan_backward
@@ -303,7 +305,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     int const stage = uniform(stage_of(index));
     auto& slice = smem.stages[stage].slice;
     bool const has_values = order.has_values(index);
-    smem.full[stage].wait(index / kStages % 2);
+    wait_to_read(smem.full[stage], index / kStages % 2);
     if (num_rows < kChunk) {
       clear_foreign_rows(slice.dO, num_rows);
     }
@@ -313,7 +315,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       multiply_states<Element>(products, slice, place);
     }
     if (has_values) {
-      smem.values_full.wait(order.num_values_before(index) % 2);
+      wait_to_read(smem.values_full, order.num_values_before(index) % 2);
       ValueGradients<Cfg>::run(smem, slice.dX);
       cutlass::arch::fence_view_async_shared();  // dv and dw, before the copy engine reads them
     } else if (first_warp && elect_one()) {
@@ -328,6 +330,11 @@ __global__ void __launch_bounds__(kThreads, 2)
       GradientsWork const own = work.for_loads();
       if (elect_one()) {
         load(own, index + kStages);
+        if (Cfg::kIsGated && index + 1 == num_slices && by.has_room_for_g == 0 && by.wants_decays != 0) {
+          smem.full[1].arrive_and_expect_tx((params.gate_element == ElementType::kFloat32 ? 2 : 1) *
+                                            kBoxBytes);
+          load_gates(smem.g, smem.full[1], maps, own, params.gate_element);
+        }
         if (has_values) {
           if (whole_boxes) {
             store_values(smem, params, by, maps, own, order.slice(index));
@@ -354,9 +361,9 @@ __global__ void __launch_bounds__(kThreads, 2)
   bool const has_dP = place.half_of_chunk == 0;
   store_matrix<Element>(has_dP ? smem.dP : smem.dT, products.dM, has_dP ? params.scale : -1.f, place);
 
-  smem.full[0].wait(num_slices / kStages % 2);
+  wait_to_read(smem.full[0], num_slices / kStages % 2);
   x.prepare_tiles();
-  x.prepare_decays();
+  x.prepare_decays(by.has_room_for_g != 0);
   x.finish_state_products(rowsums);
   PairGradients<Element>(smem, dq, dE, dk, dG).run();
   x.finish_erase_and_dots();
@@ -364,23 +371,20 @@ __global__ void __launch_bounds__(kThreads, 2)
   decays.sum_half();
   // Registers are no longer short: what follows finds its place once.
   GradientsPlace const end_place;
-  bool const first_warp = is_first_warp(), wants_gates = Cfg::kIsGated && by.wants_decays != 0,
-             is_wide = decays.is_wide();
-  // Also: dg_writes and the scratch stage but for dots are free, and no warp reads another's pieces of the
-  // inputs' tiles.
-  __syncthreads();
-  if (wants_gates && first_warp) {
-    GradientsWork const own = work.for_loads();
-    if (elect_one()) {
-      cutlass::arch::fence_view_async_shared();  // what the scratch was, before the copy engine writes there
-      smem.full[1].arrive_and_expect_tx((is_wide ? 2 : 1) * kBoxBytes);
-      load_gates(smem.scratch().raw_g, smem.full[1], maps, own, params.gate_element);
-    }
-  }
+  bool const first_warp = is_first_warp(), wants_gates = Cfg::kIsGated && by.wants_decays != 0;
+  __syncthreads();  // but for dots the scratch stage is free
   if constexpr (Cfg::kNormalize) {
     x.make_norm_factors(end_place);
   }
   decays.add_other_half(end_place);
+  if constexpr (Cfg::kIsGated) {
+    if (wants_gates) {
+      if (by.has_room_for_g == 0) {
+        wait_to_read(smem.full[1], (num_slices + 1) / kStages % 2);
+      }
+      decays.pass_gate(end_place, uniform(work.num_rows));
+    }
+  }
   if constexpr (Cfg::kNormalize) {
     x.finish_norm_gradients(end_place);
   }
@@ -395,42 +399,33 @@ __global__ void __launch_bounds__(kThreads, 2)
     store_tile<Element>(tokens.k, dk, end_place);
   }
   store_tile<Element>(tokens.b, dE, end_place);
+  decays.store(end_place);
   cutlass::arch::fence_view_async_shared();  // the tiles' ordinary stores, before the copy engine reads them
-  auto const store_tiles = [&] {
-    __syncthreads();
-    if (!has_whole_boxes(work.num_rows, params.shape.dim_k)) {
-      store_tiles_by_rows<Cfg>(smem, params, work, partial, is_wide);
-    } else if (first_warp) {
-      GradientsWork const own = work.for_loads();
-      if (elect_one()) {
-        store_boxes<Cfg>(smem, params, maps, own, partial, is_wide);
-      }
+  __syncthreads();
+  if (!has_whole_boxes(work.num_rows, params.shape.dim_k)) {
+    store_tiles_by_rows<Cfg>(smem, params, work, partial, decays.is_wide());
+  } else if (first_warp) {
+    GradientsWork const own = work.for_loads();
+    if (elect_one()) {
+      store_boxes<Cfg>(smem, params, maps, own, partial, decays.is_wide());
     }
-  };
-  auto const wait_for_stores = [&] {
-    if (first_warp && elect_one()) {
-      cute::tma_store_wait<0>();  // the tiles have been read
-    }
-  };
-  if constexpr (Cfg::kIsGated) {
-    GateGradients<Cfg> gate(smem, params, end_place.thread);
-    store_tiles();
-    if (wants_gates) {
-      smem.full[1].wait((num_slices + 1) / kStages % 2);
-      if (by.has_whole_dg != 0 && gate.num_rows == kChunk) {
-        gate.store_whole(is_wide, wait_for_stores);
-        return;
-      }
-      GateGradients<Cfg>::store_some(smem, params, is_wide);
-    }
-  } else {
-    store_tiles();
   }
-  wait_for_stores();
+  if constexpr (Cfg::kIsGated) {
+    if (wants_gates) {
+      decays.store_sums(work, end_place.thread);
+    }
+  }
+  if (first_warp && elect_one()) {
+    cute::tma_store_wait<0>();  // the tiles have been read
+  }
 }
 
-// A contiguous gradient [batch, seqlen, heads, channels].
+// A contiguous gradient [batch, seqlen, heads, channels]; none where nobody asks for it, or where its rows
+// are not whole pieces of 16 bytes.
 CUtensorMap gradient_map(void* out, CallShape const& shape, int heads, int channels, ElementType element) {
+  if (out == nullptr || channels % 8 != 0) {
+    return {};
+  }
   std::int64_t const row = static_cast<std::int64_t>(heads) * channels;
   return token_map({out, shape.seqlen * row, row, channels}, shape, heads, channels, element);
 }
@@ -438,36 +433,27 @@ CUtensorMap gradient_map(void* out, CallShape const& shape, int heads, int chann
 template <class Cfg>
 void launch(GradientsParams const& params, cudaStream_t stream) {
   CallShape const& shape = params.shape;
-  GradientsMaps maps{.q = token_map(params.q, shape, shape.num_heads, shape.dim_k, shape.element),
-                     .k = token_map(params.k, shape, shape.num_heads, shape.dim_k, shape.element),
-                     .b = token_map(params.b, shape, shape.num_gate_heads, shape.dim_k, shape.element),
-                     .g = token_map(params.g, shape, shape.num_gate_heads, shape.dim_k, params.gate_element),
-                     .v = token_map(params.v, shape, shape.num_value_heads, shape.dim_v, shape.element),
-                     .w = token_map(params.w, shape, shape.num_value_heads, shape.dim_v, shape.element),
-                     .dO = token_map(params.dO, shape, shape.num_value_heads, shape.dim_v, shape.element)};
-  if (shape.dim_k % 8 == 0) {
-    bool const partial = shape.num_gate_heads != shape.num_heads;
-    if (params.dq != nullptr && !partial) {
-      maps.dq = gradient_map(params.dq, shape, shape.num_heads, shape.dim_k, shape.element);
-    }
-    if (params.dk != nullptr && !partial) {
-      maps.dk = gradient_map(params.dk, shape, shape.num_heads, shape.dim_k, shape.element);
-    }
-    if (params.db != nullptr) {
-      maps.db = gradient_map(params.db, shape, shape.num_gate_heads, shape.dim_k, shape.element);
-    }
-    if (params.dg != nullptr) {
-      maps.dg = gradient_map(params.dg, shape, shape.num_gate_heads, shape.dim_k, params.gate_element);
-    }
-  }
-  if (shape.dim_v % 8 == 0) {
-    if (params.dv != nullptr) {
-      maps.dv = gradient_map(params.dv, shape, shape.num_value_heads, shape.dim_v, shape.element);
-    }
-    if (params.dw != nullptr) {
-      maps.dw = gradient_map(params.dw, shape, shape.num_value_heads, shape.dim_v, shape.element);
-    }
-  }
+  bool const partial = shape.num_gate_heads != shape.num_heads;
+  auto const of_keys = [&](void* out, ElementType element) {
+    return gradient_map(out, shape, shape.num_gate_heads, shape.dim_k, element);
+  };
+  auto const of_values = [&](void* out) {
+    return gradient_map(out, shape, shape.num_value_heads, shape.dim_v, shape.element);
+  };
+  GradientsMaps const maps{
+      .q = token_map(params.q, shape, shape.num_heads, shape.dim_k, shape.element),
+      .k = token_map(params.k, shape, shape.num_heads, shape.dim_k, shape.element),
+      .b = token_map(params.b, shape, shape.num_gate_heads, shape.dim_k, shape.element),
+      .g = token_map(params.g, shape, shape.num_gate_heads, shape.dim_k, params.gate_element),
+      .v = token_map(params.v, shape, shape.num_value_heads, shape.dim_v, shape.element),
+      .w = token_map(params.w, shape, shape.num_value_heads, shape.dim_v, shape.element),
+      .dO = token_map(params.dO, shape, shape.num_value_heads, shape.dim_v, shape.element),
+      .dq = of_keys(partial ? nullptr : params.dq, shape.element),
+      .dk = of_keys(partial ? nullptr : params.dk, shape.element),
+      .db = of_keys(params.db, shape.element),
+      .dg = of_keys(params.dg, params.gate_element),
+      .dv = of_values(params.dv),
+      .dw = of_values(params.dw)};
   constexpr int kSmemBytes = sizeof(GradientsStorage);
   static_assert(2 * (kSmemBytes + 1024) <= 228 * 1024);
   unsigned const boxes = shape.dim_k > kChannels ? 2 : 1;

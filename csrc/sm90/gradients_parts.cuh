@@ -22,11 +22,12 @@ constexpr int kThreads = kHalves * kWarpgroupThreads;
 constexpr int kBoxBytes = kChunk * kBoxRowBytes;
 constexpr int kStages = 2;
 
-// And boxes and slices, how many value heads share a gate head, whether dg or sums of it are asked for, and
-// whether dg is and has all channels of every CTA: int, which is compared where it lies, among the parameters.
+// And boxes and slices, how many value heads share a gate head; whether dg or sums of it are asked for, and
+// whether the shared memory of values is free when the tokens are asked for: int, which is compared where it
+// lies, among the parameters.
 struct GradientsDivisors : ChunkDivisors {
   cutlass::FastDivmod boxes, slices;
-  int heads_per_gate, wants_decays, has_whole_dg;
+  int heads_per_gate, wants_decays, has_room_for_g;
 
   explicit GradientsDivisors(GradientsParams const& params)
       : ChunkDivisors(params.shape, params.num_segments),
@@ -35,13 +36,18 @@ struct GradientsDivisors : ChunkDivisors {
         heads_per_gate(params.shape.num_value_heads / params.shape.num_gate_heads),
         wants_decays(params.dg != nullptr || params.dA_log_of_slots != nullptr ||
                      params.d_dt_bias_of_slots != nullptr),
-        has_whole_dg(params.dg != nullptr && params.shape.dim_k % kChannels == 0) {}
+        has_room_for_g(boxes.divisor == 2 && heads_per_gate * slices.divisor % 2 == 0) {}
+};
+
+// Of the inputs and, where they are asked for and a box has whole pieces of 16 bytes, the gradients.
+struct GradientsMaps {
+  CUtensorMap q, k, b, g, v, w, dO;
+  CUtensorMap dq, dk, db, dg, dv, dw;
 };
 
 // What one CTA works on.
 struct GradientsWork : ChunkWork {
   int box, first_channel, num_boxes;
-  std::int64_t first_dg;  // where dg begins: the chunk's first token, the gate head, the CTA's first channel
 
   GradientsWork() = default;
 
@@ -52,7 +58,6 @@ struct GradientsWork : ChunkWork {
     num_boxes = by.boxes.divisor;
     first_channel = box * kChannels;
     find<ChunkOrder::kInwards>(shape, params.plan, by, order);  // the walks before have ended at both ends
-    first_dg = (token(shape) * shape.num_gate_heads + gate_head) * shape.dim_k + first_channel;
   }
 
   // By a converged warp, for loads: what they are asked for with is known to ptxas to be the same in all
@@ -99,7 +104,7 @@ struct SliceOrder {
 
 // What the decay gate of a key head has, in shared memory.
 struct GateParameters {
-  alignas(16) float bias[kChannels];  // dt_bias, zero where there is none
+  float bias[kChannels];  // dt_bias, zero where there is none
   float A_log;
 
   // From global memory, by kChannels threads or more; wait_for_copies follows.
@@ -114,12 +119,6 @@ struct GateParameters {
       copy_word(&A_log, gates.A_log + (gates.A_log != nullptr ? head : 0), gates.A_log != nullptr);
     }
   }
-
-  // Of four neighbours, over ln(2).
-  __device__ float4 biases_log2(int channel) const {
-    float4 const x = *reinterpret_cast<float4 const*>(&bias[channel]);
-    return {kLog2E * x.x, kLog2E * x.y, kLog2E * x.z, kLog2E * x.w};
-  }
 };
 
 struct GradientsStorage {
@@ -131,32 +130,17 @@ struct GradientsStorage {
   };
   struct Gates {  // g or dg: float32 in two boxes of 32 channels, or 16-bit in the first one
     std::uint8_t boxes[2][kBoxBytes];
-
-    __device__ float& at(int token, int channel) {
-      return *reinterpret_cast<float*>(boxes[channel / 32] + swizzled_offset(token, channel % 32 / 4) +
-                                       channel % 4 * 4);
-    }
-    template <class Element>
-    __device__ float narrow_at(int token, int channel) const {
-      return static_cast<float>(*reinterpret_cast<Element const*>(
-          boxes[0] + swizzled_offset(token, channel / 8) + channel % 8 * sizeof(Element)));
-    }
   };
   struct Tokens {
     std::uint8_t q[kBoxBytes], k[kBoxBytes], b[kBoxBytes];
     union {
-      Gates g;
-      float alpha[2][2 * kGroups][kWarpgroupThreads];  // then alpha: [c][2*j + half][thread of the warpgroup]
+      Gates g;  // where values are in the way of the other
+      // Then alpha: [c][2*j + half][thread of the warpgroup].
+      float alpha[2][2 * kGroups][kWarpgroupThreads];
     };
   };
   struct Scratch {  // in the stage that no slice and no tokens need
-    union {
-      std::uint8_t E[kBoxBytes];
-      struct {  // at the end: over a thread's tokens, and its channels
-        alignas(16) float d_dt_bias[kThreads * 4 / kChannels][kChannels];
-        float dA_log[kThreads];
-      } sums;
-    };
+    std::uint8_t E[kBoxBytes];
     // From the first token of group j to a thread's first, and B from its second token to the group's last:
     // [2*j + channel `half`][thread of the warpgroup].
     union {
@@ -171,12 +155,13 @@ struct GradientsStorage {
         GroupDecay groups[kGroups][kChannels];
         GroupPlace places[kGroups][kChannels];
       };
-      Gates raw_g;  // after the pair products: what a gate was given
+      Gates dg;  // after the pair products
     };
-    // Of the rows of q and of k: 1 / norm; products with their gradients, over a warp's channels of this CTA
-    // and of the other one.
-    alignas(16) float inverse_norms[kChunk][2];
+    // Of the rows of q and of k: products with their gradients, over a warp's channels of this CTA and of the
+    // other one.
     float2 dots_of_warp[kChannels / kWarpChannels][kChunk], other_dots[kChannels / kWarpChannels][kChunk];
+    // Of a channel: all writes of the first half, and all other terms of the second.
+    float first_writes[kChannels], second_reads[kChannels];
   };
   union alignas(kSwizzleAtomBytes) Stage {
     Slice slice;
@@ -189,20 +174,17 @@ struct GradientsStorage {
     struct {
       std::uint8_t dP[kBoxBytes], dT[kBoxBytes];  // scale*dP, and dT; rounded, rows r
     };
+    // After the pair products: what the chunk adds to d_dt_bias, over a half's tokens, and to dA_log, over a
+    // thread's tokens and channels.
+    struct {
+      float d_dt_bias[kHalves][kChannels], dA_log[kThreads];
+    } sums;
   };
   union {
     Values values;
-    float dg_writes[4 * kHalfGroups]
-                   [kThreads];  // what the writes to S' by earlier tokens of the half add to dg
-    Gates dg;
+    Gates g;  // after the slices
   };
-  union {
-    float loaded_norms[2][kChunk];  // scratch().inverse_norms, as long as slices lie there
-    // Of a channel: all writes of the first half, and all other terms of the second.
-    struct {
-      float first_writes[kChannels], second_reads[kChannels];
-    };
-  };
+  float inverse_norms[2][kChunk];                     // of q and of k: 1 / norm
   FullBarrier full[kStages], values_full, dots_full;  // dots_full: other_dots have come
   GradientsWork work;
   GateParameters gate;
@@ -210,6 +192,28 @@ struct GradientsStorage {
   // Slices alternate between the stages such that q, k, b and g follow the last one in stage 0.
   __device__ Tokens& tokens() { return stages[0].tokens; }
   __device__ Scratch& scratch() { return stages[1].scratch; }
+};
+
+// A lane's two channels, eight apart, of a tile of g or dg. One address is enough: swizzled pieces of rows
+// that follow each other, and of both channels, differ in bits that are zero in where the first one lies.
+template <class Value>
+struct GateLane {
+  std::uint8_t* tile;
+  std::uint32_t first;
+
+  // channel: of the first eight of 16. row: of its last three bits those of `token` below are zero.
+  __device__ GateLane(GradientsStorage::Gates& gates, int row, int channel) : tile(gates.boxes[0]) {
+    int const in_row = channel * sizeof(Value) % kBoxRowBytes;
+    first =
+        channel * sizeof(Value) / kBoxRowBytes * kBoxBytes + swizzled_offset(row, in_row / 16) + in_row % 16;
+  }
+
+  // Of row 8 * group + token further on.
+  __device__ Value& at(int group, int token, int half) const {
+    constexpr int kPieces = 8 * sizeof(Value) / 16;  // from channel to channel
+    return *reinterpret_cast<Value*>(tile + (first ^ (16 * (token ^ kPieces * half))) +
+                                     (kGroup * group + token) * kBoxRowBytes);
+  }
 };
 
 // Neighbouring elements of a row of which `count` or fewer exist.
@@ -233,9 +237,9 @@ __device__ inline bool is_first_warp() {
   return uniform(static_cast<int>(thread_anew() / kWarpThreads)) == 0;
 }
 
-// A thread's place: its warpgroup has half of the tokens, its warp 16 channels of them. Every phase finds it
-// anew: what ptxas knows to be the same it keeps, with all addresses that follow from it, in registers that
-// the phases do not have.
+// A thread's place: its warpgroup has half of the tokens, its warp 16 channels of them. Every phase but the
+// last ones finds it anew: what ptxas knows to be the same it keeps, with all addresses that follow from it,
+// in registers that the phases do not have.
 struct GradientsPlace {
   int thread, half_of_chunk, warp, lane, row, quad;
 

@@ -8,14 +8,9 @@
 
 namespace gdn2 {
 
-// Of the inputs and, where they are asked for and a box has whole pieces of 16 bytes, the gradients.
-struct GradientsMaps {
-  CUtensorMap q, k, b, g, v, w, dO;
-  CUtensorMap dq, dk, db, dg, dv, dw;
-};
-
-// The chunk's own rows of a gradient [batch, seqlen, heads, channels], from its box, which begins at a channel:
-// where a copy by the copy engine would touch the next sequence's rows, or rows are not whole 16 bytes.
+// The chunk's own rows of a gradient [batch, seqlen, heads, channels], from its box, which begins at a
+// channel: where a copy by the copy engine would touch the next sequence's rows, or rows are not whole 16
+// bytes.
 template <class Value>
 __device__ void store_some_rows(void* out, std::uint8_t const* box, int first_channel, CallShape const& shape,
                                 GradientsWork const& work, int head, int heads, int channels) {
@@ -68,8 +63,7 @@ __device__ void store_some_values(GradientsStorage& smem, GradientsParams const&
   store(params.dw, smem.d_values.w);
 }
 
-// dq and dk (unless they are partial), db, and dg unless it goes through a gate, from their tiles: whole boxes,
-// by one thread.
+// dq and dk (unless they are partial), db and dg from their tiles: whole boxes, by one thread.
 template <class Cfg>
 __device__ void store_boxes(GradientsStorage& smem, GradientsParams const& params, GradientsMaps const& maps,
                             GradientsWork const& work, bool partial, bool is_wide) {
@@ -86,11 +80,10 @@ __device__ void store_boxes(GradientsStorage& smem, GradientsParams const& param
     store(params.dk, maps.dk, tokens.k, channel, work.head);
   }
   store(params.db, maps.db, tokens.b, channel, work.gate_head);
-  if constexpr (!Cfg::kIsGated) {
-    store(params.dg, maps.dg, smem.dg.boxes[0], channel, work.gate_head);
-    if (is_wide) {
-      store(params.dg, maps.dg, smem.dg.boxes[1], channel + kChannels / 2, work.gate_head);
-    }
+  auto const& dg = smem.scratch().dg.boxes;
+  store(params.dg, maps.dg, dg[0], channel, work.gate_head);
+  if (is_wide) {
+    store(params.dg, maps.dg, dg[1], channel + kChannels / 2, work.gate_head);
   }
   cute::tma_store_arrive();
 }
@@ -112,14 +105,12 @@ __device__ __noinline__ void store_tiles_by_rows(GradientsStorage& smem, Gradien
     store(Element{}, params.dk, tokens.k, channel, work.head, shape.num_heads);
   }
   store(Element{}, params.db, tokens.b, channel, work.gate_head, shape.num_gate_heads);
-  if constexpr (!Cfg::kIsGated) {
-    auto const& boxes = smem.dg.boxes;
-    if (is_wide) {
-      store(float{}, params.dg, boxes[0], channel, work.gate_head, shape.num_gate_heads);
-      store(float{}, params.dg, boxes[1], channel + kChannels / 2, work.gate_head, shape.num_gate_heads);
-    } else {
-      store(Element{}, params.dg, boxes[0], channel, work.gate_head, shape.num_gate_heads);
-    }
+  auto const& dg = smem.scratch().dg.boxes;
+  if (is_wide) {
+    store(float{}, params.dg, dg[0], channel, work.gate_head, shape.num_gate_heads);
+    store(float{}, params.dg, dg[1], channel + kChannels / 2, work.gate_head, shape.num_gate_heads);
+  } else {
+    store(Element{}, params.dg, dg[0], channel, work.gate_head, shape.num_gate_heads);
   }
 }
 

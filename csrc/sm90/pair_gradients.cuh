@@ -281,7 +281,8 @@ struct PairGradients : LaneReader {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         float const middle = from_quad_lane(link[half], 2);
-        D[half][0] = q4 == 2 ? 1.f : q4 == 3 ? link[half] : 0.f;
+        float const first = q4 % 2 == 0 ? 1.f : link[half];
+        D[half][0] = q4 / 2 == 0 ? 0.f : first;
         D[half][1] = D[half][0] * a1[half];
         U[half][1] = q4 == 0 ? ahead[half] * middle : q4 == 1 ? ahead[half] : 0.f;
         U[half][0] = U[half][1] * a1[half];

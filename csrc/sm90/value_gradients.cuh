@@ -10,14 +10,13 @@ namespace gdn2 {
 // A slice: 64 columns of one of the value heads.
 struct SliceIndex {
   int value_head, slice;
-  std::int64_t tile;  // among the tiles of all slots, value heads and slices
+  int tile;  // among the tiles of all slots, value heads and slices: of 8 KB each, so that an int has room
 
   __device__ SliceIndex(CallShape const& shape, GradientsDivisors const& by, GradientsWork const& work,
                         int index) {
     by.slices(value_head, slice, index);
     value_head += work.gate_head * by.heads_per_gate;
-    tile = (static_cast<std::int64_t>(work.slot) * shape.num_value_heads + value_head) * by.slices.divisor +
-           slice;
+    tile = (work.slot * shape.num_value_heads + value_head) * by.slices.divisor + slice;
   }
 };
 

@@ -25,16 +25,19 @@ __device__ inline float from_quad_lane(float x, int index) {
   return __shfl_sync(0xffffffff, x, index, 4);
 }
 
-// Sums over the lanes of the four behind this one (kForward: before it), this one left out; `all` gets the
-// whole sum.
-template <bool kForward>
-__device__ float exclusive_sum(float x, float& all) {
+// Over the four lanes.
+__device__ inline float sum_over_quad(float x) {
+  x += __shfl_xor_sync(0xffffffff, x, 1);
+  return x + __shfl_xor_sync(0xffffffff, x, 2);
+}
+
+// Sums over the lanes of the four behind this one, this one left out; `all` gets the whole sum.
+__device__ inline float sum_behind(float x, float& all) {
   int const q = lane_index() % 4;
-  bool const has_neighbor = (q % 2 == 1) == kForward, has_pair = (q / 2 == 1) == kForward;
   float const neighbor = __shfl_xor_sync(0xffffffff, x, 1), own_pair = x + neighbor;
   float const other_pair = __shfl_xor_sync(0xffffffff, own_pair, 2);
   all = own_pair + other_pair;
-  return (has_neighbor ? neighbor : 0.f) + (has_pair ? other_pair : 0.f);
+  return (q % 2 == 0 ? neighbor : 0.f) + (q / 2 == 0 ? other_pair : 0.f);
 }
 
 // Decay of a channel over a whole group of eight: alpha of its first token, and the product over the others.

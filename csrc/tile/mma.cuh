@@ -67,6 +67,13 @@ __device__ inline void store_matrices_transposed(std::uint32_t const (&r)[4], vo
   store_matrices_transposed(r, matrix_address<false>(smem_box, row, piece));
 }
 
+// An 8x8 matrix of 16-bit elements, of which lane l has row l/4, columns 2*(l%4) and the next; transposed.
+__device__ inline std::uint32_t transpose(std::uint32_t x) {
+  std::uint32_t y;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;\n" : "=r"(y) : "r"(x));
+  return y;
+}
+
 // acc [16, 8] += A [16, 16] B [16, 8]; a as load_matrices gives it, b0 and b1 the rows 0-7 and 8-15 of B,
 // transposed.
 template <class Element>

@@ -86,14 +86,10 @@ struct RingBarriers {
   }
 };
 
-// From shared memory, after what has been waited for before.
-__device__ inline float2 load_in_order(float2 const* place) {
-  float2 x;
-  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];\n"
-               : "=f"(x.x), "=f"(x.y)
-               : "r"(cute::cast_smem_ptr_to_uint(place))
-               : "memory");
-  return x;
+// Before ordinary reads of what has come: the compiler leaves them behind the wait.
+__device__ inline void wait_to_read(FullBarrier& full, std::uint32_t parity) {
+  full.wait(parity);
+  asm volatile("" ::: "memory");
 }
 
 // x to the same place of CTA `rank` of the cluster, whose barrier there counts the bytes that have come.
