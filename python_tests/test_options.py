@@ -122,12 +122,15 @@ def test_a_very_slow_gate_has_accurate_gradients(backend, by, dim_k, dim_v, seed
     check(backend, inputs, seed, **EVERYTHING)
 
 
+@pytest.mark.parametrize("in_dtype_of_q", [False, True])
 @pytest.mark.parametrize("first", [0, 1])
-@pytest.mark.parametrize("raw", [float("inf"), -float("inf")])
+@pytest.mark.parametrize("raw", [float("inf"), -float("inf"), 1e4])
 @pytest.mark.parametrize("lower_bound", [None, -5.0])
-def test_an_infinite_raw_gate_has_finite_gradients(backend, lower_bound, raw, first, seed):
+def test_an_infinite_raw_gate_has_finite_gradients(backend, lower_bound, raw, first, in_dtype_of_q, seed):
     """softplus(inf) resets the state, sigmoid(inf) is the bound: constants, with gradients of 0."""
     inputs = backend.raw_inputs(**SHAPE, seed=seed)
+    if in_dtype_of_q:
+        inputs.g = inputs.g.to(backend.dtype)
     inputs.g[:, first::5, :, first::2] = raw
     initial_state, d_final_state = backend.states(inputs, seed=seed)
     options = {

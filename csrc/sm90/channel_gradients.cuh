@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cute/arch/cluster_sm90.hpp>
+#include <type_traits>
 
 #include "sm90/gates.cuh"
 #include "sm90/gradients_parts.cuh"
@@ -285,17 +286,25 @@ struct Channels {
     }
   }
 
-  // Of token `row` of group `quad`, the sum of x[2*group + c] over the eight lanes that have it: rounded to
-  // bfloat16, which has the range, transposed, times ones.
+  // Of token `row` of group `quad`, the sum of x[2*group + c] over the eight lanes that have it: transposed,
+  // times ones. Rounded to bfloat16, which has the range; for float16 to a sum of two.
   __device__ static float sum_over_rows(float const (&x)[2 * kHalfGroups], GradientsPlace const& place) {
+    using Term = __nv_bfloat16;
+    constexpr int kTerms = std::is_same_v<Element, __half> ? 2 : 1;
     constexpr std::uint32_t kOnes = 0x3f803f80;
     float sums[kHalfGroups];
 #pragma unroll
     for (int i = 0; i < kHalfGroups; i += 2) {
-      std::uint32_t const a[2] = {transpose(pack<__nv_bfloat16>(x[2 * i], x[2 * i + 1])),
-                                  transpose(pack<__nv_bfloat16>(x[2 * i + 2], x[2 * i + 3]))};
+      float2 low{x[2 * i], x[2 * i + 1]}, high{x[2 * i + 2], x[2 * i + 3]};
       float acc[4] = {};
-      mma_16x8x8<__nv_bfloat16>(acc, a, kOnes);
+#pragma unroll
+      for (int term = 0; term < kTerms; ++term) {
+        std::uint32_t const of_low = pack<Term>(low.x, low.y), of_high = pack<Term>(high.x, high.y);
+        mma_16x8x8<Term>(acc, {transpose(of_low), transpose(of_high)}, kOnes);
+        float2 const low_term = unpack<Term>(of_low), high_term = unpack<Term>(of_high);
+        low = {low.x - low_term.x, low.y - low_term.y};
+        high = {high.x - high_term.x, high.y - high_term.y};
+      }
       sums[i] = acc[0];
       sums[i + 1] = acc[2];
     }

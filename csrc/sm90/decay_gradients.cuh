@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cmath>
-#include <type_traits>
 
 #include "sm90/gates.cuh"
 #include "sm90/gradients_parts.cuh"
@@ -148,19 +147,25 @@ struct DecayGradients {
   }
 
   // What the lane's tokens and channels add to dA_log where g is not finite somewhere. One at a time, dg from
-  // where the lane will store it: code that is seldom needed shall be short.
+  // where the thread's alpha was: code that is seldom needed shall be short.
   template <class Value>
   __device__ float finite_sum(GradientsPlace const& place, GateLane<Value> const& raw_g, int num_rows,
                               Decay const& decay, float const (&bias)[2]) const {
-    store_wide(place);
-    GateLane<float> const dg(smem.scratch().dg, place.token(0, 0), place.channel(0));
+    float* const own = &smem.tokens().alpha[0][2 * place.group(0)][place.thread % kWarpgroupThreads];
+    auto const dg = [own](int n) -> float& {
+      return own[(2 * kGroups * (n % 2) + n / 2) * kWarpgroupThreads];
+    };
+#pragma unroll
+    for (int n = 0; n < 4 * kHalfGroups; ++n) {
+      dg(n) = dG[n];
+    }
     float sum = 0.f;
 #pragma unroll 1
     for (int n = 0; n < 4 * kHalfGroups; ++n) {
       int const group = n / 4, token = n % 2, half = n / 2 % 2;
       if (place.token(group, token) < num_rows) {
         sum += decay.finite_term(static_cast<float>(raw_g.at(group, token, half)),
-                                 half == 0 ? bias[0] : bias[1], dg.at(group, token, half));
+                                 half == 0 ? bias[0] : bias[1], dg(n));
       }
     }
     return sum;

@@ -331,6 +331,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       if (elect_one()) {
         load(own, index + kStages);
         if (Cfg::kIsGated && index + 1 == num_slices && by.has_room_for_g == 0 && by.wants_decays != 0) {
+          // v and w have been read, and full[1] is free until the end.
           smem.full[1].arrive_and_expect_tx((params.gate_element == ElementType::kFloat32 ? 2 : 1) *
                                             kBoxBytes);
           load_gates(smem.g, smem.full[1], maps, own, params.gate_element);
@@ -372,7 +373,9 @@ __global__ void __launch_bounds__(kThreads, 2)
   // Registers are no longer short: what follows finds its place once.
   GradientsPlace const end_place;
   bool const first_warp = is_first_warp(), wants_gates = Cfg::kIsGated && by.wants_decays != 0;
-  __syncthreads();  // but for dots the scratch stage is free
+  // The scratch stage is free but for what follows here, as are dP and dT, and no warp reads another's pieces
+  // of the inputs' tiles.
+  __syncthreads();
   if constexpr (Cfg::kNormalize) {
     x.make_norm_factors(end_place);
   }

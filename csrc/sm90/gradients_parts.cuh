@@ -1,4 +1,5 @@
-// What the phases of `gradients` share: where a CTA and a thread work, and what lies in shared memory.
+// What the phases of `gradients` share: where a CTA and a thread work, and what lies in shared and in global
+// memory.
 #pragma once
 
 #include <cutlass/arch/barrier.h>
@@ -194,14 +195,14 @@ struct GradientsStorage {
   __device__ Scratch& scratch() { return stages[1].scratch; }
 };
 
-// A lane's two channels, eight apart, of a tile of g or dg. One address is enough: swizzled pieces of rows
-// that follow each other, and of both channels, differ in bits that are zero in where the first one lies.
+// A lane's two channels, eight apart, of a tile of g or dg. One address is enough: the swizzle is a ^ of a
+// row's last bits and a piece's, and what is added to them finds zeros there.
 template <class Value>
 struct GateLane {
   std::uint8_t* tile;
   std::uint32_t first;
 
-  // channel: of the first eight of 16. row: of its last three bits those of `token` below are zero.
+  // channel: of the first eight of 16. row: those of its last three bits that `token` below has are zero.
   __device__ GateLane(GradientsStorage::Gates& gates, int row, int channel) : tile(gates.boxes[0]) {
     int const in_row = channel * sizeof(Value) % kBoxRowBytes;
     first =
@@ -215,23 +216,6 @@ struct GateLane {
                                      (kGroup * group + token) * kBoxRowBytes);
   }
 };
-
-// Neighbouring elements of a row of which `count` or fewer exist.
-template <class Value, class Piece>
-__device__ void store_piece(Value* row, Piece piece, int count, bool aligned) {
-  constexpr int kSize = sizeof(Piece) / sizeof(Value);
-  if (count >= kSize && aligned) {
-    __stcg(reinterpret_cast<Piece*>(row), piece);  // a plain store is merged with those below, and split
-    return;
-  }
-  auto const* const x = reinterpret_cast<Value const*>(&piece);
-#pragma unroll
-  for (int i = 0; i < kSize; ++i) {
-    if (i < count) {
-      row[i] = x[i];
-    }
-  }
-}
 
 __device__ inline bool is_first_warp() {
   return uniform(static_cast<int>(thread_anew() / kWarpThreads)) == 0;

@@ -22,9 +22,18 @@ __device__ void store_some_rows(void* out, std::uint8_t const* box, int first_ch
 #pragma unroll 1
   for (int row = threadIdx.x / 8; row < work.num_rows && count > 0; row += kThreads / 8) {
     std::int64_t const at = ((work.token(shape) + row) * heads + head) * channels + channel;
-    store_piece(static_cast<Value*>(out) + at,
-                *reinterpret_cast<uint4 const*>(box + swizzled_offset(row, piece)), count,
-                channels % kSize == 0);
+    Value* const to = static_cast<Value*>(out) + at;
+    uint4 const from = *reinterpret_cast<uint4 const*>(box + swizzled_offset(row, piece));
+    if (count >= kSize && channels % kSize == 0) {
+      __stcg(reinterpret_cast<uint4*>(to), from);  // a plain store is merged with those below, and split
+      continue;
+    }
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) {
+      if (i < count) {
+        to[i] = reinterpret_cast<Value const*>(&from)[i];
+      }
+    }
   }
 }
 
