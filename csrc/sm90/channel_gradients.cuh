@@ -171,11 +171,13 @@ struct Channels {
 
   // The products with S and dS' become their shares of dq, dE and dk, and of dG, which is summed from the
   // end: reads of S by tokens r >= i, the state that is carried through, and all writes to S' of the half
-  // less those by tokens s >= i.
+  // less those by tokens s >= i. The chunk's last write goes through no decay: it would be taken from itself,
+  // and leave its rounding where all others are small.
   __device__ void finish_state_products(float const (&rowsums)[2]) {
     LaneReader const lane(smem);
     GradientsPlace const& place = lane.place;
     float written[2] = {0.f, 0.f};
+    int const last = lane.num_rows - 1 - place.token(0, 0);
 #pragma unroll
     for (float& x : dG) {
       x = 0.f;
@@ -201,10 +203,11 @@ struct Channels {
         dE[n + 1] *= -gamma1;
         dk[n] *= tail0;
         dk[n + 1] *= tail1;
-        dG[n] = q2.x * dq[n] + E2.x * dE[n] - k2.x * dk[n];
-        dG[n + 1] = q2.y * dq[n + 1] + E2.y * dE[n + 1] - k2.y * dk[n + 1];
-        written[half] += k2.x * dk[n];
-        written[half] += k2.y * dk[n + 1];
+        float2 const writes{last == kGroup * i ? 0.f : k2.x, last == kGroup * i + 1 ? 0.f : k2.y};
+        dG[n] = q2.x * dq[n] + E2.x * dE[n] - writes.x * dk[n];
+        dG[n + 1] = q2.y * dq[n + 1] + E2.y * dE[n + 1] - writes.y * dk[n + 1];
+        written[half] += writes.x * dk[n];
+        written[half] += writes.y * dk[n + 1];
       }
     }
 #pragma unroll
