@@ -310,7 +310,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       clear_foreign_rows(slice.dO, num_rows);
     }
     multiply_slice<Element>(products, slice, place, index > 0);
-    bool const first_warp = is_first_warp();
+    int const warp = warp_anew();  // of those without states one loads, and one sees to dv and dw
     if (place.half_of_chunk == 1) {
       multiply_states<Element>(products, slice, place);
     }
@@ -318,15 +318,15 @@ __global__ void __launch_bounds__(kThreads, 2)
       wait_to_read(smem.values_full, order.num_values_before(index) % 2);
       ValueGradients<Cfg>::run(smem, slice.dX);
       cutlass::arch::fence_view_async_shared();  // dv and dw, before the copy engine reads them
-    } else if (first_warp && elect_one()) {
-      cute::tma_store_wait<0>();  // it has read those before
+    } else if (warp == 1 && elect_one()) {
+      cute::tma_store_wait<0>();  // the copy engine has read those before
     }
     wgmma_wait<0>();
     if constexpr (Cfg::kIsGated) {
       wait_for_copies();  // the parameters
     }
     __syncthreads();  // every warp is done with the slice
-    if (first_warp) {
+    if (warp == 0) {
       GradientsWork const own = work.for_loads();
       if (elect_one()) {
         load(own, index + kStages);
@@ -336,20 +336,22 @@ __global__ void __launch_bounds__(kThreads, 2)
                                             kBoxBytes);
           load_gates(smem.g, smem.full[1], maps, own, params.gate_element);
         }
-        if (has_values) {
-          if (whole_boxes) {
-            store_values(smem, params, by, maps, own, order.slice(index));
-          }
-          if (int const next = index + order.num_boxes; order.has_values(next)) {
-            load_values(smem, params, by, maps, own, order.slice(next));
-          }
+      }
+    } else if (warp == 1 && has_values) {
+      GradientsWork const own = work.for_loads();
+      if (elect_one()) {
+        if (whole_boxes) {
+          store_values(smem, params, by, maps, own, order.slice(index));
+        }
+        if (int const next = index + order.num_boxes; order.has_values(next)) {
+          load_values(smem, params, by, maps, own, order.slice(next));
         }
       }
     }
     if (has_values && (!whole_boxes || order.num_boxes == 1 || index + 1 == num_slices)) {
       if (!whole_boxes) {
         store_some_values<Element>(smem, params, by, work, order.slice(index));
-      } else if (first_warp && elect_one()) {
+      } else if (warp == 1 && elect_one()) {
         cute::tma_store_wait<0>();
       }
       __syncthreads();  // dv and dw have been read
@@ -372,7 +374,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   decays.sum_half();
   // Registers are no longer short: what follows finds its place once.
   GradientsPlace const end_place;
-  bool const first_warp = is_first_warp(), wants_gates = Cfg::kIsGated && by.wants_decays != 0;
+  bool const first_warp = warp_anew() == 0, wants_gates = Cfg::kIsGated && by.wants_decays != 0;
   // The scratch stage is free but for what follows here, as are dP and dT, and no warp reads another's pieces
   // of the inputs' tiles.
   __syncthreads();

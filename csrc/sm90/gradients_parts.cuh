@@ -217,8 +217,8 @@ struct GateLane {
   }
 };
 
-__device__ inline bool is_first_warp() {
-  return uniform(static_cast<int>(thread_anew() / kWarpThreads)) == 0;
+__device__ inline int warp_anew() {
+  return uniform(static_cast<int>(thread_anew() / kWarpThreads));
 }
 
 // A thread's place: its warpgroup has half of the tokens, its warp 16 channels of them. Every phase but the
