@@ -257,20 +257,22 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
   };
   wait_for_earlier_kernels();  // scan_backward
-  // A thread of a warp a stage: all wait for them, and they not for each other.
+  // A thread of a warp a stage: all wait for them, and they not for each other. v and w of the first slice come
+  // before the second slice.
   if (int const index = uniform(threadIdx.x / kWarpThreads); index < kStages && elect_one()) {
     GradientsWork const own(params, by);
     smem.full[stage_of(index)].init(1);
+    if (index == 1) {
+      smem.values_full.init(1);
+    }
     cutlass::arch::fence_barrier_init();
     if (own.num_rows > 0) {
+      if (index == 1 && order.has_values(0)) {
+        load_values(smem, params, by, maps, own, order.slice(0));
+      }
       load(own, index);
     }
     if (index == 0) {
-      smem.values_full.init(1);
-      cutlass::arch::fence_barrier_init();
-      if (own.num_rows > 0 && order.has_values(0)) {
-        load_values(smem, params, by, maps, own, order.slice(0));
-      }
       smem.work = own;
     }
   }
