@@ -257,8 +257,8 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
   };
   wait_for_earlier_kernels();  // scan_backward
-  // A thread of a warp a stage: all wait for them, and they not for each other. v and w of the first slice come
-  // before the second slice.
+  // A thread of a warp a stage: all wait for them, and they not for each other. v and w of the first slice
+  // come before the second slice.
   if (int const index = uniform(threadIdx.x / kWarpThreads); index < kStages && elect_one()) {
     GradientsWork const own(params, by);
     smem.full[stage_of(index)].init(1);
