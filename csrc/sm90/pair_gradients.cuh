@@ -1,7 +1,7 @@
 // The pair products of the backward, one half of a chunk's tokens a warpgroup and 16 channels a warp:
 //
-//     dq[r] += D[r] sum_s dP[r,s] k[s] U[s]     dE[r] += D[r] sum_s dT[r,s] k[s] U[s]            later tokens r
-//     dk[s] += U[s] sum_r (dP[r,s] q[r] D[r] + dT[r,s] E[r] D[r])                                 earlier tokens s
+//     later tokens r:      dq[r] += D[r] sum_s dP[r,s] k[s] U[s]     dE[r] += D[r] sum_s dT[r,s] k[s] U[s]
+//     earlier tokens s:    dk[s] += U[s] sum_r (dP[r,s] q[r] D[r] + dT[r,s] E[r] D[r])
 //
 // for the six levels of blocks. Levels 1, 2 and 4 lie inside a group of eight tokens: the 8x8 block of dP or
 // dT on the diagonal, masked, is the right operand of one product. Levels 8 and 16 are whole blocks inside a
@@ -186,34 +186,42 @@ struct PairGradients : LaneReader {
     return place.row / (2 * kLevel) == 2 * place.quad / (2 * kLevel) ? entries : 0u;
   }
 
-  // The lane's own two tokens t0 and t1 of group i: each with itself, where there is no decay, and level 1,
-  // t1 with t0. What is taken away from dG at t0 is what is added at t1.
+  // Each token of group i with itself, where there is no decay, and level 1: t1 with the token before, t0, which
+  // a lane has both. There D is 1, so that products are added to dq and dE where they are. What is taken away
+  // from dG at t0 is what is added at t1.
   __device__ void own_pairs(int i, float const (&alpha1)[2], GroupTokens const& q, GroupTokens const& k,
-                            GroupTokens const& E) {
-    int const quad = lane_index() % 4, group = place.group(i), row = kGroup * group + 2 * quad;
-    auto const entries = [&](std::uint8_t const* tile, int r) {  // of row r and the columns of t0 and t1
-      return unpack<Element>(
-          *reinterpret_cast<std::uint32_t const*>(tile + swizzled_offset(r, group) + quad * 4));
-    };
-    float2 const P1 = entries(smem.dP, row + 1);  // P10, P11
-    float const P00 = entries(smem.dP, row).x, T10 = entries(smem.dT, row + 1).x;
+                            GroupTokens const& E, DiagonalBlocks const& blocks) {
+    // Of the lane's two entries of a block, (row, 2*quad + c): the one on the diagonal, the one of level 1,
+    // which is left of it in odd rows, and that of the transposed block.
+    bool const is_own = place.row / 2 == place.quad, is_odd = place.row % 2 == 1;
+    std::uint32_t const first = is_own ? 0x0000ffffu : 0u, second = is_own ? 0xffff0000u : 0u;
+    std::uint32_t const itself = is_odd ? second : first, level1 = is_odd ? first : 0u,
+                        level1_t = is_odd ? 0u : second;
+    std::uint32_t k_U[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      k_U[half] = times(k.pairs[half], pack<Element>(alpha1[half], 0.f));
+    }
+    mma_16x8x16<Element>(of_group(dq, i), {k.pairs[0], k.pairs[1], k_U[0], k_U[1]}, blocks.dP & itself,
+                         blocks.dP & level1);
+    mma_16x8x8<Element>(of_group(dE, i), k_U, blocks.dT & level1);
+    mma_16x8x8<Element>(of_group(dk, i), q.pairs, blocks.dP & itself);
+    float earlier[4] = {};
+    mma_16x8x16<Element>(earlier, {E.pairs[0], E.pairs[1], q.pairs[0], q.pairs[1]}, blocks.dT_t & level1_t,
+                         blocks.dP_t & level1_t);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       int const n = 4 * i + 2 * half;
-      float2 const q2 = unpack<Element>(q.pairs[half]);
-      float const earlier = T10 * unpack<Element>(E.pairs[half]).y + P1.x * q2.y;
-      dk[n] += P00 * q2.x;
-      dk[n] += alpha1[half] * earlier;
-      dk[n + 1] += P1.y * q2.y;
-      float const k_U = unpack<Element>(times(k.pairs[half], pack<Element>(alpha1[half], 0.f))).x;
-      dG[n] -= k_U * earlier;
-      dG[n + 1] += k_U * earlier;
-      dE[n + 1] += T10 * k_U;
-      float2 const k2 = unpack<Element>(k.pairs[half]);
-      dq[n] += P00 * k2.x;
-      dq[n + 1] += P1.y * k2.y;
-      dq[n + 1] += P1.x * k_U;
+      float const of_t0 = earlier[2 * half], rounded = unpack<Element>(k_U[half]).x;
+      dk[n] += alpha1[half] * of_t0;
+      dG[n] -= rounded * of_t0;
+      dG[n + 1] += rounded * of_t0;
     }
+  }
+
+  // The accumulators of a product for group i.
+  __device__ static float (&of_group(HalfAccumulators& x, int i))[4] {
+    return *reinterpret_cast<float (*)[4]>(&x[4 * i]);
   }
 
   // Pairs inside group i. D and U [half][token], zero where the token is not in the level's later or earlier
@@ -266,7 +274,7 @@ struct PairGradients : LaneReader {
       load_blocks<false>(plain, matrix, i, i);
       load_blocks<true>(transposed, matrix, i, i);
       DiagonalBlocks const blocks{plain[0], plain[1], transposed[0], transposed[1]};
-      own_pairs(i, a1, q, k, E);
+      own_pairs(i, a1, q, k, E, blocks);
 
       float D[2][2], U[2][2];
 #pragma unroll
