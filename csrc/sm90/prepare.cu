@@ -111,27 +111,31 @@ __device__ void store_factor_tiles(SharedStorage<Cfg>& smem, PrepareParams const
   }
 }
 
-// A lower triangle to global memory, by kThreads threads: pieces of eight elements as
-// piece_of(row, first column) has them.
+// A lower triangle to global memory, by kThreads threads, a block a warp: pieces of eight elements as
+// piece_of(block, piece) has them.
 template <int kThreads, class PieceOf>
 __device__ void store_triangle(void* triangles, std::int64_t tile, int thread, PieceOf piece_of) {
+  static_assert(kPiecesOfTriangleBlock == kWarpThreads);
   auto* const out = reinterpret_cast<uint4*>(static_cast<std::uint8_t*>(triangles) + tile * kTriangleBytes);
-  constexpr int kPieces = kTriangleBytes / 16;
+  int const warp = uniform(thread / kWarpThreads), index = thread % kWarpThreads;
+  TrianglePiece const piece(index);
 #pragma unroll
-  for (int first = 0; first < kPieces; first += kThreads) {
-    int const index = first + thread;
-    if (first + kThreads <= kPieces || index < kPieces) {
-      TrianglePiece const at = triangle_piece(index);
-      out[index] = piece_of(at.row, at.first_column);
+  for (int first = 0; first < kTriangleBlocks; first += kThreads / kWarpThreads) {
+    if (int const block = first + warp; block < kTriangleBlocks) {
+      out[block * kPiecesOfTriangleBlock + index] = piece_of(TriangleBlock(block), piece);
     }
   }
 }
 
 template <class Cfg>
 __device__ void store_P(SharedStorage<Cfg> const& smem, PrepareParams const& params, Work const& work) {
-  store_triangle<Cfg::kTeamThreads>(params.tiles.P, work.tile, thread_of_team<Cfg>(), [&](int row, int s) {
-    return *reinterpret_cast<uint4 const*>(smem.P + swizzled_offset(row, s / 8));
-  });
+  store_triangle<Cfg::kTeamThreads>(
+      params.tiles.P, work.tile, thread_of_team<Cfg>(), [&](TriangleBlock block, TrianglePiece piece) {
+        // Two pieces a block and row: the swizzle's ^ of a piece and one of a block are one.
+        std::uint32_t const in_block = swizzled_offset(piece.row, piece.first_column / 8);
+        return *reinterpret_cast<uint4 const*>(smem.P + block.row * kTriangleBlock * kBoxRowBytes +
+                                               (in_block ^ (block.strip * kTriangleRowBytes)));
+      });
 }
 
 // A - I, zero on and above the diagonal. By one warpgroup.
@@ -140,14 +144,21 @@ __device__ void store_A_minus_I(SharedStorage<Cfg>& smem, PrepareParams const& p
   using Element = typename Cfg::Element;
   TriangularMatrix const A{smem.T};
   store_triangle<kWarpgroupThreads>(
-      params.tiles.A_minus_I, work.tile, threadIdx.x % kWarpgroupThreads, [&](int row, int first) {
-        std::uint32_t pairs[4];
+      params.tiles.A_minus_I, work.tile, threadIdx.x % kWarpgroupThreads,
+      [&](TriangleBlock block, TrianglePiece piece) {
+        float const* const from =
+            &A.at(block.row * kTriangleBlock + piece.row, block.strip * kTriangleBlock + piece.first_column);
+        float4 const low = *reinterpret_cast<float4 const*>(from),
+                     high = *reinterpret_cast<float4 const*>(from + 4);
+        float x[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+        if (block.is_on_diagonal()) {
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          int const s = first + 2 * j;
-          pairs[j] = pack<Element>(s < row ? A.at(row, s) : 0.f, s + 1 < row ? A.at(row, s + 1) : 0.f);
+          for (int i = 0; i < 8; ++i) {
+            x[i] = piece.first_column + i < piece.row ? x[i] : 0.f;
+          }
         }
-        return uint4{pairs[0], pairs[1], pairs[2], pairs[3]};
+        return uint4{pack<Element>(x[0], x[1]), pack<Element>(x[2], x[3]), pack<Element>(x[4], x[5]),
+                     pack<Element>(x[6], x[7])};
       });
 }
 

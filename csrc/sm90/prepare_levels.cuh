@@ -209,6 +209,9 @@ __device__ void store_level(SharedStorage<Cfg>& smem, float const (&acc)[kSize],
       float& to = place.in_T(smem, half, j);
       if constexpr (h == 1) {
         to = second ? y : x;
+      } else if constexpr (h >= 16) {  // below the diagonal blocks: see triangular_inverse.cuh
+        *reinterpret_cast<float2*>(&to) = {__uint_as_float(to_negated_tf32(x)),
+                                           __uint_as_float(to_negated_tf32(y))};
       } else {
         *reinterpret_cast<float2*>(&to) = {x, y};
       }

@@ -117,6 +117,11 @@ __device__ inline std::uint32_t to_tf32(float x) {
   return __float_as_uint(x) + 0x1000;
 }
 
+// -x likewise: the sign is the last bit that the sum reaches.
+__device__ inline std::uint32_t to_negated_tf32(float x) {
+  return __float_as_uint(x) + 0x80001000;
+}
+
 // acc [16, 8] += A [16, 8] B [8, 8] in tf32. a[0]: row l/4, step l%4; a[1]: row + 8; a[2], a[3]: the same,
 // step + 4. b[0]: step l%4, column l/4; b[1]: step + 4.
 __device__ inline void mma_16x8x8_tf32(float (&acc)[4], std::uint32_t const (&a)[4],

@@ -10,10 +10,9 @@ namespace gdn2 {
 
 // By `num_threads` threads: what no load writes.
 __device__ inline void clear_above_triangle(std::uint8_t* image, int thread, int num_threads) {
-  constexpr int kPiecesOfBlock = kTriangleBlockBytes / 16;
 #pragma unroll
   for (int strip = 1; strip < kTriangleStrips; ++strip) {
-    for (int i = thread; i < strip * kPiecesOfBlock; i += num_threads) {
+    for (int i = thread; i < strip * kPiecesOfTriangleBlock; i += num_threads) {
       reinterpret_cast<uint4*>(image + strip * kStripBytes)[i] = uint4{};
     }
   }

@@ -24,17 +24,25 @@ __host__ __device__ constexpr int first_block_of(int strip) {
   return strip * (2 * kTriangleStrips + 1 - strip) / 2;
 }
 
-// The index-th 16-byte piece in global memory holds eight columns of a row.
+// Where the index-th block in global memory lies in the triangle.
+struct TriangleBlock {
+  int row, strip;  // in blocks
+
+  __host__ __device__ constexpr explicit TriangleBlock(int index)
+      : row(0),
+        strip((index >= first_block_of(1)) + (index >= first_block_of(2)) + (index >= first_block_of(3))) {
+    row = index - first_block_of(strip) + strip;
+  }
+  __host__ __device__ constexpr bool is_on_diagonal() const { return row == strip; }
+};
+
+// The index-th 16-byte piece of a block holds eight columns of a row.
 struct TrianglePiece {
   int row, first_column;
+
+  __host__ __device__ constexpr explicit TrianglePiece(int index)
+      : row(index / 2), first_column(((index ^ (row >> 2)) & 1) * 8) {}
 };
-__host__ __device__ constexpr TrianglePiece triangle_piece(int index) {
-  constexpr int kPiecesOfBlock = kTriangleBlockBytes / 16;
-  int const block = index / kPiecesOfBlock;
-  int const strip =
-      (block >= first_block_of(1)) + (block >= first_block_of(2)) + (block >= first_block_of(3));
-  int const row = (block - first_block_of(strip) + strip) * kTriangleBlock + index % kPiecesOfBlock / 2;
-  return {row, strip * kTriangleBlock + ((index ^ (row >> 2)) & 1) * 8};
-}
+constexpr int kPiecesOfTriangleBlock = kTriangleBlockBytes / 16;
 
 }  // namespace gdn2

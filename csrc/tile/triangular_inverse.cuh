@@ -2,10 +2,10 @@
 //
 // Blocks of 16 on the diagonal by forward substitution in float32, half a warp each; then merged upward, for
 // 16 and 32:
-//     A21 = -(A22 T21) A11
-// in tf32 with float32 accumulation. The accumulators of A22 T21 are the left operand of the second product
-// where they are: the order of the contraction is free, so step l%4 of an instruction is column 2*(l%4) and
-// step l%4 + 4 the next.
+//     A21 = (A22 (-T21)) A11
+// in tf32 with float32 accumulation. Below those blocks T holds -T, rounded to tf32 (to_negated_tf32) where it
+// was made. The accumulators of A22 (-T21) are the left operand of the second product where they are: the
+// order of the contraction is free, so step l%4 of an instruction is column 2*(l%4) and step l%4 + 4 the next.
 #pragma once
 
 #include <cutlass/arch/barrier.h>
@@ -56,7 +56,7 @@ __device__ inline void invert_diagonal_blocks(TriangularMatrix T, int pair) {
   }
 }
 
-// W [16, kColumns] = A22[row.., first2..] T21: 16 rows of the product, over `kDepth` columns of A22.
+// W [16, kColumns] = A22[row.., first2..] (-T21): 16 rows of the product, over `kDepth` columns of A22.
 template <int kColumns, int kDepth>
 __device__ void multiply_A22_T21(float (&W)[kColumns / 8][4], TriangularMatrix M, int row, int first2,
                                  int first1) {
@@ -69,14 +69,14 @@ __device__ void multiply_A22_T21(float (&W)[kColumns / 8][4], TriangularMatrix M
                                 to_tf32(M.at(row + group + 8, first2 + k + quad + 4))};
 #pragma unroll
     for (int n = 0; n < kColumns / 8; ++n) {
-      std::uint32_t const b[2] = {to_tf32(M.at(first2 + k + quad, first1 + 8 * n + group)),
-                                  to_tf32(M.at(first2 + k + quad + 4, first1 + 8 * n + group))};
+      std::uint32_t const b[2] = {__float_as_uint(M.at(first2 + k + quad, first1 + 8 * n + group)),
+                                  __float_as_uint(M.at(first2 + k + quad + 4, first1 + 8 * n + group))};
       mma_16x8x8_tf32(W[n], a, b);
     }
   }
 }
 
-// A21 [16, kColumns] = -W A11 for columns [column, column + kColumns), over the columns of W from kFirst on:
+// A21 [16, kColumns] = W A11 for columns [column, column + kColumns), over the columns of W from kFirst on:
 // those before meet zeros of A11.
 template <int kColumns, int kFirst, int kDepthTiles>
 __device__ void multiply_W_A11(float (&A21)[kColumns / 8][4], float const (&W)[kDepthTiles][4],
@@ -84,7 +84,7 @@ __device__ void multiply_W_A11(float (&A21)[kColumns / 8][4], float const (&W)[k
   int const group = lane_index() / 4, quad = lane_index() % 4;
 #pragma unroll
   for (int k = kFirst / 8; k < kDepthTiles; ++k) {
-    std::uint32_t const a[4] = {to_tf32(-W[k][0]), to_tf32(-W[k][2]), to_tf32(-W[k][1]), to_tf32(-W[k][3])};
+    std::uint32_t const a[4] = {to_tf32(W[k][0]), to_tf32(W[k][2]), to_tf32(W[k][1]), to_tf32(W[k][3])};
 #pragma unroll
     for (int n = 0; n < kColumns / 8; ++n) {
       std::uint32_t const b[2] = {to_tf32(M.at(first1 + 8 * k + 2 * quad, column + 8 * n + group)),
