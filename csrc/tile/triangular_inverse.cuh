@@ -3,9 +3,10 @@
 // Blocks of 16 on the diagonal by forward substitution in float32, half a warp each; then merged upward, for
 // 16 and 32:
 //     A21 = (A22 (-T21)) A11
-// in tf32 with float32 accumulation. Below those blocks T holds -T, rounded to tf32 (to_negated_tf32) where it
-// was made. The accumulators of A22 (-T21) are the left operand of the second product where they are: the
-// order of the contraction is free, so step l%4 of an instruction is column 2*(l%4) and step l%4 + 4 the next.
+// in tf32 with float32 accumulation. Below those blocks T holds -T, rounded to tf32 where it was made (see
+// to_negated_tf32). The accumulators of A22 (-T21) are the left operand of the second product where they are:
+// the order of the contraction is free, so step l%4 of an instruction is column 2*(l%4) and step l%4 + 4 the
+// next.
 #pragma once
 
 #include <cutlass/arch/barrier.h>
