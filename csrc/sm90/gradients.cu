@@ -377,8 +377,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   // Registers are no longer short: what follows finds its place once.
   GradientsPlace const end_place;
   bool const first_warp = warp_anew() == 0, wants_gates = Cfg::kIsGated && by.wants_decays != 0;
-  // The scratch stage is free but for what follows here, as are dP and dT, and no warp reads another's pieces
-  // of the inputs' tiles.
+  // The scratch stage is free but for what follows here, as are dP, dT and alpha, and no warp reads another's
+  // pieces of the inputs' tiles.
   __syncthreads();
   if constexpr (Cfg::kNormalize) {
     x.make_norm_factors(end_place);

@@ -186,9 +186,9 @@ struct PairGradients : LaneReader {
     return place.row / (2 * kLevel) == 2 * place.quad / (2 * kLevel) ? entries : 0u;
   }
 
-  // Each token of group i with itself, where there is no decay, and level 1: a lane's second token t1 with its
-  // first one t0. There D is 1, so that products are added to dq and dE where they are. What is taken away
-  // from dG at t0 is what is added at t1.
+  // Each token of group i with itself, where there is no decay, and level 1: a lane's second token t1 with
+  // its first one t0. There D is 1, so that products are added to dq and dE where they are. What is taken
+  // away from dG at t0 is what is added at t1.
   __device__ void own_pairs(int i, float const (&alpha1)[2], GroupTokens const& q, GroupTokens const& k,
                             GroupTokens const& E, DiagonalBlocks const& blocks) {
     // Of the lane's two entries of a block, (row, 2*quad + c): the one on the diagonal, the one of level 1,
