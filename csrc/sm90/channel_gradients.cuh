@@ -71,10 +71,9 @@ struct Channels {
   }
 
   // g of a group's tokens and the lane's two channels, as it came.
-  __device__ void read_g(float (&g)[2][kGroup], GradientsStorage::Gates& gates, int first_token,
-                         int channel) const {
+  __device__ void read_g(float (&g)[2][kGroup], int first_token, int channel) const {
     auto const read = [&](auto value) {
-      GateLane<decltype(value)> const lane(gates, first_token, channel);
+      GateLane<decltype(value)> const lane(smem.tokens().g, first_token, channel);
 #pragma unroll
       for (int t = 0; t < kGroup; ++t) {
         g[0][t] = static_cast<float>(lane.at(0, t, 0));
@@ -88,58 +87,64 @@ struct Channels {
     }
   }
 
-  __device__ void make_alpha(float (&x)[2][kGroup], int channel) const {
-    DecayFunction<Element, Cfg::kGate> const decay(params.gates, Cfg::kIsGated ? smem.gate.A_log : 0.f);
-    float bias[2] = {0.f, 0.f};
-    if constexpr (Cfg::kIsGated) {
-      bias[0] = kLog2E * smem.gate.bias[channel];
-      bias[1] = kLog2E * smem.gate.bias[channel + 8];
-    }
-#pragma unroll
-    for (int t = 0; t < kGroup; ++t) {
-      x[0][t] = decay.alpha(x[0][t], bias[0]);
-      x[1][t] = decay.alpha(x[1][t], bias[1]);
-    }
-  }
-
   // The decays inside groups, a warp a group and a lane two channels of it, and over them. Both warpgroups
   // read all of them: ends with the CTA's barrier.
-  __device__ void prepare_decays(bool has_room_for_g) {
-    auto& tokens = smem.tokens();
+  __device__ void prepare_decays() {
     auto& scratch = smem.scratch();
     GradientsPlace const place;
     int const group = place.thread / kWarpThreads, num_rows = uniform(smem.work.num_rows) - kGroup * group;
     int const channel = kWarpChannels * (place.lane / 8) + place.lane % 8;  // and the one eight behind it
+    int const first_thread = kWarpThreads * (place.lane / 8) + 4 * (place.lane % 8);
+    auto const store = [&](float (&of_threads)[kWarpgroupThreads], float x0, float x1, float x2, float x3) {
+      *reinterpret_cast<float4*>(&of_threads[first_thread]) = {x0, x1, x2, x3};
+    };
+    float x[2][kGroup];
+    read_g(x, kGroup * group, channel);
+    DecayFunction<Element, Cfg::kGate> const decay(params.gates, Cfg::kIsGated ? smem.gate.A_log : 0.f);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float const bias = Cfg::kIsGated ? kLog2E * smem.gate.bias[channel + 8 * half] : 0.f;
+#pragma unroll
+      for (int t = 0; t < kGroup; ++t) {
+        x[half][t] = decay.activation(x[half][t], bias);
+      }
+    }
     float alpha[2][kGroup];
-    read_g(alpha, has_room_for_g ? smem.g : tokens.g, kGroup * group, channel);
-    make_alpha(alpha, channel);
+#pragma unroll
+    for (int t = 0; t < kGroup; ++t) {
+      alpha[0][t] = decay.alpha(x[0][t]);
+      alpha[1][t] = decay.alpha(x[1][t]);
+    }
     if (num_rows < kGroup) {
 #pragma unroll
       for (int t = 0; t < kGroup; ++t) {
         if (t >= num_rows) {
+          x[0][t] = x[1][t] = 0.f;
           alpha[0][t] = alpha[1][t] = 1.f;
         }
       }
     }
-    if (!has_room_for_g) {
-      __syncthreads();  // all of g has been read
-    }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       float const(&a)[kGroup] = alpha[half];
-      int const row = 2 * group + half, first_thread = kWarpThreads * (place.lane / 8) + 4 * (place.lane % 8);
-      auto const store = [&](float (&of_threads)[kWarpgroupThreads], float x0, float x1, float x2, float x3) {
-        *reinterpret_cast<float4*>(&of_threads[first_thread]) = {x0, x1, x2, x3};
-      };
-      store(tokens.alpha[0][row], a[0], a[2], a[4], a[6]);
-      store(tokens.alpha[1][row], a[1], a[3], a[5], a[7]);
+      int const row = 2 * group + half;
+      store(smem.alpha[0][row], a[0], a[2], a[4], a[6]);
+      store(smem.alpha[1][row], a[1], a[3], a[5], a[7]);
       float const F1 = a[1] * a[2], F2 = F1 * (a[3] * a[4]), F3 = F2 * (a[5] * a[6]);
       float const B2 = a[6] * a[7], B1 = a[4] * a[5] * B2, B0 = a[2] * a[3] * B1;
       store(scratch.F[row], 1.f, F1, F2, F3);
       store(scratch.B[row], B0, B1, B2, 1.f);
       scratch.groups[group][channel + 8 * half] = {a[0], F3 * a[7]};
     }
-    __syncthreads();
+    __syncthreads();  // and all of g has been read
+    if constexpr (Cfg::kIsGated) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float const(&y)[kGroup] = x[half];
+        store(smem.tokens().activations[0][2 * group + half], y[0], y[2], y[4], y[6]);
+        store(smem.tokens().activations[1][2 * group + half], y[1], y[3], y[5], y[7]);
+      }
+    }
     // A thread a channel and direction. All is read before anything is written, or each read would wait for a
     // write.
     int const ch = threadIdx.x % kChannels;

@@ -63,10 +63,40 @@ struct DecayGradients {
     is_wide() ? store_wide(place) : store_tile<Element>(smem.scratch().dg.boxes[0], dG, place);
   }
 
-  // Back through the decay gate, whose input has come; and the sums of what that adds to d_dt_bias and
-  // dA_log.
+  // Back through the decay gate; and the sums of what that adds to d_dt_bias and dA_log.
   __device__ void pass_gate(GradientsPlace const& place, int num_rows) {
-    is_wide() ? pass_gate<float>(place, num_rows) : pass_gate<Element>(place, num_rows);
+    Decay const decay(params.gates, smem.gate.A_log);
+    OwnValues const activations(smem.tokens().activations, place);
+    if (num_rows < kChunk) {
+#pragma unroll
+      for (int n = 0; n < 4 * kHalfGroups; ++n) {
+        if (place.token(n / 4, n % 2) >= num_rows) {
+          dG[n] = 0.f;
+        }
+      }
+    }
+    float dA_log = 0.f, d_bias[2] = {0.f, 0.f};
+    HalfAccumulators du;
+#pragma unroll
+    for (int n = 0; n < 4 * kHalfGroups; ++n) {
+      du[n] = decay.backward(activations[n], dG[n], dA_log);
+      d_bias[n / 2 % 2] += du[n];
+    }
+    if (!isfinite(dA_log)) {
+      dA_log = finite_sum(place, activations, decay);
+    }
+#pragma unroll
+    for (int n = 0; n < 4 * kHalfGroups; ++n) {
+      dG[n] = du[n];
+    }
+    smem.sums.dA_log[place.thread] = dA_log;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float const sum = sum_over_quad(d_bias[half]);
+      if (place.quad == 0) {
+        smem.sums.d_dt_bias[place.half_of_chunk][place.channel(half)] = sum;
+      }
+    }
   }
 
   // Behind a barrier: the sums of the chunk, to where gate_sums sums on.
@@ -101,72 +131,31 @@ struct DecayGradients {
     }
   }
 
-  template <class Value>
-  __device__ void pass_gate(GradientsPlace const& place, int num_rows) {
-    Decay const decay(params.gates, smem.gate.A_log);
-    float const bias[2] = {kLog2E * smem.gate.bias[place.channel(0)],
-                           kLog2E * smem.gate.bias[place.channel(1)]};
-    GateLane<Value> const raw_g(smem.g, place.token(0, 0), place.channel(0));
-    HalfAccumulators g;
-    auto const read = [&](int n) { return static_cast<float>(raw_g.at(n / 4, n % 2, n / 2 % 2)); };
-    if (num_rows == kChunk) {
-#pragma unroll
-      for (int n = 0; n < 4 * kHalfGroups; ++n) {
-        g[n] = read(n);
-      }
-    } else {
-#pragma unroll
-      for (int n = 0; n < 4 * kHalfGroups; ++n) {
-        bool const is_own = place.token(n / 4, n % 2) < num_rows;  // otherwise it may be anything
-        g[n] = is_own ? read(n) : 0.f;
-        dG[n] = is_own ? dG[n] : 0.f;
-      }
+  // A thread's own of its warpgroup's, as HalfAccumulators.
+  struct OwnValues {
+    float* first;
+
+    __device__ OwnValues(GradientsStorage::OfThreads& of_threads, GradientsPlace const& place)
+        : first(&of_threads[0][2 * place.group(0)][place.thread % kWarpgroupThreads]) {}
+
+    __device__ float& operator[](int n) const {
+      return first[(2 * kGroups * (n % 2) + n / 2) * kWarpgroupThreads];
     }
-    float dA_log = 0.f, d_bias[2] = {0.f, 0.f};
-    HalfAccumulators du;
-#pragma unroll
-    for (int n = 0; n < 4 * kHalfGroups; ++n) {
-      du[n] = decay.backward(g[n], bias[n / 2 % 2], dG[n], dA_log);
-      d_bias[n / 2 % 2] += du[n];
-    }
-    if (!isfinite(dA_log)) {
-      dA_log = finite_sum(place, raw_g, num_rows, decay, bias);
-    }
-#pragma unroll
-    for (int n = 0; n < 4 * kHalfGroups; ++n) {
-      dG[n] = du[n];
-    }
-    smem.sums.dA_log[place.thread] = dA_log;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float const sum = sum_over_quad(d_bias[half]);
-      if (place.quad == 0) {
-        smem.sums.d_dt_bias[place.half_of_chunk][place.channel(half)] = sum;
-      }
-    }
-  }
+  };
 
   // What the lane's tokens and channels add to dA_log where g is not finite somewhere. One at a time, dg from
   // where the thread's alpha was: code that is seldom needed shall be short.
-  template <class Value>
-  __device__ float finite_sum(GradientsPlace const& place, GateLane<Value> const& raw_g, int num_rows,
-                              Decay const& decay, float const (&bias)[2]) const {
-    float* const own = &smem.tokens().alpha[0][2 * place.group(0)][place.thread % kWarpgroupThreads];
-    auto const dg = [own](int n) -> float& {
-      return own[(2 * kGroups * (n % 2) + n / 2) * kWarpgroupThreads];
-    };
+  __device__ float finite_sum(GradientsPlace const& place, OwnValues const& activations,
+                              Decay const& decay) const {
+    OwnValues const dg(smem.alpha, place);
 #pragma unroll
     for (int n = 0; n < 4 * kHalfGroups; ++n) {
-      dg(n) = dG[n];
+      dg[n] = dG[n];
     }
     float sum = 0.f;
 #pragma unroll 1
     for (int n = 0; n < 4 * kHalfGroups; ++n) {
-      int const group = n / 4, token = n % 2, half = n / 2 % 2;
-      if (place.token(group, token) < num_rows) {
-        sum += decay.finite_term(static_cast<float>(raw_g.at(group, token, half)),
-                                 half == 0 ? bias[0] : bias[1], dg(n));
-      }
+      sum += decay.finite_term(activations[n], dg[n]);
     }
     return sum;
   }

@@ -48,41 +48,51 @@ void with_extras(GateParams const& gates, ElementType gate_element, F f) {
   }
 }
 
-// A gate of a key head: from the raw projection g to alpha, and back, as Element's factors need it.
-// u = g + dt_bias.
+// A gate of a key head: from the raw projection g to alpha, and back, as Element's factors need it. Between
+// them lies the activation, which the way back starts from: softplus(u) / ln(2); where there is a lower bound
+// u / ln(2); without a gate g / ln(2). u = g + dt_bias.
 template <class Element, DecayGate kGate>
 struct DecayFunction {
-  float rate, inverse_rate, lower_bound;
+  float rate, lower_bound;
 
   __device__ DecayFunction(GateParams const& gates, float A_log)
-      : rate(exp2_approx(kLog2E * A_log)),
-        inverse_rate(fminf(fmaxf(exp2_approx(-kLog2E * A_log), kSmallest), kLargest)),
-        lower_bound(gates.lower_bound) {}
+      : rate(exp2_approx(kLog2E * A_log)), lower_bound(gates.lower_bound) {}
 
-  __device__ float alpha(float g, float bias_log2) const {
+  __device__ float activation(float g, float bias_log2) const {
     float const u_log2 = fmaf(kLog2E, g, bias_log2);
+    return kGate == DecayGate::kSoftplus ? softplus_log2<Element>(u_log2) : u_log2;
+  }
+
+  __device__ float alpha(float activation) const {
     if constexpr (kGate == DecayGate::kSoftplus) {
-      return exp2_approx(-rate * softplus_log2<Element>(u_log2));
+      return exp2_approx(-rate * activation);
     } else if constexpr (kGate == DecayGate::kLowerBound) {
-      return exp2_approx(kLog2E * lower_bound * sigmoid_log2(rate * u_log2));
+      return exp2_approx(kLog2E * lower_bound * sigmoid_log2(rate * activation));
     } else {
-      return exp2_approx(kLog2E * g);
+      return exp2_approx(activation);
     }
   }
 
   // The gradient of the raw projection of that of the decay dg; adds to `sum` what dA_log is made of, which
   // is not finite where g is not: then it is a sum of finite_term.
-  __device__ float backward(float g, float bias_log2, float dg, float& sum) const {
-    return backward(fmaf(kLog2E, g, bias_log2), dg, sum);
+  __device__ float backward(float activation, float dg, float& sum) const {
+    static_assert(kGate != DecayGate::kNone);
+    if constexpr (kGate == DecayGate::kSoftplus) {
+      sum = fmaf(dg, activation, sum);
+      return times_sigmoid_of_softplus(-fminf(rate, kLargest), activation) * dg;
+    } else {
+      float const s = sigmoid_log2(rate * activation), slope = fmaf(-s, s, s) * dg;
+      sum = fmaf(slope, activation, sum);
+      return lower_bound * rate * slope;
+    }
   }
 
   // What is added to `sum`; nothing where the decay is infinite, whose dg is zero but for rounding.
-  __device__ float finite_term(float g, float bias_log2, float dg) const {
+  __device__ float finite_term(float activation, float dg) const {
     float sum = 0.f;
-    float const u_log2 = fmaf(kLog2E, g, bias_log2);
     // NaN stays what it is.
-    backward(u_log2 > kLargest ? kLargest : u_log2 < -kLargest ? -kLargest : u_log2, dg, sum);
-    return kGate == DecayGate::kSoftplus && u_log2 > kLargest ? 0.f * dg : sum;
+    backward(activation > kLargest ? kLargest : activation < -kLargest ? -kLargest : activation, dg, sum);
+    return kGate == DecayGate::kSoftplus && activation > kLargest ? 0.f * dg : sum;
   }
 
   // dA_log, of a sum over tokens and channels.
@@ -91,24 +101,7 @@ struct DecayFunction {
   }
 
  private:
-  static constexpr float kSmallest = 1.2e-38f, kLargest = 3.4e38f;
-
-  __device__ float backward(float u_log2, float dg, float& sum) const {
-    static_assert(kGate != DecayGate::kNone);
-    if constexpr (kGate == DecayGate::kSoftplus) {
-      float const t = exp2_approx(-fabsf(u_log2));
-      sum = fmaf(dg, fmaxf(u_log2, 0.f) + log2_1p<Element>(t), sum);
-      float slope = reciprocal_approx(fmaf(-inverse_rate, t, -inverse_rate));  // -rate / (1 + t)
-      if (u_log2 < 0.f) {
-        slope *= t;
-      }
-      return slope * dg;
-    } else {
-      float const s = sigmoid_log2(rate * u_log2), slope = fmaf(-s, s, s) * dg;
-      sum = fmaf(slope, u_log2, sum);
-      return lower_bound * rate * slope;
-    }
-  }
+  static constexpr float kLargest = 3.4e38f;
 };
 
 // b through its sigmoid, rounded: two neighbours of a row.

@@ -20,9 +20,8 @@
 // S^T, dX S^T and R dS'^T transposed, channels on the rows: 80 accumulators a thread. Then each warp has 16
 // channels x 32 tokens for itself, and the pair products of pair_gradients.cuh add to the accumulators where
 // they are.
-// Shared memory: two stages of 40 KB (S, dS', dO, R, dX of a slice; after the last slice q, k, b and alpha in
-// one, decays in the other), dv and dw 16 KB, then dP and dT; v and w 16 KB, then g: 113 KB. Where v and w
-// are in the way of g, it comes to where alpha will be, and for a gate once more.
+// Shared memory: two stages of 40 KB (S, dS', dO, R, dX of a slice; after the last slice q, k, b and g in
+// one, decays in the other), dv and dw 16 KB, then dP and dT; v and w 16 KB, then alpha: 113 KB.
 //
 //     slices, dv, dw .. | dP, dT out | norms, E | decays | gamma, tail | pairs | erase, y.dy | sums of dg
 //     | dg back through the gate | norms | all out
@@ -83,26 +82,20 @@ __device__ void load_values(GradientsStorage& smem, GradientsParams const& param
   tma_load(maps.w, smem.values_full, smem.values.w, column, at.value_head, work.first_token, work.batch);
 }
 
-// g in all its bytes, for which the barrier waits.
-__device__ void load_gates(GradientsStorage::Gates& g, FullBarrier& full, GradientsMaps const& maps,
-                           GradientsWork const& work, ElementType gate_element) {
-#pragma unroll
-  for (int box = 0; box < 2; ++box) {
-    if (box == 0 || gate_element == ElementType::kFloat32) {
-      tma_load(maps.g, full, g.boxes[box], work.first_channel + box * kChannels / 2, work.gate_head,
-               work.first_token, work.batch);
-    }
-  }
-}
-
 __device__ void load_tokens(GradientsStorage& smem, int stage, GradientsMaps const& maps,
-                            GradientsWork const& work, ElementType gate_element, bool has_room_for_g) {
+                            GradientsWork const& work, ElementType gate_element) {
   bool const wide = gate_element == ElementType::kFloat32;
   auto& tokens = smem.stages[stage].tokens;
   FullBarrier& full = smem.full[stage];
   full.arrive_and_expect_tx((wide ? 5 : 4) * kBoxBytes);
   int const channel = work.first_channel, token = work.first_token;
-  load_gates(has_room_for_g ? smem.g : tokens.g, full, maps, work, gate_element);
+#pragma unroll
+  for (int box = 0; box < 2; ++box) {
+    if (box == 0 || wide) {
+      tma_load(maps.g, full, tokens.g.boxes[box], channel + box * kChannels / 2, work.gate_head, token,
+               work.batch);
+    }
+  }
   tma_load(maps.q, full, tokens.q, channel, work.head, token, work.batch);
   tma_load(maps.k, full, tokens.k, channel, work.head, token, work.batch);
   tma_load(maps.b, full, tokens.b, channel, work.gate_head, token, work.batch);
@@ -253,7 +246,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       load_slice(smem, stage_of(index), params, by, maps, of, order.slice(index),
                  Cfg::kNormalize && index == 0);
     } else if (index == num_slices) {
-      load_tokens(smem, stage_of(index), maps, of, params.gate_element, by.has_room_for_g != 0);
+      load_tokens(smem, stage_of(index), maps, of, params.gate_element);
     }
   };
   wait_for_earlier_kernels();  // scan_backward
@@ -332,12 +325,6 @@ __global__ void __launch_bounds__(kThreads, 2)
       GradientsWork const own = work.for_loads();
       if (elect_one()) {
         load(own, index + kStages);
-        if (Cfg::kIsGated && index + 1 == num_slices && by.has_room_for_g == 0 && by.wants_decays != 0) {
-          // v and w have been read, and full[1] is free until the end.
-          smem.full[1].arrive_and_expect_tx((params.gate_element == ElementType::kFloat32 ? 2 : 1) *
-                                            kBoxBytes);
-          load_gates(smem.g, smem.full[1], maps, own, params.gate_element);
-        }
       }
     } else if (warp == 1 && has_values) {
       GradientsWork const own = work.for_loads();
@@ -368,7 +355,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 
   wait_to_read(smem.full[0], num_slices / kStages % 2);
   x.prepare_tiles();
-  x.prepare_decays(by.has_room_for_g != 0);
+  x.prepare_decays();
   x.finish_state_products(rowsums);
   PairGradients<Element>(smem, dq, dE, dk, dG).run();
   x.finish_erase_and_dots();
@@ -386,9 +373,6 @@ __global__ void __launch_bounds__(kThreads, 2)
   decays.add_other_half(end_place);
   if constexpr (Cfg::kIsGated) {
     if (wants_gates) {
-      if (by.has_room_for_g == 0) {
-        wait_to_read(smem.full[1], (num_slices + 1) / kStages % 2);
-      }
       decays.pass_gate(end_place, uniform(work.num_rows));
     }
   }

@@ -23,12 +23,11 @@ constexpr int kThreads = kHalves * kWarpgroupThreads;
 constexpr int kBoxBytes = kChunk * kBoxRowBytes;
 constexpr int kStages = 2;
 
-// And boxes and slices, how many value heads share a gate head; whether dg or sums of it are asked for, and
-// whether the shared memory of values is free when the tokens are asked for: int, which is compared where it
-// lies, among the parameters.
+// And boxes and slices, how many value heads share a gate head; whether dg or sums of it are asked for: int,
+// which is compared where it lies, among the parameters.
 struct GradientsDivisors : ChunkDivisors {
   cutlass::FastDivmod boxes, slices;
-  int heads_per_gate, wants_decays, has_room_for_g;
+  int heads_per_gate, wants_decays;
 
   explicit GradientsDivisors(GradientsParams const& params)
       : ChunkDivisors(params.shape, params.num_segments),
@@ -36,8 +35,7 @@ struct GradientsDivisors : ChunkDivisors {
         slices((params.shape.dim_v + kColumns - 1) / kColumns),
         heads_per_gate(params.shape.num_value_heads / params.shape.num_gate_heads),
         wants_decays(params.dg != nullptr || params.dA_log_of_slots != nullptr ||
-                     params.d_dt_bias_of_slots != nullptr),
-        has_room_for_g(boxes.divisor == 2 && heads_per_gate * slices.divisor % 2 == 0) {}
+                     params.d_dt_bias_of_slots != nullptr) {}
 };
 
 // Of the inputs and, where they are asked for and a box has whole pieces of 16 bytes, the gradients.
@@ -132,12 +130,13 @@ struct GradientsStorage {
   struct Gates {  // g or dg: float32 in two boxes of 32 channels, or 16-bit in the first one
     std::uint8_t boxes[2][kBoxBytes];
   };
+  // Of the chunk's tokens and the CTA's channels: [c][2*j + half][thread of the warpgroup].
+  using OfThreads = float[2][2 * kGroups][kWarpgroupThreads];
   struct Tokens {
     std::uint8_t q[kBoxBytes], k[kBoxBytes], b[kBoxBytes];
     union {
-      Gates g;  // where values are in the way of the other
-      // Then alpha: [c][2*j + half][thread of the warpgroup].
-      float alpha[2][2 * kGroups][kWarpgroupThreads];
+      Gates g;
+      OfThreads activations;  // of a decay gate, after g: see DecayFunction
     };
   };
   struct Scratch {  // in the stage that no slice and no tokens need
@@ -183,7 +182,7 @@ struct GradientsStorage {
   };
   union {
     Values values;
-    Gates g;  // after the slices
+    OfThreads alpha;  // after the slices
   };
   float inverse_norms[2][kChunk];                     // of q and of k: 1 / norm
   FullBarrier full[kStages], values_full, dots_full;  // dots_full: other_dots have come

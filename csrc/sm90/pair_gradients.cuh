@@ -91,7 +91,7 @@ struct LaneReader {
     E_lane = lane_address(place, scratch.E);
     int const first = kHalfGroups * place.half_of_chunk;
     int const thread = place.thread % kWarpgroupThreads;
-    alpha_lane = &tokens.alpha[0][2 * first][thread];
+    alpha_lane = &smem.alpha[0][2 * first][thread];
     F_lane = &scratch.F[2 * first][thread];
     groups_lane = &scratch.groups[first][place.channel(0)];
     places_lane = &scratch.places[first][place.channel(0)];

@@ -127,7 +127,7 @@ __device__ void read_decays(ThreadInputs<Cfg>& x, SharedStorage<Cfg>& smem, Prep
   for (int i = 0; i < kBlock; ++i) {
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
-      x.alpha[i][c] = decay.alpha(x.alpha[i][c], bias_log2[c]);
+      x.alpha[i][c] = decay.alpha(decay.activation(x.alpha[i][c], bias_log2[c]));
     }
   }
   int const first_row = thread_place<Cfg>().block * kBlock;

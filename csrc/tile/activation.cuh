@@ -71,4 +71,14 @@ __device__ float softplus_log2(float x) {
   return fmaxf(x, 0.f) + log2_1p<Element>(exp2_approx(-fabsf(x)));
 }
 
+// factor * sigmoid(u) of y = softplus(u) / ln(2), factor <= 0: 1 - 2^-y, or the first two terms of its series
+// where that would leave rounding only. The series is less than the function, and so is the difference, which
+// has more taken from it than exp2_approx is off: the greater of both is within 5e-5 of its size.
+__device__ inline float times_sigmoid_of_softplus(float factor, float y) {
+  constexpr float kMargin = 0x1p-21f;
+  float const difference = fmaf(-factor, exp2_approx(-y), (1.f - kMargin) * factor);
+  float const series = y * fmaf(-0.5f * kLn2 * kLn2 * factor, y, kLn2 * factor);
+  return fminf(difference, series);
+}
+
 }  // namespace gdn2
