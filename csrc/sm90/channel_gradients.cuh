@@ -248,8 +248,8 @@ struct Channels {
 #pragma unroll
       for (int m = 0; m < 4; ++m) {
         int const i = 2 * pair + m / 2, half = m % 2, n = 4 * i + 2 * half;
-        float2 const k2 = unpack<Element>(k.at(i, half));
-        float2 b2 = unpack<Element>(b.at(i, half)), slope{1.f, 1.f};
+        float2 const k2 = unpack<Element>(k.pairs[m]);
+        float2 b2 = unpack<Element>(b.pairs[m]), slope{1.f, 1.f};
         if constexpr (Cfg::kSigmoid) {
           float2 const s = sigmoid(b2);
           b2 = {erase_scale * s.x, erase_scale * s.y};
@@ -268,7 +268,7 @@ struct Channels {
 #pragma unroll
         for (int m = 0; m < 4; ++m) {
           int const i = 2 * pair + m / 2, half = m % 2;
-          add_products(&dots[0][2 * i], half, unpack<Element>(q.at(i, half)), &dq[4 * i + 2 * half]);
+          add_products(&dots[0][2 * i], half, unpack<Element>(q.pairs[m]), &dq[4 * i + 2 * half]);
         }
       }
     }
@@ -373,7 +373,7 @@ struct Channels {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         int const n = 4 * i + 2 * half;
-        float2 const q2 = unpack<Element>(q[i / 2].at(i, half)), k2 = unpack<Element>(k[i / 2].at(i, half));
+        float2 const q2 = unpack<Element>(q[i / 2].pairs[2 * (i % 2) + half]), k2 = unpack<Element>(k[i / 2].pairs[2 * (i % 2) + half]);
         dq[n] = dq[n] * factors0.x - q2.x * factors0.y;
         dq[n + 1] = dq[n + 1] * factors1.x - q2.y * factors1.y;
         dk[n] = dk[n] * factors0.z - k2.x * factors0.w;

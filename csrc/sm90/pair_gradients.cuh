@@ -53,25 +53,18 @@ __device__ inline std::uint32_t lane_address(GradientsPlace const& place, std::u
          (kHalfGroups * place.half_of_chunk + lane / 16) * kGroupBytes;
 }
 
-// q, k, b or E of the warp's channels and two groups: [2 * (group % 2) + half], two tokens each, as a
-// fragment of A. group: from the first of the half on, which lane_address has.
-struct GroupPair {
-  std::uint32_t pairs[4];
+// q, k, b or E of the warp's channels and one or two groups: [2 * group + half], two tokens each; of two groups
+// a fragment of A. first_group: from the first of the half on, which lane_address has.
+template <int kNumber>
+struct Groups {
+  std::uint32_t pairs[2 * kNumber];
 
-  __device__ GroupPair(std::uint32_t lane_address, int group) {
-    load_8x8<true>(pairs, lane_address + group * kGroupBytes);
-  }
-  __device__ std::uint32_t at(int group, int half) const { return pairs[2 * (group & 1) + half]; }
-};
-
-// Of one group: [half].
-struct GroupTokens {
-  std::uint32_t pairs[2];
-
-  __device__ GroupTokens(std::uint32_t lane_address, int group) {
-    load_8x8<true>(pairs, lane_address + group * kGroupBytes);
+  __device__ Groups(std::uint32_t lane_address, int first_group) {
+    load_8x8<true>(pairs, lane_address + first_group * kGroupBytes);
   }
 };
+using GroupTokens = Groups<1>;
+using GroupPair = Groups<2>;
 
 // How a lane reads what is there of its channels. Groups are counted from the first of the warpgroup's half:
 // those of the other half are 4 to 7, or -4 to -1.
@@ -349,19 +342,17 @@ struct PairGradients : LaneReader {
     float D[2] = {1.f, 1.f}, U[2];
     first_U(first_later, U);
     {
-      // Both groups of a pair for kBlock = 2, one of each for 1.
-      int const pair = first_later & ~1;
-      GroupPair const E(E_lane, pair), q(q_lane, pair), k(k_lane, base);
+      Groups<kBlock> const E(E_lane, first_later), q(q_lane, first_later), k(k_lane, base);
 #pragma unroll
       for (int i = 0; i < kBlock; ++i) {
         int const later = first_later + i, earlier = first_later - 1 - i;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           std::uint32_t const d = later_factors(later, half, D[half]).rounded();
-          E_D[i][half] = times(E.at(later, half), d);
-          q_D[i][half] = times(q.at(later, half), d);
+          E_D[i][half] = times(E.pairs[2 * i + half], d);
+          q_D[i][half] = times(q.pairs[2 * i + half], d);
           std::uint32_t const u = earlier_factors(earlier, half, U[half]).rounded();
-          k_U[kBlock - 1 - i][half] = times(k.at(earlier, half), u);
+          k_U[kBlock - 1 - i][half] = times(k.pairs[2 * (kBlock - 1 - i) + half], u);
         }
         if (i + 1 < kBlock) {
           next_D(later, D);
@@ -370,9 +361,9 @@ struct PairGradients : LaneReader {
       }
     }
 
-    // Blocks 0, 1 of dT, then of dP.
-    std::uint8_t const* const matrix = place.row / 4 ? smem.dP : smem.dT;
-    int const lane_block = kBlock == 2 ? place.row / 2 % 2 : 0;
+    // Blocks of dT, then of dP: kBlock of each, for eight lanes each.
+    std::uint8_t const* const matrix = place.row / 2 / kBlock % 2 ? smem.dP : smem.dT;
+    int const lane_block = place.row / 2 % kBlock;
     D[0] = D[1] = 1.f;
 #pragma unroll
     for (int i = 0; i < kBlock; ++i) {
@@ -381,10 +372,10 @@ struct PairGradients : LaneReader {
         break;
       }
       float later_E[4] = {}, later_q[4] = {};
-      std::uint32_t m[4];
+      std::uint32_t m[2 * kBlock];
       load_blocks<false>(m, matrix, r, base + lane_block);
-      multiply_groups(later_E, k_U, m[0], m[1]);
-      multiply_groups(later_q, k_U, m[2], m[3]);
+      multiply_groups(later_E, k_U, m[0], m[kBlock - 1]);
+      multiply_groups(later_q, k_U, m[kBlock], m[2 * kBlock - 1]);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         LaneFactors const d = later_factors(r, half, D[half]);
@@ -400,10 +391,10 @@ struct PairGradients : LaneReader {
     for (int i = kBlock - 1; i >= 0; --i) {
       int const s = base + i;
       float earlier[4] = {};
-      std::uint32_t m[4];
+      std::uint32_t m[2 * kBlock];
       load_blocks<true>(m, matrix, first_later + lane_block, s);
-      multiply_groups(earlier, E_D, m[0], m[1]);
-      multiply_groups(earlier, q_D, m[2], m[3]);
+      multiply_groups(earlier, E_D, m[0], m[kBlock - 1]);
+      multiply_groups(earlier, q_D, m[kBlock], m[2 * kBlock - 1]);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         LaneFactors const u = earlier_factors(s, half, U[half]);
