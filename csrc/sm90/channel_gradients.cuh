@@ -178,8 +178,7 @@ struct Channels {
   // end: reads of S by tokens r >= i, the state that is carried through, and all writes to S' of the half
   // less those by tokens s >= i. The chunk's last write goes through no decay: it would be taken from itself,
   // and leave its rounding where all others are small.
-  __device__ void finish_state_products(float const (&rowsums)[2]) {
-    LaneReader const lane(smem);
+  __device__ void finish_state_products(float const (&rowsums)[2], PairGradients<Element>& lane) {
     GradientsPlace const& place = lane.place;
     float written[2] = {0.f, 0.f};
     int const last = lane.num_rows - 1 - place.token(0, 0);
@@ -214,6 +213,7 @@ struct Channels {
         written[half] += writes.x * dk[n];
         written[half] += writes.y * dk[n + 1];
       }
+      lane.inner_pairs(i, q, k, E);
     }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {

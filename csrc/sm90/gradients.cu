@@ -356,8 +356,11 @@ __global__ void __launch_bounds__(kThreads, 2)
   wait_to_read(smem.full[0], num_slices / kStages % 2);
   x.prepare_tiles();
   x.prepare_decays();
-  x.finish_state_products(rowsums);
-  PairGradients<Element>(smem, dq, dE, dk, dG).run();
+  {
+    PairGradients<Element> pairs(smem, dq, dE, dk, dG);
+    x.finish_state_products(rowsums, pairs);
+    pairs.outer_pairs();
+  }
   x.finish_erase_and_dots();
   DecayGradients<Cfg> decays{smem, params, dG};
   decays.sum_half();

@@ -124,8 +124,8 @@ struct PairGradients : LaneReader {
                swizzled_offset(kGroup * place.group(row_group) + lane % 8, place.group(column_group)));
   }
 
-  __device__ void run() {
-    inner_pairs();
+  // All but pairs inside a group.
+  __device__ void outer_pairs() {
     outer_level<1>(0);
     outer_level<1>(2);
     outer_level<2>(0);
@@ -244,52 +244,45 @@ struct PairGradients : LaneReader {
     }
   }
 
-  __device__ void inner_pairs() {
+  __device__ void inner_pairs(int i, GroupTokens const& q, GroupTokens const& k, GroupTokens const& E) {
     int const q4 = place.quad;
     std::uint8_t const* const matrix = place.row / 2 % 2 ? smem.dP : smem.dT;  // two blocks: lanes 0-7, 8-15
+    float a1[2];
+    float link[2];   // from the last lane's first token to this one's
+    float ahead[2];  // from this lane's second token to the next one's first
 #pragma unroll
-    for (int i = 0; i < kHalfGroups; ++i) {
-      if (has_no_tokens(i)) {
-        break;
-      }
-      float a1[2];
-      float link[2];   // from the last lane's first token to this one's
-      float ahead[2];  // from this lane's second token to the next one's first
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float const a0 = alpha(i, half, 0);
-        a1[half] = alpha(i, half, 1);
-        link[half] = from_neighbor(a1[half], -1) * a0;
-        ahead[half] = from_neighbor(a0, 1);
-      }
-      GroupTokens const q(q_lane, i), k(k_lane, i), E(E_lane, i);
-      std::uint32_t plain[2], transposed[2];
-      load_blocks<false>(plain, matrix, i, i);
-      load_blocks<true>(transposed, matrix, i, i);
-      DiagonalBlocks const blocks{plain[0], plain[1], transposed[0], transposed[1]};
-      own_pairs(i, a1, q, k, E, blocks);
-
-      float D[2][2], U[2][2];
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        bool const later = q4 % 2 == 1;
-        D[half][0] = later ? 1.f : 0.f;
-        D[half][1] = later ? a1[half] : 0.f;
-        U[half][1] = later ? 0.f : ahead[half];
-        U[half][0] = U[half][1] * a1[half];
-      }
-      inner_level<2>(i, D, U, q, k, E, blocks);
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float const middle = from_quad_lane(link[half], 2);
-        float const first = q4 % 2 == 0 ? 1.f : link[half];
-        D[half][0] = q4 / 2 == 0 ? 0.f : first;
-        D[half][1] = D[half][0] * a1[half];
-        U[half][1] = q4 == 0 ? ahead[half] * middle : q4 == 1 ? ahead[half] : 0.f;
-        U[half][0] = U[half][1] * a1[half];
-      }
-      inner_level<4>(i, D, U, q, k, E, blocks);
+    for (int half = 0; half < 2; ++half) {
+      float const a0 = alpha(i, half, 0);
+      a1[half] = alpha(i, half, 1);
+      link[half] = from_neighbor(a1[half], -1) * a0;
+      ahead[half] = from_neighbor(a0, 1);
     }
+    std::uint32_t plain[2], transposed[2];
+    load_blocks<false>(plain, matrix, i, i);
+    load_blocks<true>(transposed, matrix, i, i);
+    DiagonalBlocks const blocks{plain[0], plain[1], transposed[0], transposed[1]};
+    own_pairs(i, a1, q, k, E, blocks);
+
+    float D[2][2], U[2][2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      bool const later = q4 % 2 == 1;
+      D[half][0] = later ? 1.f : 0.f;
+      D[half][1] = later ? a1[half] : 0.f;
+      U[half][1] = later ? 0.f : ahead[half];
+      U[half][0] = U[half][1] * a1[half];
+    }
+    inner_level<2>(i, D, U, q, k, E, blocks);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float const middle = from_quad_lane(link[half], 2);
+      float const first = q4 % 2 == 0 ? 1.f : link[half];
+      D[half][0] = q4 / 2 == 0 ? 0.f : first;
+      D[half][1] = D[half][0] * a1[half];
+      U[half][1] = q4 == 0 ? ahead[half] * middle : q4 == 1 ? ahead[half] : 0.f;
+      U[half][0] = U[half][1] * a1[half];
+    }
+    inner_level<4>(i, D, U, q, k, E, blocks);
   }
 
   // ---- levels 8 and 16 ------------------------------------------------------------------------------------
