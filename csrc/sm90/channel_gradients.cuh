@@ -70,7 +70,8 @@ struct Channels {
     }
   }
 
-  // g of a group's tokens and the lane's two channels, as it came.
+  // g of a group's tokens and the lane's two channels, as it came: `channel` and the one eight before or
+  // behind it in a warp's 16.
   __device__ void read_g(float (&g)[2][kGroup], int first_token, int channel) const {
     auto const read = [&](auto value) {
       GateLane<decltype(value)> const lane(smem.tokens().g, first_token, channel);
@@ -93,20 +94,24 @@ struct Channels {
     auto& scratch = smem.scratch();
     GradientsPlace const place;
     int const group = place.thread / kWarpThreads, num_rows = uniform(smem.work.num_rows) - kGroup * group;
-    int const channel = kWarpChannels * (place.lane / 8) + place.lane % 8;  // and the one eight behind it
-    int const first_thread = kWarpThreads * (place.lane / 8) + 4 * (place.lane % 8);
+    // Of a lane's two channels, eight apart, first the one that lies in other banks than other lanes' do.
+    int const warp = place.lane / 8, first_half = (warp ^ warp / 2) & 1;
+    int const halves[2] = {first_half, first_half ^ 1};
+    int const first_channel = kWarpChannels * warp + place.lane % 8;
+    int const channels[2] = {first_channel + 8 * halves[0], first_channel + 8 * halves[1]};
+    int const first_thread = kWarpThreads * warp + 4 * (place.lane % 8);
     auto const store = [&](float (&of_threads)[kWarpgroupThreads], float x0, float x1, float x2, float x3) {
       *reinterpret_cast<float4*>(&of_threads[first_thread]) = {x0, x1, x2, x3};
     };
     float x[2][kGroup];
-    read_g(x, kGroup * group, channel);
+    read_g(x, kGroup * group, channels[0]);
     DecayFunction<Element, Cfg::kGate> const decay(params.gates, Cfg::kIsGated ? smem.gate.A_log : 0.f);
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float const bias = Cfg::kIsGated ? kLog2E * smem.gate.bias[channel + 8 * half] : 0.f;
+    for (int i = 0; i < 2; ++i) {
+      float const bias = Cfg::kIsGated ? kLog2E * smem.gate.bias[channels[i]] : 0.f;
 #pragma unroll
       for (int t = 0; t < kGroup; ++t) {
-        x[half][t] = decay.activation(x[half][t], bias);
+        x[i][t] = decay.activation(x[i][t], bias);
       }
     }
     float alpha[2][kGroup];
@@ -125,24 +130,24 @@ struct Channels {
       }
     }
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float const(&a)[kGroup] = alpha[half];
-      int const row = 2 * group + half;
+    for (int i = 0; i < 2; ++i) {
+      float const(&a)[kGroup] = alpha[i];
+      int const row = 2 * group + halves[i];
       store(smem.alpha[0][row], a[0], a[2], a[4], a[6]);
       store(smem.alpha[1][row], a[1], a[3], a[5], a[7]);
       float const F1 = a[1] * a[2], F2 = F1 * (a[3] * a[4]), F3 = F2 * (a[5] * a[6]);
       float const B2 = a[6] * a[7], B1 = a[4] * a[5] * B2, B0 = a[2] * a[3] * B1;
       store(scratch.F[row], 1.f, F1, F2, F3);
       store(scratch.B[row], B0, B1, B2, 1.f);
-      scratch.groups[group][channel + 8 * half] = {a[0], F3 * a[7]};
+      scratch.groups[group][channels[i]] = {a[0], F3 * a[7]};
     }
     __syncthreads();  // and all of g has been read
     if constexpr (Cfg::kIsGated) {
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float const(&y)[kGroup] = x[half];
-        store(smem.tokens().activations[0][2 * group + half], y[0], y[2], y[4], y[6]);
-        store(smem.tokens().activations[1][2 * group + half], y[1], y[3], y[5], y[7]);
+      for (int i = 0; i < 2; ++i) {
+        float const(&y)[kGroup] = x[i];
+        store(smem.tokens().activations[0][2 * group + halves[i]], y[0], y[2], y[4], y[6]);
+        store(smem.tokens().activations[1][2 * group + halves[i]], y[1], y[3], y[5], y[7]);
       }
     }
     // A thread a channel and direction. All is read before anything is written, or each read would wait for a
@@ -155,19 +160,19 @@ struct Channels {
       for (int j = 0; j < kGroups; ++j) {
         groups[j] = scratch.groups[j][ch];
       }
-      float x = 1.f;
+      float product = 1.f;
       if (forwards) {
 #pragma unroll
         for (int j = 0; j < kGroups; ++j) {
-          x *= groups[j].first;
-          scratch.places[j][ch].before = x;
-          x *= groups[j].rest;
+          product *= groups[j].first;
+          scratch.places[j][ch].before = product;
+          product *= groups[j].rest;
         }
       } else {
 #pragma unroll
         for (int j = kGroups - 1; j >= 0; --j) {
-          scratch.places[j][ch].after = x;
-          x *= groups[j].first * groups[j].rest;
+          scratch.places[j][ch].after = product;
+          product *= groups[j].first * groups[j].rest;
         }
       }
     }

@@ -201,7 +201,8 @@ struct GateLane {
   std::uint8_t* tile;
   std::uint32_t first;
 
-  // channel: of the first eight of 16. row: those of its last three bits that `token` below has are zero.
+  // channel: that of `half` 0, of the first or the last eight of 16. row: those of its last three bits that
+  // `token` below has are zero.
   __device__ GateLane(GradientsStorage::Gates& gates, int row, int channel) : tile(gates.boxes[0]) {
     int const in_row = channel * sizeof(Value) % kBoxRowBytes;
     first =
