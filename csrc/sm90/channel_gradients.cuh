@@ -12,6 +12,11 @@
 
 namespace gdn2 {
 
+// q and k of the lane's tokens and channels, from one phase of the norms to the next.
+struct LaneRows {
+  std::uint32_t q[kHalfGroups / 2][4], k[kHalfGroups / 2][4];  // as GroupPair
+};
+
 // What comes before and after the pair products, for one warp's 16 channels x 32 tokens.
 template <class Cfg>
 struct Channels {
@@ -239,7 +244,7 @@ struct Channels {
   // dE becomes db, and dk takes its share; through the sigmoid of b where there is one. Where there are
   // norms, the products of rows with their gradients are made beside it, which go to both CTAs of the row and
   // arrive during something else.
-  __device__ void finish_erase_and_dots() {
+  __device__ void finish_erase_and_dots(LaneRows& rows) {
     if (!Cfg::kNormalize && params.dk == nullptr && params.db == nullptr) {
       return;
     }
@@ -265,6 +270,7 @@ struct Channels {
         dE[n] *= k2.x * slope.x;
         dE[n + 1] *= k2.y * slope.y;
         if constexpr (Cfg::kNormalize) {
+          rows.k[pair][m] = k.pairs[m];
           add_products(&dots[1][2 * i], half, k2, &dk[n]);
         }
       }
@@ -273,6 +279,7 @@ struct Channels {
 #pragma unroll
         for (int m = 0; m < 4; ++m) {
           int const i = 2 * pair + m / 2, half = m % 2;
+          rows.q[pair][m] = q.pairs[m];
           add_products(&dots[0][2 * i], half, unpack<Element>(q.pairs[m]), &dq[4 * i + 2 * half]);
         }
       }
@@ -364,12 +371,8 @@ struct Channels {
   }
 
   // Something else comes before, which hides that the factors go through memory.
-  __device__ void finish_norm_gradients(GradientsPlace const& place) {
-    auto& tokens = smem.tokens();
+  __device__ void finish_norm_gradients(GradientsPlace const& place, LaneRows const& rows) {
     auto const& factors = smem.scratch().norm_factors[place.thread / kWarpThreads];
-    GroupPair const q[2] = {{lane_address(place, tokens.q), 0}, {lane_address(place, tokens.q), 2}},
-                    k[2] = {{lane_address(place, tokens.k), 0}, {lane_address(place, tokens.k), 2}};
-    static_assert(kHalfGroups == 4);
     __syncwarp();
 #pragma unroll
     for (int i = 0; i < kHalfGroups; ++i) {
@@ -378,7 +381,8 @@ struct Channels {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         int const n = 4 * i + 2 * half;
-        float2 const q2 = unpack<Element>(q[i / 2].pairs[2 * (i % 2) + half]), k2 = unpack<Element>(k[i / 2].pairs[2 * (i % 2) + half]);
+        float2 const q2 = unpack<Element>(rows.q[i / 2][2 * (i % 2) + half]),
+                     k2 = unpack<Element>(rows.k[i / 2][2 * (i % 2) + half]);
         dq[n] = dq[n] * factors0.x - q2.x * factors0.y;
         dq[n + 1] = dq[n + 1] * factors1.x - q2.y * factors1.y;
         dk[n] = dk[n] * factors0.z - k2.x * factors0.w;

@@ -361,7 +361,8 @@ __global__ void __launch_bounds__(kThreads, 2)
     x.finish_state_products(rowsums, pairs);
     pairs.outer_pairs();
   }
-  x.finish_erase_and_dots();
+  LaneRows rows;
+  x.finish_erase_and_dots(rows);
   DecayGradients<Cfg> decays{smem, params, dG};
   decays.sum_half();
   // Registers are no longer short: what follows finds its place once.
@@ -380,7 +381,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
   }
   if constexpr (Cfg::kNormalize) {
-    x.finish_norm_gradients(end_place);
+    x.finish_norm_gradients(end_place, rows);
   }
 
   bool const partial = params.shape.num_gate_heads != params.shape.num_heads;
