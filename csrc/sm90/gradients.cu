@@ -111,44 +111,60 @@ struct Products {
   float S_dS[2] = {};
 };
 
-template <class Element>
-__device__ void multiply_slice(Products& x, GradientsStorage::Slice const& slice, GradientsPlace const& place,
-                               bool accumulate) {
-  int const half_rows = place.half_of_chunk * kHalfTokens * kBoxRowBytes >> 4;
-  auto const S = shared_descriptor<Major::MN>(slice.S), dS = shared_descriptor<Major::MN>(slice.dS);
-  auto const dO = shared_descriptor<Major::K>(slice.dO), R = shared_descriptor<Major::K>(slice.R),
-             dX = shared_descriptor<Major::K>(slice.dX);
-  auto const left = place.half_of_chunk == 0 ? dO : dX;
-  wgmma_fence();
-#pragma unroll
-  for (int step = 0; step < kColumns / 16; ++step) {
-    int const along_row = step * 32 >> 4, along_column = step * 16 * kBoxRowBytes >> 4;
-    bool const add = accumulate || step > 0;
-    wgmma_shared<Element>(x.dM, left + along_row, R + along_row, add);
-    wgmma_shared<Element, Major::MN>(x.S_dO, S + along_column, dO + half_rows + along_row, add);
-    wgmma_shared<Element, Major::MN>(x.S_dX, S + along_column, dX + half_rows + along_row, add);
-    wgmma_shared<Element, Major::MN>(x.dS_R, dS + along_column, R + half_rows + along_row, add);
-  }
-  wgmma_commit();
-}
+// S of the warp's 16 channels, a left operand: read once for all its products.
+using StateFragments = FragmentA[kColumns / 16];
 
 // S_dS, by the second warpgroup: products [16 channels, 8 of them].
 template <class Element>
-__device__ void multiply_states(Products& x, GradientsStorage::Slice const& slice,
+__device__ void multiply_states(Products& x, StateFragments const& S, std::uint8_t const* dS_tile,
                                 GradientsPlace const& place) {
   float products[2][4] = {};
 #pragma unroll
   for (int step = 0; step < kColumns / 16; ++step) {
-    std::uint32_t s[4], ds[4];
-    load_matrices_transposed<true>(s, slice.S, 16 * step, 2 * place.warp);
-    load_matrices_transposed(ds, slice.dS, 16 * step, 2 * place.warp);
-    mma_16x8x16<Element>(products[0], s, ds[0], ds[1]);
-    mma_16x8x16<Element>(products[1], s, ds[2], ds[3]);
+    std::uint32_t dS[4];
+    load_matrices_transposed(dS, dS_tile, 16 * step, 2 * place.warp);
+    mma_16x8x16<Element>(products[0], S[step].pairs, dS[0], dS[1]);
+    mma_16x8x16<Element>(products[1], S[step].pairs, dS[2], dS[3]);
   }
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     x.S_dS[half] += place.row % 2 == 0 ? products[half][2 * half] : products[half][2 * half + 1];
   }
+}
+
+template <class Element>
+__device__ void multiply_slice(Products& x, GradientsStorage::Slice const& slice, GradientsPlace const& place,
+                               bool accumulate) {
+  int const half_rows = place.half_of_chunk * kHalfTokens * kBoxRowBytes >> 4;
+  auto const dS = shared_descriptor<Major::MN>(slice.dS);
+  auto const dO = shared_descriptor<Major::K>(slice.dO), R = shared_descriptor<Major::K>(slice.R),
+             dX = shared_descriptor<Major::K>(slice.dX);
+  auto const left = place.half_of_chunk == 0 ? dO : dX;
+  auto const along_row = [](int step) { return step * 32 >> 4; };
+  auto const add = [&](int step) { return accumulate || step > 0; };
+  wgmma_fence();
+#pragma unroll
+  for (int step = 0; step < kColumns / 16; ++step) {
+    int const along_column = step * 16 * kBoxRowBytes >> 4;
+    wgmma_shared<Element>(x.dM, left + along_row(step), R + along_row(step), add(step));
+    wgmma_shared<Element, Major::MN>(x.dS_R, dS + along_column, R + half_rows + along_row(step), add(step));
+  }
+  wgmma_commit();
+  StateFragments S;
+#pragma unroll
+  for (int step = 0; step < kColumns / 16; ++step) {
+    load_matrices_transposed<true>(S[step].pairs, slice.S, 16 * step, 2 * place.warp);
+  }
+  if (place.half_of_chunk == 1) {
+    multiply_states<Element>(x, S, slice.dS, place);
+  }
+  wgmma_fence();
+#pragma unroll
+  for (int step = 0; step < kColumns / 16; ++step) {
+    wgmma<Element, Major::K>(x.S_dO, S[step], dO + half_rows + along_row(step), add(step));
+    wgmma<Element, Major::K>(x.S_dX, S[step], dX + half_rows + along_row(step), add(step));
+  }
+  wgmma_commit();
 }
 
 // rowsum(S*dS') of the lane's channel `half`.
@@ -306,9 +322,6 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
     multiply_slice<Element>(products, slice, place, index > 0);
     int const warp = warp_anew();  // of those without states one loads, and one sees to dv and dw
-    if (place.half_of_chunk == 1) {
-      multiply_states<Element>(products, slice, place);
-    }
     if (has_values) {
       wait_to_read(smem.values_full, order.num_values_before(index) % 2);
       ValueGradients<Cfg>::run(smem, slice.dX);
