@@ -194,6 +194,7 @@ __device__ void store_matrix(std::uint8_t* tile, float const (&acc)[4 * kGroups]
     }
     store_matrices(r, tile, 16 * place.warp, j);
   }
+  cutlass::arch::fence_view_async_shared();  // before wgmma reads it, behind a barrier
 }
 
 // ---- rows that no sequence owns, behind the last well-formed one: NaN -------------------------------------

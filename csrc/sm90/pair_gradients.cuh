@@ -12,6 +12,7 @@
 
 #include "sm90/gradients_parts.cuh"
 #include "tile/convert.cuh"
+#include "tile/wgmma.cuh"
 
 namespace gdn2 {
 
@@ -413,91 +414,116 @@ struct PairGradients : LaneReader {
 
   // ---- level 32 -------------------------------------------------------------------------------------------
 
+  // By wgmma: a block of dT or dP is read once for all warps, two groups at a time.
+
   // dk of the first half, from E*D and q*D of the second.
   __device__ void across_earlier() {
-    std::uint32_t E_D[2][4], q_D[2][4];  // fragments of two groups
+    FragmentA E_D[2], q_D[2];
     float D[2] = {1.f, 1.f};
 #pragma unroll
-    for (int j = kHalfGroups; j < kGroups; ++j) {
-      int const pair = (j - kHalfGroups) / 2;
-      GroupTokens const E(E_lane, j), q(q_lane, j);
+    for (int pair = 0; pair < 2; ++pair) {
+      GroupPair const E(E_lane, kHalfGroups + 2 * pair), q(q_lane, kHalfGroups + 2 * pair);
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
+      for (int m = 0; m < 4; ++m) {
+        int const j = kHalfGroups + 2 * pair + m / 2, half = m % 2;
         std::uint32_t const d = later_factors(j, half, D[half]).rounded();
-        E_D[pair][2 * (j % 2) + half] = times(E.pairs[half], d);
-        q_D[pair][2 * (j % 2) + half] = times(q.pairs[half], d);
-      }
-      if (j + 1 < kGroups) {
-        next_D(j, D);
+        E_D[pair].pairs[m] = times(E.pairs[m], d);
+        q_D[pair].pairs[m] = times(q.pairs[m], d);
+        if (half == 1 && j + 1 < kGroups) {
+          next_D(j, D);
+        }
       }
     }
-    int const row_group = kHalfGroups + place.row / 2;
     float U[2];
     first_U(kHalfGroups, U);
 #pragma unroll
-    for (int i = kHalfGroups - 1; i >= 0; --i) {
-      float earlier[4] = {};
-      std::uint32_t m[4];
-      load_blocks<true>(m, smem.dT, row_group, i);
-      mma_16x8x16<Element>(earlier, E_D[0], m[0], m[1]);
-      mma_16x8x16<Element>(earlier, E_D[1], m[2], m[3]);
-      load_blocks<true>(m, smem.dP, row_group, i);
-      mma_16x8x16<Element>(earlier, q_D[0], m[0], m[1]);
-      mma_16x8x16<Element>(earlier, q_D[1], m[2], m[3]);
-      GroupTokens const k(k_lane, i);
+    for (int pair = 1; pair >= 0; --pair) {
+      float earlier[8];
+      auto const dT = shared_descriptor<Major::MN>(smem.dT + kHalfTokens * kBoxRowBytes + pair * 32),
+                 dP = shared_descriptor<Major::MN>(smem.dP + kHalfTokens * kBoxRowBytes + pair * 32);
+      wgmma_fence();
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        LaneFactors const u = earlier_factors(i, half, U[half]);
-        add_earlier(4 * i + 2 * half, u.x0, u.x1, &earlier[2 * half], times(k.pairs[half], u.rounded()));
+      for (int step = 0; step < 2; ++step) {
+        int const rows = step * 16 * kBoxRowBytes >> 4;
+        wgmma<Element, Major::MN>(earlier, E_D[step], dT + rows, step > 0);
+        wgmma<Element, Major::MN>(earlier, q_D[step], dP + rows, true);
       }
-      if (i > 0) {
-        next_U(i, U);
+      wgmma_commit();
+      GroupPair const k(k_lane, 2 * pair);
+      wgmma_wait<0>();
+#pragma unroll
+      for (int in_pair = 1; in_pair >= 0; --in_pair) {
+        int const i = 2 * pair + in_pair;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          int const m = 2 * in_pair + half;
+          LaneFactors const u = earlier_factors(i, half, U[half]);
+          add_earlier(4 * i + 2 * half, u.x0, u.x1, &earlier[2 * m], times(k.pairs[m], u.rounded()));
+        }
+        if (i > 0) {
+          next_U(i, U);
+        }
       }
     }
   }
 
   // dq and dE of the second half, from k*U of the first.
   __device__ void across_later() {
-    std::uint32_t k_U[2][4];
+    FragmentA k_U[2];
     float U[2];
     first_U(0, U);
 #pragma unroll
-    for (int i = -1; i >= -kHalfGroups; --i) {
-      int const pair = (i + kHalfGroups) / 2;
-      GroupTokens const k(k_lane, i);
+    for (int pair = 1; pair >= 0; --pair) {
+      GroupPair const k(k_lane, 2 * pair - kHalfGroups);
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        k_U[pair][2 * (i & 1) + half] = times(k.pairs[half], earlier_factors(i, half, U[half]).rounded());
-      }
-      if (i > -kHalfGroups) {
-        next_U(i, U);
+      for (int in_pair = 1; in_pair >= 0; --in_pair) {
+        int const i = 2 * pair + in_pair - kHalfGroups;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          int const m = 2 * in_pair + half;
+          k_U[pair].pairs[m] = times(k.pairs[m], earlier_factors(i, half, U[half]).rounded());
+        }
+        if (i > -kHalfGroups) {
+          next_U(i, U);
+        }
       }
     }
-    int const column_group = place.row / 2 - kHalfGroups;
     float D[2] = {1.f, 1.f};
 #pragma unroll
-    for (int i = 0; i < kHalfGroups; ++i) {
-      if (has_no_tokens(i)) {
+    for (int pair = 0; pair < 2; ++pair) {
+      if (has_no_tokens(2 * pair)) {
         break;
       }
-      float later_E[4] = {}, later_q[4] = {};
-      std::uint32_t m[4];
-      load_blocks<false>(m, smem.dT, i, column_group);
-      mma_16x8x16<Element>(later_E, k_U[0], m[0], m[1]);
-      mma_16x8x16<Element>(later_E, k_U[1], m[2], m[3]);
-      load_blocks<false>(m, smem.dP, i, column_group);
-      mma_16x8x16<Element>(later_q, k_U[0], m[0], m[1]);
-      mma_16x8x16<Element>(later_q, k_U[1], m[2], m[3]);
-      GroupTokens const E(E_lane, i), q(q_lane, i);
+      float later_E[8], later_q[8];
+      int const rows = (kHalfTokens + 16 * pair) * kBoxRowBytes;
+      auto const dT = shared_descriptor<Major::K>(smem.dT + rows),
+                 dP = shared_descriptor<Major::K>(smem.dP + rows);
+      wgmma_fence();
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        LaneFactors const d = later_factors(i, half, D[half]);
-        std::uint32_t const rounded = d.rounded();
-        add_later(4 * i + 2 * half, d.x0, d.x1, &later_E[2 * half], &later_q[2 * half],
-                  times(E.pairs[half], rounded), times(q.pairs[half], rounded));
+      for (int step = 0; step < 2; ++step) {
+        wgmma<Element, Major::K>(later_E, k_U[step], dT + (step * 32 >> 4), step > 0);
+        wgmma<Element, Major::K>(later_q, k_U[step], dP + (step * 32 >> 4), step > 0);
       }
-      if (i + 1 < kHalfGroups) {
-        next_D(i, D);
+      wgmma_commit();
+      GroupPair const E(E_lane, 2 * pair), q(q_lane, 2 * pair);
+      wgmma_wait<0>();
+#pragma unroll
+      for (int in_pair = 0; in_pair < 2; ++in_pair) {
+        int const i = 2 * pair + in_pair;
+        if (has_no_tokens(i)) {
+          break;
+        }
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          int const m = 2 * in_pair + half;
+          LaneFactors const d = later_factors(i, half, D[half]);
+          std::uint32_t const rounded = d.rounded();
+          add_later(4 * i + 2 * half, d.x0, d.x1, &later_E[2 * m], &later_q[2 * m],
+                    times(E.pairs[m], rounded), times(q.pairs[m], rounded));
+        }
+        if (i + 1 < kHalfGroups) {
+          next_D(i, D);
+        }
       }
     }
   }
