@@ -12,10 +12,8 @@
 
 namespace gdn2 {
 
-// q and k of the lane's tokens and channels, from one phase of the norms to the next.
-struct LaneRows {
-  std::uint32_t q[kHalfGroups / 2][4], k[kHalfGroups / 2][4];  // as GroupPair
-};
+// q of the lane's tokens and channels as GroupPair has them, from one phase of the norms to the next.
+using LaneRows = std::uint32_t[kHalfGroups / 2][4];
 
 // What comes before and after the pair products, for one warp's 16 channels x 32 tokens.
 template <class Cfg>
@@ -208,7 +206,7 @@ struct Channels {
         float2 const q2 = unpack<Element>(q.pairs[half]), k2 = unpack<Element>(k.pairs[half]),
                      E2 = unpack<Element>(E.pairs[half]);
         GroupPlace const group = lane.group_place(i, half);
-        float const alpha1 = lane.alpha(i, half, 1);
+        float const alpha1 = lane.alpha1(i, half);
         float const gamma0 = group.before * lane.F(i, half), gamma1 = gamma0 * alpha1;
         float const tail1 = group.after * lane.B(i, half), tail0 = tail1 * alpha1;
         dq[n] *= params.scale * gamma0;
@@ -244,7 +242,7 @@ struct Channels {
   // dE becomes db, and dk takes its share; through the sigmoid of b where there is one. Where there are
   // norms, the products of rows with their gradients are made beside it, which go to both CTAs of the row and
   // arrive during something else.
-  __device__ void finish_erase_and_dots(LaneRows& rows) {
+  __device__ void finish_erase_and_dots(LaneRows& q_rows) {
     if (!Cfg::kNormalize && params.dk == nullptr && params.db == nullptr) {
       return;
     }
@@ -270,7 +268,6 @@ struct Channels {
         dE[n] *= k2.x * slope.x;
         dE[n + 1] *= k2.y * slope.y;
         if constexpr (Cfg::kNormalize) {
-          rows.k[pair][m] = k.pairs[m];
           add_products(&dots[1][2 * i], half, k2, &dk[n]);
         }
       }
@@ -279,7 +276,7 @@ struct Channels {
 #pragma unroll
         for (int m = 0; m < 4; ++m) {
           int const i = 2 * pair + m / 2, half = m % 2;
-          rows.q[pair][m] = q.pairs[m];
+          q_rows[pair][m] = q.pairs[m];
           add_products(&dots[0][2 * i], half, unpack<Element>(q.pairs[m]), &dq[4 * i + 2 * half]);
         }
       }
@@ -371,8 +368,11 @@ struct Channels {
   }
 
   // Something else comes before, which hides that the factors go through memory.
-  __device__ void finish_norm_gradients(GradientsPlace const& place, LaneRows const& rows) {
+  __device__ void finish_norm_gradients(GradientsPlace const& place, LaneRows const& q_rows) {
     auto const& factors = smem.scratch().norm_factors[place.thread / kWarpThreads];
+    std::uint32_t const k_lane = lane_address(place, smem.tokens().k);
+    GroupPair const k[2] = {{k_lane, 0}, {k_lane, 2}};
+    static_assert(kHalfGroups == 4);
     __syncwarp();
 #pragma unroll
     for (int i = 0; i < kHalfGroups; ++i) {
@@ -381,8 +381,9 @@ struct Channels {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         int const n = 4 * i + 2 * half;
-        float2 const q2 = unpack<Element>(rows.q[i / 2][2 * (i % 2) + half]),
-                     k2 = unpack<Element>(rows.k[i / 2][2 * (i % 2) + half]);
+        int const in_pair = 2 * (i % 2) + half;
+        float2 const q2 = unpack<Element>(q_rows[i / 2][in_pair]),
+                     k2 = unpack<Element>(k[i / 2].pairs[in_pair]);
         dq[n] = dq[n] * factors0.x - q2.x * factors0.y;
         dq[n + 1] = dq[n + 1] * factors1.x - q2.y * factors1.y;
         dk[n] = dk[n] * factors0.z - k2.x * factors0.w;

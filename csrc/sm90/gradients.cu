@@ -375,8 +375,8 @@ __global__ void __launch_bounds__(kThreads, 2)
     x.finish_state_products(rowsums, pairs);
     pairs.outer_pairs();
   }
-  LaneRows rows;
-  x.finish_erase_and_dots(rows);
+  LaneRows q_rows;
+  x.finish_erase_and_dots(q_rows);
   DecayGradients<Cfg> decays{smem, params, dG};
   decays.sum_half();
   // Registers are no longer short: what follows finds its place once.
@@ -395,7 +395,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
   }
   if constexpr (Cfg::kNormalize) {
-    x.finish_norm_gradients(end_place, rows);
+    x.finish_norm_gradients(end_place, q_rows);
   }
 
   bool const partial = params.shape.num_gate_heads != params.shape.num_heads;

@@ -76,6 +76,7 @@ struct LaneReader {
   float const *alpha_lane, *F_lane;
   GroupDecay const* groups_lane;
   GroupPlace const* places_lane;
+  float own_alpha1[kHalfGroups][2];  // of the half's groups: read once for all levels
 
   __device__ explicit LaneReader(GradientsStorage& smem) : num_rows(uniform(smem.work.num_rows)) {
     auto const& tokens = smem.tokens();
@@ -89,6 +90,11 @@ struct LaneReader {
     F_lane = &scratch.F[2 * first][thread];
     groups_lane = &scratch.groups[first][place.channel(0)];
     places_lane = &scratch.places[first][place.channel(0)];
+#pragma unroll
+    for (int i = 0; i < kHalfGroups; ++i) {
+      own_alpha1[i][0] = alpha(i, 0, 1);
+      own_alpha1[i][1] = alpha(i, 1, 1);
+    }
   }
 
   // Group i lies behind the chunk's last row. (Asking also keeps ptxas from mixing one group's loads into
@@ -99,6 +105,9 @@ struct LaneReader {
   __device__ GroupPlace group_place(int i, int half) const { return places_lane[i * kChannels + 8 * half]; }
   __device__ float alpha(int i, int half, int c) const {
     return alpha_lane[(2 * kGroups * c + 2 * i + half) * kWarpgroupThreads];
+  }
+  __device__ float alpha1(int i, int half) const {
+    return i >= 0 && i < kHalfGroups ? own_alpha1[i][half] : alpha(i, half, 1);
   }
   __device__ float F(int i, int half) const { return F_lane[(2 * i + half) * kWarpgroupThreads]; }
   __device__ float B(int i, int half) const {
@@ -254,7 +263,7 @@ struct PairGradients : LaneReader {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       float const a0 = alpha(i, half, 0);
-      a1[half] = alpha(i, half, 1);
+      a1[half] = alpha1(i, half);
       link[half] = from_neighbor(a1[half], -1) * a0;
       ahead[half] = from_neighbor(a0, 1);
     }
@@ -317,11 +326,11 @@ struct PairGradients : LaneReader {
   };
   __device__ LaneFactors later_factors(int j, int half, float D) const {
     float const D0 = D * F(j, half);
-    return {D0, D0 * alpha(j, half, 1)};
+    return {D0, D0 * alpha1(j, half)};
   }
   __device__ LaneFactors earlier_factors(int j, int half, float U) const {
     float const U1 = U * B(j, half);
-    return {U1 * alpha(j, half, 1), U1};
+    return {U1 * alpha1(j, half), U1};
   }
 
   // kBlock groups of the half from `base` on are earlier, the next kBlock later. Later groups behind the
