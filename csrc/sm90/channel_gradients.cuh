@@ -12,9 +12,6 @@
 
 namespace gdn2 {
 
-// q of the lane's tokens and channels as GroupPair has them, from one phase of the norms to the next.
-using LaneRows = std::uint32_t[kHalfGroups / 2][4];
-
 // What comes before and after the pair products, for one warp's 16 channels x 32 tokens.
 template <class Cfg>
 struct Channels {
@@ -97,7 +94,7 @@ struct Channels {
     auto& scratch = smem.scratch();
     GradientsPlace const place;
     int const group = place.thread / kWarpThreads, num_rows = uniform(smem.work.num_rows) - kGroup * group;
-    // Of a lane's two channels, eight apart, first the one that lies in other banks than other lanes' do.
+    // Which of a lane's two channels, eight apart, comes first alternates, so that a warp reads g from all banks.
     int const warp = place.lane / 8, first_half = (warp ^ warp / 2) & 1;
     int const halves[2] = {first_half, first_half ^ 1};
     int const first_channel = kWarpChannels * warp + place.lane % 8;
@@ -185,30 +182,31 @@ struct Channels {
   // The products with S and dS' become their shares of dq, dE and dk, and of dG, which is summed from the
   // end: reads of S by tokens r >= i, the state that is carried through, and all writes to S' of the half
   // less those by tokens s >= i. The chunk's last write goes through no decay: it would be taken from itself,
-  // and leave its rounding where all others are small.
-  __device__ void finish_state_products(float const (&rowsums)[2], PairGradients<Element>& lane) {
-    GradientsPlace const& place = lane.place;
+  // and leave its rounding where all others are small. Group by group, with the pairs inside it, which have
+  // the same q, k and E.
+  __device__ void finish_state_products(float const (&rowsums)[2], PairGradients<Element>& pairs) {
+    GradientsPlace const& place = pairs.place;
     float written[2] = {0.f, 0.f};
-    int const last = lane.num_rows - 1 - place.token(0, 0);
+    int const last = pairs.num_rows - 1 - place.token(0, 0);
 #pragma unroll
     for (float& x : dG) {
       x = 0.f;
     }
 #pragma unroll
     for (int i = 0; i < kHalfGroups; ++i) {
-      if (lane.has_no_tokens(i)) {
+      if (pairs.has_no_tokens(i)) {
         break;
       }
-      GroupTokens const q(lane.q_lane, i), k(lane.k_lane, i), E(lane.E_lane, i);
+      GroupTokens const q(pairs.q_lane, i), k(pairs.k_lane, i), E(pairs.E_lane, i);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         int const n = 4 * i + 2 * half;
         float2 const q2 = unpack<Element>(q.pairs[half]), k2 = unpack<Element>(k.pairs[half]),
                      E2 = unpack<Element>(E.pairs[half]);
-        GroupPlace const group = lane.group_place(i, half);
-        float const alpha1 = lane.alpha1(i, half);
-        float const gamma0 = group.before * lane.F(i, half), gamma1 = gamma0 * alpha1;
-        float const tail1 = group.after * lane.B(i, half), tail0 = tail1 * alpha1;
+        GroupPlace const group = pairs.group_place(i, half);
+        float const alpha1 = pairs.alpha1(i, half);
+        float const gamma0 = group.before * pairs.F(i, half), gamma1 = gamma0 * alpha1;
+        float const tail1 = group.after * pairs.B(i, half), tail0 = tail1 * alpha1;
         dq[n] *= params.scale * gamma0;
         dq[n + 1] *= params.scale * gamma1;
         dE[n] *= -gamma0;
@@ -221,14 +219,14 @@ struct Channels {
         written[half] += writes.x * dk[n];
         written[half] += writes.y * dk[n + 1];
       }
-      lane.inner_pairs(i, q, k, E);
+      pairs.inner_pairs(i, q, k, E);
     }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       constexpr int kLast = kHalfGroups - 1;
       float at_end = sum_over_quad(written[half]);
       if (place.half_of_chunk == 1) {
-        float const gamma_last = lane.group_place(kLast, half).before * lane.group_decay(kLast, half).rest;
+        float const gamma_last = pairs.group_place(kLast, half).before * pairs.group_decay(kLast, half).rest;
         at_end += gamma_last * rowsums[half];
       } else if (place.quad == 0) {
         smem.scratch().first_writes[place.channel(half)] = at_end;
@@ -242,7 +240,7 @@ struct Channels {
   // dE becomes db, and dk takes its share; through the sigmoid of b where there is one. Where there are
   // norms, the products of rows with their gradients are made beside it, which go to both CTAs of the row and
   // arrive during something else.
-  __device__ void finish_erase_and_dots(LaneRows& q_rows) {
+  __device__ void finish_erase_and_dots() {
     if (!Cfg::kNormalize && params.dk == nullptr && params.db == nullptr) {
       return;
     }
@@ -276,7 +274,6 @@ struct Channels {
 #pragma unroll
         for (int m = 0; m < 4; ++m) {
           int const i = 2 * pair + m / 2, half = m % 2;
-          q_rows[pair][m] = q.pairs[m];
           add_products(&dots[0][2 * i], half, unpack<Element>(q.pairs[m]), &dq[4 * i + 2 * half]);
         }
       }
@@ -368,10 +365,11 @@ struct Channels {
   }
 
   // Something else comes before, which hides that the factors go through memory.
-  __device__ void finish_norm_gradients(GradientsPlace const& place, LaneRows const& q_rows) {
+  __device__ void finish_norm_gradients(GradientsPlace const& place) {
     auto const& factors = smem.scratch().norm_factors[place.thread / kWarpThreads];
-    std::uint32_t const k_lane = lane_address(place, smem.tokens().k);
-    GroupPair const k[2] = {{k_lane, 0}, {k_lane, 2}};
+    std::uint32_t const q_lane = lane_address(place, smem.tokens().q),
+                        k_lane = lane_address(place, smem.tokens().k);
+    GroupPair const q[2] = {{q_lane, 0}, {q_lane, 2}}, k[2] = {{k_lane, 0}, {k_lane, 2}};
     static_assert(kHalfGroups == 4);
     __syncwarp();
 #pragma unroll
@@ -382,7 +380,7 @@ struct Channels {
       for (int half = 0; half < 2; ++half) {
         int const n = 4 * i + 2 * half;
         int const in_pair = 2 * (i % 2) + half;
-        float2 const q2 = unpack<Element>(q_rows[i / 2][in_pair]),
+        float2 const q2 = unpack<Element>(q[i / 2].pairs[in_pair]),
                      k2 = unpack<Element>(k[i / 2].pairs[in_pair]);
         dq[n] = dq[n] * factors0.x - q2.x * factors0.y;
         dq[n + 1] = dq[n + 1] * factors1.x - q2.y * factors1.y;

@@ -17,14 +17,14 @@
 // halves are a cluster.
 // Roles: two warpgroups, half of the tokens each. Products by wgmma over the value heads of the group and
 // slices of 64 value columns: one warpgroup dP and the other dT, tokens on the rows; each for its tokens dO
-// S^T, dX S^T and R dS'^T transposed, channels on the rows: 80 accumulators a thread. Then each warp has 16
-// channels x 32 tokens for itself, and the pair products of pair_gradients.cuh add to the accumulators where
-// they are.
+// S^T, dX S^T and R dS'^T transposed, channels on the rows, S from registers: 80 accumulators a thread. Then
+// each warp has 16 channels x 32 tokens, and the pair products of pair_gradients.cuh add to the accumulators
+// where they are.
 // Shared memory: two stages of 40 KB (S, dS', dO, R, dX of a slice; after the last slice q, k, b and g in
 // one, decays in the other), dv and dw 16 KB, then dP and dT; v and w 16 KB, then alpha: 113 KB.
 //
-//     slices, dv, dw .. | dP, dT out | norms, E | decays | gamma, tail | pairs | erase, y.dy | sums of dg
-//     | dg back through the gate | norms | all out
+//     slices, dv, dw .. | dP, dT out | norms, E | decays | gamma, tail, pairs of a group .. | other pairs
+//     | erase, y.dy | sums of dg | dg back through the gate | norms | all out
 #include <cutlass/arch/barrier.h>
 
 #include "api/chunk_backward.h"
@@ -375,8 +375,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     x.finish_state_products(rowsums, pairs);
     pairs.outer_pairs();
   }
-  LaneRows q_rows;
-  x.finish_erase_and_dots(q_rows);
+  x.finish_erase_and_dots();
   DecayGradients<Cfg> decays{smem, params, dG};
   decays.sum_half();
   // Registers are no longer short: what follows finds its place once.
@@ -395,7 +394,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
   }
   if constexpr (Cfg::kNormalize) {
-    x.finish_norm_gradients(end_place, q_rows);
+    x.finish_norm_gradients(end_place);
   }
 
   bool const partial = params.shape.num_gate_heads != params.shape.num_heads;

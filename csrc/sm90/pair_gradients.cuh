@@ -5,9 +5,10 @@
 //
 // for the six levels of blocks. Levels 1, 2 and 4 lie inside a group of eight tokens: the 8x8 block of dP or
 // dT on the diagonal, masked, is the right operand of one product. Levels 8 and 16 are whole blocks inside a
-// half, and level 32 is between the halves: the first one computes dk, the second dq and dE. The rounded
-// factors k*U, E*D and q*D are operands where they are built, in the registers of the lanes that need them
-// again for dG: what is added at r and taken away at s has the same operands, and cancels behind both.
+// half, and level 32 is between the halves: the first one computes dk, the second dq and dE, a warpgroup's
+// products and not a warp's. The rounded factors k*U, E*D and q*D are operands where they are built, in the
+// registers of the lanes that need them again for dG: what is added at r and taken away at s has the same
+// operands, and cancels behind both.
 #pragma once
 
 #include "sm90/gradients_parts.cuh"
@@ -254,6 +255,7 @@ struct PairGradients : LaneReader {
     }
   }
 
+  // All pairs inside group i, whose q, k and E the caller has read.
   __device__ void inner_pairs(int i, GroupTokens const& q, GroupTokens const& k, GroupTokens const& E) {
     int const q4 = place.quad;
     std::uint8_t const* const matrix = place.row / 2 % 2 ? smem.dP : smem.dT;  // two blocks: lanes 0-7, 8-15
@@ -423,7 +425,8 @@ struct PairGradients : LaneReader {
 
   // ---- level 32 -------------------------------------------------------------------------------------------
 
-  // By wgmma: a block of dT or dP is read once for all warps, two groups at a time.
+  // By wgmma, for which all of a warpgroup has the same num_rows: a block of dT or dP is read once for all
+  // warps, two groups at a time. What that makes of a second group without tokens is not used.
 
   // dk of the first half, from E*D and q*D of the second.
   __device__ void across_earlier() {

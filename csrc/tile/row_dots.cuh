@@ -15,8 +15,8 @@ __device__ inline bool has_rows(int lane) {
 }
 
 // Rows [first_row, first_row + 16) of tiles of kBoxes boxes [64, 64]; y lies y_from_x bytes behind x, a
-// multiple of kSwizzleAtomBytes. A row meets itself on the diagonal of the product of all: a register
-// of the left operand is the right operand of its own rows. A box has sums of its own, or each product would
+// multiple of kSwizzleAtomBytes. A row meets itself on the diagonal of the product of all: the left operand's
+// registers of eight rows are those rows as right operand. A box has sums of its own, or each product would
 // wait for the one before.
 template <class Element, int kBoxes, bool kSelf, bool kOther>
 __device__ RowDots row_dots(void const* x, int y_from_x, int first_row) {
