@@ -247,6 +247,8 @@ struct Channels {
     auto& tokens = smem.tokens();
     GradientsPlace const place;
     float const erase_scale = params.gates.erase_scale;
+    bool const has_other = work.has_other_box();
+    int const other = work.box ^ 1;
     float dots[2][2 * kHalfGroups];  // [of q, of k][2*i + c]
 #pragma unroll
     for (int pair = 0; pair < kHalfGroups / 2; ++pair) {
@@ -281,7 +283,7 @@ struct Channels {
     if constexpr (Cfg::kNormalize) {
       // Over the lanes that have the same tokens. A lane stores those of one: of row `row` of group `quad`.
       float const of_q = sum_over_rows(dots[0], place), of_k = sum_over_rows(dots[1], place);
-      store_dots(place.warp, kGroup * place.group(place.quad) + place.row, {of_q, of_k});
+      store_dots(place.warp, kGroup * place.group(place.quad) + place.row, {of_q, of_k}, has_other, other);
     }
   }
 
@@ -295,7 +297,7 @@ struct Channels {
   // a barrier, before which all of them were read; so there is nothing to fence, and a fence would wait for
   // all stores to memory.
   __device__ void announce_dots() const {
-    if (work.num_boxes == 2) {
+    if (work.has_other_box()) {
       cute::cluster_arrive_relaxed();
     }
   }
@@ -328,18 +330,18 @@ struct Channels {
 
   // The products of a token's rows of q and k over the warp's channels, for this CTA and the one of the other
   // channels.
-  __device__ void store_dots(int warp, int token, float2 dots) const {
+  __device__ void store_dots(int warp, int token, float2 dots, bool has_other, int other) const {
     auto& scratch = smem.scratch();
     scratch.dots_of_warp[warp][token] = dots;
-    if (work.num_boxes == 2) {
+    if (has_other) {
       cute::cluster_wait();  // see announce_dots
-      store_remote(&scratch.other_dots[warp][token], dots, smem.dots_full, work.box ^ 1);
+      store_remote(&scratch.other_dots[warp][token], dots, smem.dots_full, other);
     }
   }
 
   // Through the norms, behind a barrier: with y the normalised row and n its norm, dx = (dy - y (y.dy)) / n.
   // First the factors of the warp's rows, a lane a token.
-  __device__ void make_norm_factors(GradientsPlace const& place) {
+  __device__ void make_norm_factors(GradientsPlace const& place, bool has_other) {
     auto& scratch = smem.scratch();
     int const token = kHalfTokens * place.half_of_chunk + place.lane;
     float2 const inverse{smem.inverse_norms[0][token], smem.inverse_norms[1][token]};
@@ -356,7 +358,7 @@ struct Channels {
       }
     };
     add_warps(scratch.dots_of_warp);
-    if (work.num_boxes == 2) {
+    if (has_other) {
       wait_to_read(smem.dots_full, 0);
       add_warps(scratch.other_dots);
     }

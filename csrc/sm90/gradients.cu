@@ -21,7 +21,7 @@
 // each warp has 16 channels x 32 tokens, and the pair products of pair_gradients.cuh add to the accumulators
 // where they are.
 // Shared memory: two stages of 40 KB (S, dS', dO, R, dX of a slice; after the last slice q, k, b and g in
-// one, decays in the other), dv and dw 16 KB, then dP and dT; v and w 16 KB, then alpha: 113 KB.
+// one, decays in the other), v and w 16 KB, then dP and dT; dv and dw 16 KB, then alpha: 113 KB.
 //
 //     slices, dv, dw .. | dP, dT out | norms, E | decays | gamma, tail, pairs of a group .. | other pairs
 //     | erase, y.dy | sums of dg | dg back through the gate | norms | all out
@@ -82,12 +82,12 @@ __device__ void load_values(GradientsStorage& smem, GradientsParams const& param
   tma_load(maps.w, smem.values_full, smem.values.w, column, at.value_head, work.first_token, work.batch);
 }
 
-__device__ void load_tokens(GradientsStorage& smem, int stage, GradientsMaps const& maps,
-                            GradientsWork const& work, ElementType gate_element) {
+// Who waits for them expects them, and not before expect_tokens.
+__device__ void load_tokens(GradientsStorage& smem, GradientsMaps const& maps, GradientsWork const& work,
+                            ElementType gate_element) {
   bool const wide = gate_element == ElementType::kFloat32;
-  auto& tokens = smem.stages[stage].tokens;
-  FullBarrier& full = smem.full[stage];
-  full.arrive_and_expect_tx((wide ? 5 : 4) * kBoxBytes);
+  auto& tokens = smem.tokens();
+  FullBarrier& full = smem.full[0];
   int const channel = work.first_channel, token = work.first_token;
 #pragma unroll
   for (int box = 0; box < 2; ++box) {
@@ -99,6 +99,10 @@ __device__ void load_tokens(GradientsStorage& smem, int stage, GradientsMaps con
   tma_load(maps.q, full, tokens.q, channel, work.head, token, work.batch);
   tma_load(maps.k, full, tokens.k, channel, work.head, token, work.batch);
   tma_load(maps.b, full, tokens.b, channel, work.gate_head, token, work.batch);
+}
+
+__device__ void expect_tokens(GradientsStorage& smem, ElementType gate_element) {
+  smem.full[0].arrive_and_expect_tx((gate_element == ElementType::kFloat32 ? 5 : 4) * kBoxBytes);
 }
 
 // ---- slices: products over value columns ------------------------------------------------------------------
@@ -263,12 +267,11 @@ __global__ void __launch_bounds__(kThreads, 2)
       load_slice(smem, stage_of(index), params, by, maps, of, order.slice(index),
                  Cfg::kNormalize && index == 0);
     } else if (index == num_slices) {
-      load_tokens(smem, stage_of(index), maps, of, params.gate_element);
+      load_tokens(smem, maps, of, params.gate_element);
     }
   };
   wait_for_earlier_kernels();  // scan_backward
-  // A thread of a warp a stage: all wait for them, and they not for each other. v and w of the first slice
-  // come before the second slice.
+  // A thread of a warp a stage: all wait for them, and they not for each other.
   if (int const index = uniform(threadIdx.x / kWarpThreads); index < kStages && elect_one()) {
     GradientsWork const own(params, by);
     smem.full[stage_of(index)].init(1);
@@ -277,10 +280,10 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
     cutlass::arch::fence_barrier_init();
     if (own.num_rows > 0) {
-      if (index == 1 && order.has_values(0)) {
-        load_values(smem, params, by, maps, own, order.slice(0));
-      }
       load(own, index);
+      if (int const first = order.with_values(0); index == 1 && order.has_values(first)) {
+        load_values(smem, params, by, maps, own, order.slice(first));
+      }
     }
     if (index == 0) {
       smem.work = own;
@@ -346,12 +349,12 @@ __global__ void __launch_bounds__(kThreads, 2)
         if (whole_boxes) {
           store_values(smem, params, by, maps, own, order.slice(index));
         }
-        if (int const next = index + order.num_boxes; order.has_values(next)) {
+        if (int const next = order.with_values(index + 1); order.has_values(next)) {
           load_values(smem, params, by, maps, own, order.slice(next));
         }
       }
     }
-    if (has_values && (!whole_boxes || order.num_boxes == 1 || index + 1 == num_slices)) {
+    if (has_values && (!whole_boxes || order.has_values(index + 1))) {
       if (!whole_boxes) {
         store_some_values<Element>(smem, params, by, work, order.slice(index));
       } else if (warp == 1 && elect_one()) {
@@ -367,6 +370,11 @@ __global__ void __launch_bounds__(kThreads, 2)
   bool const has_dP = place.half_of_chunk == 0;
   store_matrix<Element>(has_dP ? smem.dP : smem.dT, products.dM, has_dP ? params.scale : -1.f, place);
 
+  // With the tokens all know that the copy engine has read dv and dw, over which alpha goes.
+  if (warp_anew() == 1 && elect_one()) {
+    cute::tma_store_wait<0>();
+    expect_tokens(smem, params.gate_element);
+  }
   wait_to_read(smem.full[0], num_slices / kStages % 2);
   x.prepare_tiles();
   x.prepare_decays();
@@ -381,24 +389,27 @@ __global__ void __launch_bounds__(kThreads, 2)
   // Registers are no longer short: what follows finds its place once.
   GradientsPlace const end_place;
   bool const first_warp = warp_anew() == 0, wants_gates = Cfg::kIsGated && by.wants_decays != 0;
+  bool const has_other = Cfg::kNormalize && work.has_other_box();
+  int const own_rows = uniform(work.num_rows);
   // The scratch stage is free but for what follows here, as are dP, dT and alpha, and no warp reads another's
   // pieces of the inputs' tiles.
   __syncthreads();
-  if constexpr (Cfg::kNormalize) {
-    x.make_norm_factors(end_place);
-  }
   decays.add_other_half(end_place);
   if constexpr (Cfg::kIsGated) {
     if (wants_gates) {
-      decays.pass_gate(end_place, uniform(work.num_rows));
+      decays.pass_gate(end_place, own_rows);
     }
   }
   if constexpr (Cfg::kNormalize) {
+    x.make_norm_factors(end_place, has_other);
+  }
+  auto& tokens = smem.tokens();
+  store_tile<Element>(tokens.b, dE, end_place);
+  decays.store(end_place);
+  if constexpr (Cfg::kNormalize) {
     x.finish_norm_gradients(end_place);
   }
-
   bool const partial = params.shape.num_gate_heads != params.shape.num_heads;
-  auto& tokens = smem.tokens();
   if (partial) {
     x.store_partial(params.dq, dq, end_place);
     x.store_partial(params.dk, dk, end_place);
@@ -406,11 +417,9 @@ __global__ void __launch_bounds__(kThreads, 2)
     store_tile<Element>(tokens.q, dq, end_place);
     store_tile<Element>(tokens.k, dk, end_place);
   }
-  store_tile<Element>(tokens.b, dE, end_place);
-  decays.store(end_place);
   cutlass::arch::fence_view_async_shared();  // the tiles' ordinary stores, before the copy engine reads them
   __syncthreads();
-  if (!has_whole_boxes(work.num_rows, params.shape.dim_k)) {
+  if (!has_whole_boxes(own_rows, params.shape.dim_k)) {
     store_tiles_by_rows<Cfg>(smem, params, work, partial, decays.is_wide());
   } else if (first_warp) {
     GradientsWork const own = work.for_loads();

@@ -59,6 +59,8 @@ struct GradientsWork : ChunkWork {
     find<ChunkOrder::kInwards>(shape, params.plan, by, order);  // the walks before have ended at both ends
   }
 
+  __device__ bool has_other_box() const { return num_boxes == 2; }
+
   // By a converged warp, for loads: what they are asked for with is known to ptxas to be the same in all
   // lanes. Otherwise each copy becomes a loop over lanes.
   __device__ GradientsWork for_loads() const {
@@ -81,7 +83,8 @@ struct GradientsWork : ChunkWork {
 };
 
 // In which order a CTA takes the slices: that of the other channels takes the second one of two first. Each
-// makes dv and dw of the first of two that it takes, and of all where there is no other.
+// makes dv and dw of the second of two that it takes, while the tokens are on their way, and of all where
+// there is no other.
 struct SliceOrder {
   int number, num_boxes, box;
 
@@ -91,12 +94,14 @@ struct SliceOrder {
         box(static_cast<int>(blockIdx.x) & (num_boxes - 1)) {}
 
   __device__ int slice(int index) const {
-    int const slice = index ^ box;
+    int const slice = index ^ (num_boxes - 1 - box);
     return slice < number ? slice : index;
   }
   __device__ bool has_values(int index) const {
     return index < number && (slice(index) & (num_boxes - 1)) == box;
   }
+  // Of the slices with values, the first one from `index` on, if there is one.
+  __device__ int with_values(int index) const { return has_values(index) ? index : index + 1; }
   // Of the slices with values, how many come before the index-th.
   __device__ int num_values_before(int index) const { return index >> (num_boxes - 1); }
 };
@@ -124,7 +129,7 @@ struct GradientsStorage {
   struct Slice {
     std::uint8_t S[kBoxBytes], dS[kBoxBytes], dO[kBoxBytes], R[kBoxBytes], dX[kBoxBytes];
   };
-  struct Values {  // of a slice that this CTA makes dv and dw of, or their gradients
+  struct Values {  // of a slice that this CTA makes dv and dw of, and their gradients
     std::uint8_t v[kBoxBytes], w[kBoxBytes];
   };
   struct Gates {  // g or dg: float32 in two boxes of 32 channels, or 16-bit in the first one
@@ -170,9 +175,9 @@ struct GradientsStorage {
   };
   Stage stages[kStages];
   union {
-    Values d_values;
+    Values values;
     struct {
-      std::uint8_t dP[kBoxBytes], dT[kBoxBytes];  // scale*dP, and dT; rounded, rows r
+      std::uint8_t dP[kBoxBytes], dT[kBoxBytes];  // after the slices: scale*dP, and dT; rounded, rows r
     };
     // After the pair products: what the chunk adds to d_dt_bias, over a half's tokens, and to dA_log, over a
     // thread's tokens and channels.
@@ -181,7 +186,7 @@ struct GradientsStorage {
     } sums;
   };
   union {
-    Values values;
+    Values d_values;
     OfThreads alpha;  // after the slices
   };
   float inverse_norms[2][kChunk];                     // of q and of k: 1 / norm
