@@ -184,7 +184,7 @@ struct Channels {
   // less those by tokens s >= i. The chunk's last write goes through no decay: it would be taken from itself,
   // and leave its rounding where all others are small. Group by group, with the pairs inside it, which have
   // the same q, k and E.
-  __device__ void finish_state_products(float const (&rowsums)[2], PairGradients<Element>& pairs) {
+  __device__ void finish_state_products(PairGradients<Element>& pairs) {
     GradientsPlace const& place = pairs.place;
     float written[2] = {0.f, 0.f};
     int const last = pairs.num_rows - 1 - place.token(0, 0);
@@ -227,7 +227,7 @@ struct Channels {
       float at_end = sum_over_quad(written[half]);
       if (place.half_of_chunk == 1) {
         float const gamma_last = pairs.group_place(kLast, half).before * pairs.group_decay(kLast, half).rest;
-        at_end += gamma_last * rowsums[half];
+        at_end += gamma_last * smem.scratch().S_dS[place.channel(half)];
       } else if (place.quad == 0) {
         smem.scratch().first_writes[place.channel(half)] = at_end;
       }
@@ -287,6 +287,15 @@ struct Channels {
     }
   }
 
+  // What the warps have of the lane's token of its half.
+  using DotsOfWarps = float2[kChannels / kWarpChannels][kChunk];
+  __device__ static float2 sum_over_warps(DotsOfWarps const& dots, GradientsPlace const& place) {
+    int const token = kHalfTokens * place.half_of_chunk + place.lane;
+    static_assert(kChannels / kWarpChannels == 4);
+    float2 const a = dots[0][token], b = dots[1][token], c = dots[2][token], d = dots[3][token];
+    return {(a.x + b.x) + (c.x + d.x), (a.y + b.y) + (c.y + d.y)};
+  }
+
   // Of two tokens, over the lane's channels: `half` 0 begins the sums.
   __device__ static void add_products(float* sums, int half, float2 y, float const* dy) {
     sums[0] = half == 0 ? y.x * dy[0] : sums[0] + y.x * dy[0];
@@ -296,8 +305,8 @@ struct Channels {
   // The CTA is done with its slices: dots of the CTA of the other channels may come to where they were. After
   // a barrier, before which all of them were read; so there is nothing to fence, and a fence would wait for
   // all stores to memory.
-  __device__ void announce_dots() const {
-    if (work.has_other_box()) {
+  __device__ static void announce_dots(bool has_other) {
+    if (has_other) {
       cute::cluster_arrive_relaxed();
     }
   }
@@ -340,39 +349,38 @@ struct Channels {
   }
 
   // Through the norms, behind a barrier: with y the normalised row and n its norm, dx = (dy - y (y.dy)) / n.
-  // First the factors of the warp's rows, a lane a token.
-  __device__ void make_norm_factors(GradientsPlace const& place, bool has_other) {
+  // In steps, between which something else hides what each waits for. First the sums of the warp's rows over
+  // the channels of this CTA, a lane a token: of q and of k.
+  __device__ float2 sum_dots(GradientsPlace const& place) const {
+    return sum_over_warps(smem.scratch().dots_of_warp, place);
+  }
+
+  // The factors of the warp's rows.
+  __device__ void make_norm_factors(float2 sums, GradientsPlace const& place, bool has_other) {
     auto& scratch = smem.scratch();
     int const token = kHalfTokens * place.half_of_chunk + place.lane;
     float2 const inverse{smem.inverse_norms[0][token], smem.inverse_norms[1][token]};
-    float2 sums{};
-    auto const add_warps = [&](float2 const(&dots)[kChannels / kWarpChannels][kChunk]) {
-      float2 of_warps[kChannels / kWarpChannels];
-#pragma unroll
-      for (int warp = 0; warp < kChannels / kWarpChannels; ++warp) {
-        of_warps[warp] = dots[warp][token];
-      }
-#pragma unroll
-      for (float2 x : of_warps) {
-        sums = {sums.x + x.x, sums.y + x.y};
-      }
-    };
-    add_warps(scratch.dots_of_warp);
     if (has_other) {
       wait_to_read(smem.dots_full, 0);
-      add_warps(scratch.other_dots);
+      float2 const other = sum_over_warps(scratch.other_dots, place);
+      sums = {sums.x + other.x, sums.y + other.y};
     }
     scratch.norm_factors[place.thread / kWarpThreads][place.lane] = {inverse.x, sums.x * inverse.x, inverse.y,
                                                                      sums.y * inverse.y};
   }
 
-  // Something else comes before, which hides that the factors go through memory.
-  __device__ void finish_norm_gradients(GradientsPlace const& place) {
-    auto const& factors = smem.scratch().norm_factors[place.thread / kWarpThreads];
-    std::uint32_t const q_lane = lane_address(place, smem.tokens().q),
-                        k_lane = lane_address(place, smem.tokens().k);
-    GroupPair const q[2] = {{q_lane, 0}, {q_lane, 2}}, k[2] = {{k_lane, 0}, {k_lane, 2}};
+  // The warp's normalised rows of q and k.
+  struct Rows {
+    GroupPair q[2], k[2];
+  };
+  __device__ Rows rows(GradientsPlace const& place) const {
     static_assert(kHalfGroups == 4);
+    std::uint32_t const q = lane_address(place, smem.tokens().q), k = lane_address(place, smem.tokens().k);
+    return {{{q, 0}, {q, 2}}, {{k, 0}, {k, 2}}};
+  }
+
+  __device__ void finish_norm_gradients(Rows const& rows, GradientsPlace const& place) {
+    auto const& factors = smem.scratch().norm_factors[place.thread / kWarpThreads];
     __syncwarp();
 #pragma unroll
     for (int i = 0; i < kHalfGroups; ++i) {
@@ -382,8 +390,8 @@ struct Channels {
       for (int half = 0; half < 2; ++half) {
         int const n = 4 * i + 2 * half;
         int const in_pair = 2 * (i % 2) + half;
-        float2 const q2 = unpack<Element>(q[i / 2].pairs[in_pair]),
-                     k2 = unpack<Element>(k[i / 2].pairs[in_pair]);
+        float2 const q2 = unpack<Element>(rows.q[i / 2].pairs[in_pair]),
+                     k2 = unpack<Element>(rows.k[i / 2].pairs[in_pair]);
         dq[n] = dq[n] * factors0.x - q2.x * factors0.y;
         dq[n + 1] = dq[n + 1] * factors1.x - q2.y * factors1.y;
         dk[n] = dk[n] * factors0.z - k2.x * factors0.w;

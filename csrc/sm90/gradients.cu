@@ -146,6 +146,11 @@ __device__ void multiply_slice(Products& x, GradientsStorage::Slice const& slice
   auto const left = place.half_of_chunk == 0 ? dO : dX;
   auto const along_row = [](int step) { return step * 32 >> 4; };
   auto const add = [&](int step) { return accumulate || step > 0; };
+  StateFragments S;
+#pragma unroll
+  for (int step = 0; step < kColumns / 16; ++step) {
+    load_matrices_transposed<true>(S[step].pairs, slice.S, 16 * step, 2 * place.warp);
+  }
   wgmma_fence();
 #pragma unroll
   for (int step = 0; step < kColumns / 16; ++step) {
@@ -154,11 +159,6 @@ __device__ void multiply_slice(Products& x, GradientsStorage::Slice const& slice
     wgmma_shared<Element, Major::MN>(x.dS_R, dS + along_column, R + half_rows + along_row(step), add(step));
   }
   wgmma_commit();
-  StateFragments S;
-#pragma unroll
-  for (int step = 0; step < kColumns / 16; ++step) {
-    load_matrices_transposed<true>(S[step].pairs, slice.S, 16 * step, 2 * place.warp);
-  }
   if (place.half_of_chunk == 1) {
     multiply_states<Element>(x, S, slice.dS, place);
   }
@@ -171,9 +171,14 @@ __device__ void multiply_slice(Products& x, GradientsStorage::Slice const& slice
   wgmma_commit();
 }
 
-// rowsum(S*dS') of the lane's channel `half`.
-__device__ float S_dS_rowsum(Products const& x, GradientsPlace const& place, int half) {
-  return from_quad_lane(x.S_dS[half], place.row / 2);
+// rowsum(S*dS') of the warp's channels, by the second warpgroup.
+__device__ void store_S_dS(GradientsStorage& smem, Products const& x, GradientsPlace const& place) {
+  if (place.half_of_chunk == 1 && place.quad == place.row / 2) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      smem.scratch().S_dS[place.channel(half)] = x.S_dS[half];
+    }
+  }
 }
 
 // Rows of dO that are not the chunk's own become zero, whatever lies there.
@@ -325,6 +330,11 @@ __global__ void __launch_bounds__(kThreads, 2)
       clear_foreign_rows(slice.dO, num_rows);
     }
     multiply_slice<Element>(products, slice, place, index > 0);
+    // With the sigmoid, dv and dw need the registers that S has, or they wait for one special function after
+    // the other.
+    if constexpr (Cfg::kSigmoid) {
+      wgmma_wait<0>();
+    }
     int const warp = warp_anew();  // of those without states one loads, and one sees to dv and dw
     if (has_values) {
       wait_to_read(smem.values_full, order.num_values_before(index) % 2);
@@ -333,7 +343,9 @@ __global__ void __launch_bounds__(kThreads, 2)
     } else if (warp == 1 && elect_one()) {
       cute::tma_store_wait<0>();  // the copy engine has read those before
     }
-    wgmma_wait<0>();
+    if constexpr (!Cfg::kSigmoid) {
+      wgmma_wait<0>();
+    }
     if constexpr (Cfg::kIsGated) {
       wait_for_copies();  // the parameters
     }
@@ -364,9 +376,9 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
   }
   if constexpr (Cfg::kNormalize) {
-    x.announce_dots();
+    x.announce_dots(order.num_boxes == 2);
   }
-  float const rowsums[2] = {S_dS_rowsum(products, place, 0), S_dS_rowsum(products, place, 1)};
+  store_S_dS(smem, products, place);
   bool const has_dP = place.half_of_chunk == 0;
   store_matrix<Element>(has_dP ? smem.dP : smem.dT, products.dM, has_dP ? params.scale : -1.f, place);
 
@@ -380,7 +392,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   x.prepare_decays();
   {
     PairGradients<Element> pairs(smem, dq, dE, dk, dG);
-    x.finish_state_products(rowsums, pairs);
+    x.finish_state_products(pairs);
     pairs.outer_pairs();
   }
   x.finish_erase_and_dots();
@@ -394,20 +406,28 @@ __global__ void __launch_bounds__(kThreads, 2)
   // The scratch stage is free but for what follows here, as are dP, dT and alpha, and no warp reads another's
   // pieces of the inputs' tiles.
   __syncthreads();
+  float2 dots{};
+  if constexpr (Cfg::kNormalize) {
+    dots = x.sum_dots(end_place);
+  }
   decays.add_other_half(end_place);
   if constexpr (Cfg::kIsGated) {
     if (wants_gates) {
       decays.pass_gate(end_place, own_rows);
     }
   }
-  if constexpr (Cfg::kNormalize) {
-    x.make_norm_factors(end_place, has_other);
-  }
   auto& tokens = smem.tokens();
-  store_tile<Element>(tokens.b, dE, end_place);
-  decays.store(end_place);
+  auto const store_db_dg = [&] {
+    store_tile<Element>(tokens.b, dE, end_place);
+    decays.store(end_place);
+  };
   if constexpr (Cfg::kNormalize) {
-    x.finish_norm_gradients(end_place);
+    x.make_norm_factors(dots, end_place, has_other);
+    auto const rows = x.rows(end_place);
+    store_db_dg();
+    x.finish_norm_gradients(rows, end_place);
+  } else {
+    store_db_dg();
   }
   bool const partial = params.shape.num_gate_heads != params.shape.num_heads;
   if (partial) {

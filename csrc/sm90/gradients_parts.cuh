@@ -167,6 +167,7 @@ struct GradientsStorage {
     float2 dots_of_warp[kChannels / kWarpChannels][kChunk], other_dots[kChannels / kWarpChannels][kChunk];
     // Of a channel: all writes of the first half, and all other terms of the second.
     float first_writes[kChannels], second_reads[kChannels];
+    float S_dS[kChannels];  // rowsum(S*dS')
   };
   union alignas(kSwizzleAtomBytes) Stage {
     Slice slice;

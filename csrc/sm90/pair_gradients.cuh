@@ -243,10 +243,10 @@ struct PairGradients : LaneReader {
       k_U[half] = times(k.pairs[half], u);
     }
     float later_E[4] = {}, later_q[4] = {}, earlier[4] = {};
+    mma_16x8x16<Element>(earlier, {E_D[0], E_D[1], q_D[0], q_D[1]}, entries_of_level<kLevel>(blocks.dT_t),
+                         entries_of_level<kLevel>(blocks.dP_t));
     mma_16x8x8<Element>(later_E, k_U, entries_of_level<kLevel>(blocks.dT));
     mma_16x8x8<Element>(later_q, k_U, entries_of_level<kLevel>(blocks.dP));
-    mma_16x8x8<Element>(earlier, E_D, entries_of_level<kLevel>(blocks.dT_t));
-    mma_16x8x8<Element>(earlier, q_D, entries_of_level<kLevel>(blocks.dP_t));
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       int const n = 4 * i + 2 * half;

@@ -79,8 +79,7 @@ struct SharedStorage {
   std::uint8_t O[Cfg::kWarpgroups][kBoxBytes];
   FragmentsZ Z[Cfg::kStagesZ][Cfg::kWarpgroups];
   float gamma_last[Cfg::kStagesE][Cfg::kDimK];  // in the ring of gamma_E
-  RingBarriers<Cfg::kStagesValues> ring_values;
-  RingBarriers<Cfg::kStagesZ> ring_Z;
+  ValueRings<Cfg> value_rings;
   RingBarriers<Cfg::kStagesE> ring_E;
   RingBarriers<Cfg::kStagesQ> ring_q;
   RingBarriers<Cfg::kStagesK> ring_k;
@@ -106,15 +105,13 @@ struct SharedStorage {
 
   // By one thread.
   __device__ void init_barriers() {
-    constexpr int kCopyEngine = 1, kWarpgroupWarps = kWarpgroupThreads / kWarpThreads;
-    constexpr int kMathWarps = Cfg::kWarpgroups * kWarpgroupWarps;
-    ring_values.init(kCopyEngine, kWarpgroupWarps);
-    ring_Z.init(kWarpgroupWarps, kMathWarps);
+    constexpr int kCopyEngine = 1;
+    value_rings.init();
     ring_E.init(kCopyEngine, kFactorReaders<Cfg>);
     ring_q.init(kCopyEngine, kFactorReaders<Cfg>);
     ring_k.init(kCopyEngine, kFactorReaders<Cfg>);
     for (auto& ring : ring_O) {
-      ring.init(kWarpgroupWarps, 1);
+      ring.init(kWarpgroupThreads / kWarpThreads, 1);
     }
     if constexpr (Cfg::kSplit) {
       start.init();

@@ -19,7 +19,8 @@
 // rounded S or dS', 16 rounded R or dX, 16 rounded X or dR, 16 dO a thread; 240 registers, 216 where there
 // are two); one warpgroup that makes Z (idle in the reverse walk); one whose first warp loads factors, whose
 // next ones store, one a math warpgroup, and whose next one loads v and w, or dO (40 registers each).
-// Shared memory (K 128, one warpgroup / two): rings of stages, each let go as soon as its product is done.
+// Shared memory (K 128, one warpgroup / two): rings of stages, each let go as soon as its product is done; of
+// v, w and Z each warpgroup has its own.
 //     recomputation  v and w 2 x 16 / 1 x 32, Z 2 x 16 / 1 x 32, gamma*E and gamma[C-1] 3 x 16.5 / 2 x 16.5,
 //                    A-I 3 x 8, Kt 3 x 16, outgoing S and R 24 / 48: 210 / 217 KB
 //     reverse        dO 3 x 8 / 2 x 16, Kt and P and gamma[C-1] 3 x 24.5 / 2 x 24.5, scale*gamma*q and A-I 3 x 24 /

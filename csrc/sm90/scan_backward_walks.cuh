@@ -67,8 +67,7 @@ struct RecomputeStorage {
   FragmentsZ Z[Cfg::kStagesZ][Cfg::kWarpgroups];
   float gamma_last[Cfg::kStagesRecomputeE][Cfg::kDimK];  // in the ring of gamma_E
   OutgoingRings<Cfg> rings_outgoing;
-  RingBarriers<Cfg::kStagesValues> ring_values;
-  RingBarriers<Cfg::kStagesZ> ring_Z;
+  ValueRings<Cfg> value_rings;
   RingBarriers<Cfg::kStagesRecomputeE> ring_E;
   RingBarriers<Cfg::kStagesA> ring_A;
   RingBarriers<Cfg::kStagesKt> ring_Kt;
@@ -84,8 +83,7 @@ struct RecomputeStorage {
   __device__ void init_barriers() {
     constexpr int kCopyEngine = 1;
     rings_outgoing.init();
-    ring_values.init(kCopyEngine, kWarpgroupWarps);
-    ring_Z.init(kWarpgroupWarps, Cfg::kMathWarps);
+    value_rings.init();
     ring_E.init(kCopyEngine, kFactorReaders<Cfg>);
     ring_A.init(kCopyEngine, kFactorReaders<Cfg>);
     ring_Kt.init(kCopyEngine, kFactorReaders<Cfg>);

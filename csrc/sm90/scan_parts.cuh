@@ -155,23 +155,39 @@ __device__ void make_Z(FragmentsZ& Z, std::uint8_t const* v, std::uint8_t const*
   }
 }
 
-// The role of one warpgroup: Z of every chunk, from the ring of v and w to the ring of Z.
+// The rings of v and w and of Z. Each math warpgroup has its own: what one has taken comes again while Z of
+// the other is made.
+template <class Cfg>
+struct ValueRings {
+  RingBarriers<Cfg::kStagesValues> values[Cfg::kWarpgroups];
+  RingBarriers<Cfg::kStagesZ> Z[Cfg::kWarpgroups];
+
+  __device__ void init() {
+    constexpr int kCopyEngine = 1, kWarps = kWarpgroupThreads / kWarpThreads;
+    for (int wg = 0; wg < Cfg::kWarpgroups; ++wg) {
+      values[wg].init(kCopyEngine, kWarps);
+      Z[wg].init(kWarps, kWarps);
+    }
+  }
+};
+
+// The role of one warpgroup: Z of every chunk, from the rings of v and w to those of Z.
 template <class Cfg, class Storage>
 __device__ void make_values(Storage& smem, GateParams const& gates, Work const& work) {
   RingPosition<Cfg::kStagesValues> at_values;
   RingPosition<Cfg::kStagesZ> at_Z;
-  for (int chunk = 0; chunk < work.num_chunks; ++chunk) {
-    smem.ring_values.wait_full(at_values);
-    smem.ring_Z.wait_empty(at_Z);
+  for (int chunk = 0; chunk < work.num_chunks; ++chunk, at_values.advance(), at_Z.advance()) {
     auto const& values = smem.values[at_values.stage];
     int const num_rows = work.num_tokens - chunk * kChunk;
 #pragma unroll
     for (int wg = 0; wg < Cfg::kWarpgroups; ++wg) {
+      smem.value_rings.values[wg].wait_full(at_values);
+      smem.value_rings.Z[wg].wait_empty(at_Z);
       make_Z<typename Cfg::Element>(smem.Z[at_Z.stage][wg], values.v[wg], values.w[wg], num_rows,
                                     gates.use_gate_sigmoid);
+      smem.value_rings.values[wg].release_at(at_values);
+      smem.value_rings.Z[wg].publish_at(at_Z);
     }
-    smem.ring_values.release(at_values);
-    smem.ring_Z.publish(at_Z);
   }
 }
 
@@ -203,9 +219,9 @@ __device__ void load_values(Storage& smem, Maps const& maps, Work const& work, K
         tma_fetch(maps.w, work.first_column, work.value_head, token + kChunk, work.batch);
       }
     }
-    FullBarrier& full = smem.ring_values.begin_fill(at, sizeof(values));
     CacheHint const hint = kept.hint(chunk);
     for (int wg = 0; wg < Cfg::kWarpgroups; ++wg) {
+      FullBarrier& full = smem.value_rings.values[wg].begin_fill(at, 2 * kBoxBytes);
       int const column = work.first_column + wg * kColumns;
       tma_load(maps.v, full, hint, values.v[wg], column, work.value_head, token, work.batch);
       tma_load(maps.w, full, hint, values.w[wg], column, work.value_head, token, work.batch);
@@ -302,7 +318,7 @@ __device__ T const& at_offset(void const* shared, std::uint32_t offset) {
 // Z^T of the next chunk, this thread's accumulators of it, from the ring of Z.
 template <class Storage, class Position>
 __device__ void take_Z(float (&acc)[32], Storage& smem, Position& at, int wg, MathThread const& own = {}) {
-  smem.ring_Z.wait_full(at);
+  smem.value_rings.Z[wg].wait_full(at);
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
     float4 const z = at_offset<float4>(smem.Z[at.stage][wg][i], own.of_Z);
@@ -311,7 +327,7 @@ __device__ void take_Z(float (&acc)[32], Storage& smem, Position& at, int wg, Ma
     acc[4 * i + 2] = z.z;
     acc[4 * i + 3] = z.w;
   }
-  smem.ring_Z.release(at);
+  smem.value_rings.Z[wg].release(at);
 }
 
 // ---- math steps: one warpgroup, 64 value columns ----------------------------------------------------------

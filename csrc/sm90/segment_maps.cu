@@ -62,8 +62,7 @@ struct SharedStorage {
   std::uint8_t Kt[Cfg::kStagesKt][Cfg::kTileBytes];
   FragmentsZ Z[Cfg::kStagesZ][1];
   float gamma_last[Cfg::kStagesE][Cfg::kDimK];  // in the ring of gamma_E
-  RingBarriers<Cfg::kStagesValues> ring_values;
-  RingBarriers<Cfg::kStagesZ> ring_Z;
+  ValueRings<Cfg> value_rings;
   RingBarriers<Cfg::kStagesE> ring_E;
   RingBarriers<Cfg::kStagesA> ring_A;
   RingBarriers<Cfg::kStagesKt> ring_Kt;
@@ -78,9 +77,8 @@ struct SharedStorage {
 
   // By one thread.
   __device__ void init_barriers() {
-    constexpr int kCopyEngine = 1, kWarpgroupWarps = kWarpgroupThreads / kWarpThreads;
-    ring_values.init(kCopyEngine, kWarpgroupWarps);
-    ring_Z.init(kWarpgroupWarps, kWarpgroupWarps);
+    constexpr int kCopyEngine = 1;
+    value_rings.init();
     ring_E.init(kCopyEngine, kFactorReaders<Cfg>);
     ring_A.init(kCopyEngine, kFactorReaders<Cfg>);
     ring_Kt.init(kCopyEngine, kFactorReaders<Cfg>);

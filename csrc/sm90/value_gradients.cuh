@@ -57,23 +57,33 @@ struct ValueGradients {
   static_assert(kChunk == 2 * kRowStep);
 
   __device__ static void multiply(uint4& dv, uint4& dw, uint4 v, uint4 w, uint4 dX) {
-    multiply(dv.x, dw.x, v.x, w.x, dX.x);
-    multiply(dv.y, dw.y, v.y, w.y, dX.y);
-    multiply(dv.z, dw.z, v.z, w.z, dX.z);
-    multiply(dv.w, dw.w, v.w, w.w, dX.w);
-  }
-
-  __device__ static void multiply(std::uint32_t& dv, std::uint32_t& dw, std::uint32_t v, std::uint32_t w,
-                                  std::uint32_t dX) {
     if constexpr (Cfg::kSigmoid) {
-      float2 const v2 = unpack<Element>(v), dX2 = unpack<Element>(dX), w2 = sigmoid(unpack<Element>(w)),
-                   dv2{w2.x * dX2.x, w2.y * dX2.y}, v_dv{v2.x * dv2.x, v2.y * dv2.y};
-      dv = pack<Element>(dv2.x, dv2.y);
-      dw = pack<Element>(fmaf(-v_dv.x, w2.x, v_dv.x), fmaf(-v_dv.y, w2.y, v_dv.y));
+      // All sigmoids before anything else, or each would wait for the one before.
+      float2 s[4] = {unpack<Element>(w.x), unpack<Element>(w.y), unpack<Element>(w.z), unpack<Element>(w.w)};
+#pragma unroll
+      for (float2& x : s) {
+        x = {1.f + exp2_approx(-kLog2E * x.x), 1.f + exp2_approx(-kLog2E * x.y)};
+      }
+#pragma unroll
+      for (float2& x : s) {
+        x = {reciprocal_approx(x.x), reciprocal_approx(x.y)};
+      }
+      multiply(dv.x, dw.x, v.x, s[0], dX.x);
+      multiply(dv.y, dw.y, v.y, s[1], dX.y);
+      multiply(dv.z, dw.z, v.z, s[2], dX.z);
+      multiply(dv.w, dw.w, v.w, s[3], dX.w);
     } else {
       dv = multiply_pairs<Element>(w, dX);
       dw = multiply_pairs<Element>(v, dX);
     }
+  }
+
+  __device__ static void multiply(std::uint32_t& dv, std::uint32_t& dw, std::uint32_t v, float2 s,
+                                  std::uint32_t dX) {
+    float2 const v2 = unpack<Element>(v), dX2 = unpack<Element>(dX), dv2{s.x * dX2.x, s.y * dX2.y},
+                 v_dv{v2.x * dv2.x, v2.y * dv2.y};
+    dv = pack<Element>(dv2.x, dv2.y);
+    dw = pack<Element>(fmaf(-v_dv.x, s.x, v_dv.x), fmaf(-v_dv.y, s.y, v_dv.y));
   }
 };
 

@@ -53,18 +53,20 @@ struct RingBarriers {
   // Producing warps: waits until the stage may be written.
   __device__ void wait_empty(RingPosition<kStages> at) { empty[at.stage].wait(at.parity ^ 1); }
 
-  // Producing warps: the warp's ordinary stores to the stage are done, the next one comes.
+  // Producing warps: the warp's ordinary stores to the stage are done; and the next one comes.
+  __device__ void publish_at(RingPosition<kStages> at) { arrive_once_a_warp(full[at.stage]); }
   __device__ void publish(RingPosition<kStages>& at) {
-    arrive_once_a_warp(full[at.stage]);
+    publish_at(at);
     at.advance();
   }
 
   // Consumers: waits until the stage is full.
   __device__ void wait_full(RingPosition<kStages> at) { full[at.stage].wait(at.parity); }
 
-  // Consuming warps: the warp reads the stage no more, the next one comes.
+  // Consuming warps: the warp reads the stage no more; and the next one comes.
+  __device__ void release_at(RingPosition<kStages> at) { arrive_once_a_warp(empty[at.stage]); }
   __device__ void release(RingPosition<kStages>& at) {
-    arrive_once_a_warp(empty[at.stage]);
+    release_at(at);
     at.advance();
   }
 
