@@ -9,6 +9,7 @@
 #include "sm90/pair_gradients.cuh"
 #include "tile/activation.cuh"
 #include "tile/convert.cuh"
+#include "tile/mma.cuh"
 
 namespace gdn2 {
 
@@ -23,34 +24,32 @@ struct Channels {
   HalfAccumulators &dq, &dE, &dk;  // [16 channels, tokens]; start as dO S^T, dX S^T and R dS'^T transposed
   HalfAccumulators& dG;
 
-  // The warp's pieces of q, k and E as the products read them: normalised, rows that are not the chunk's own
-  // zero whatever lies there; E = b*k, through the sigmoid of b, to the scratch tile.
-  __device__ void prepare_tiles() {
-    int const num_rows = uniform(smem.work.num_rows);
+  // Whether db finds the slope of b's sigmoid in the tile of b, which then holds sides, or makes the sigmoid
+  // anew: float16 has not their range.
+  static constexpr bool kKeepsSides = Cfg::kSigmoid && std::is_same_v<Element, __nv_bfloat16>;
+
+  // Of two neighbours x: sigmoid(x); and their sides, the smaller ones of sigmoid(x) and sigmoid(-x),
+  // negative where it is the latter. The slope is side * (1 - side), near 0 and 1 to the precision of a side.
+  __device__ static void sigmoid_and_side(std::uint32_t x, std::uint32_t& sigmoid, std::uint32_t& side) {
+    float2 const x2 = unpack<Element>(x), e{exp2_approx(-kLog2E * x2.x), exp2_approx(-kLog2E * x2.y)},
+                 s{reciprocal_approx(1.f + e.x), reciprocal_approx(1.f + e.y)};
+    std::uint32_t const is_negative = sign_masks(x);
+    sigmoid = pack<Element>(s.x, s.y);
+    side = (sigmoid & is_negative) | (pack<Element>(-e.x * s.x, -e.y * s.y) & ~is_negative);
+  }
+
+  // A warp's pieces of q, k and b: a token a lane, its warp's channels.
+  struct TokenPieces {
+    uint4 q[2], k[2], b[2];
+  };
+  __device__ uint4& piece(std::uint8_t* tile, int token, int warp, int i) const {
+    return *reinterpret_cast<uint4*>(tile + swizzled_offset(token, 2 * warp + i));
+  }
+
+  // q, k and E as the products read them: normalised; E = b*k, through the sigmoid of b, to the scratch tile.
+  __device__ void prepare_tiles(TokenPieces& x, int t, int warp) {
     auto& tokens = smem.tokens();
     auto& scratch = smem.scratch();
-    GradientsPlace const place;
-    int const t = kHalfTokens * place.half_of_chunk + place.lane;
-    auto const at = [&](std::uint8_t* tile, int i) {
-      return reinterpret_cast<uint4*>(tile + swizzled_offset(t, 2 * place.warp + i));
-    };
-    // All is read before anything is written, or each read would wait for a write.
-    uint4 q[2], k[2], b[2];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      if constexpr (Cfg::kNormalize) {
-        q[i] = *at(tokens.q, i);
-      }
-      k[i] = *at(tokens.k, i);
-      b[i] = *at(tokens.b, i);
-    }
-    if (t >= num_rows) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        *at(tokens.q, i) = *at(tokens.k, i) = *at(scratch.E, i) = uint4{};
-      }
-      return;
-    }
     PairFactor<Element> of_q{}, of_k{};
     if constexpr (Cfg::kNormalize) {
       of_q = PairFactor<Element>(smem.inverse_norms[0][t]);
@@ -59,14 +58,24 @@ struct Channels {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       if constexpr (Cfg::kNormalize) {
-        *at(tokens.q, i) = multiply_pairs(q[i], of_q);
-        *at(tokens.k, i) = k[i] = multiply_pairs(k[i], of_k);
+        piece(tokens.q, t, warp, i) = multiply_pairs(x.q[i], of_q);
+        piece(tokens.k, t, warp, i) = x.k[i] = multiply_pairs(x.k[i], of_k);
       }
-      if constexpr (Cfg::kSigmoid) {
-        b[i] = {activate_erase<Element>(params.gates, b[i].x), activate_erase<Element>(params.gates, b[i].y),
-                activate_erase<Element>(params.gates, b[i].z), activate_erase<Element>(params.gates, b[i].w)};
+      uint4& b = x.b[i];
+      if constexpr (kKeepsSides) {
+        uint4 sides;
+        sigmoid_and_side(b.x, b.x, sides.x);
+        sigmoid_and_side(b.y, b.y, sides.y);
+        sigmoid_and_side(b.z, b.z, sides.z);
+        sigmoid_and_side(b.w, b.w, sides.w);
+        piece(tokens.b, t, warp, i) = sides;
+        std::uint32_t const scales = pack<Element>(params.gates.erase_scale, params.gates.erase_scale);
+        b = multiply_pairs<Element>(b, uint4{scales, scales, scales, scales});
+      } else if constexpr (Cfg::kSigmoid) {
+        b = {activate_erase<Element>(params.gates, b.x), activate_erase<Element>(params.gates, b.y),
+             activate_erase<Element>(params.gates, b.z), activate_erase<Element>(params.gates, b.w)};
       }
-      *at(scratch.E, i) = multiply_pairs<Element>(b[i], k[i]);
+      piece(scratch.E, t, warp, i) = multiply_pairs<Element>(x.b[i], x.k[i]);
     }
   }
 
@@ -88,44 +97,77 @@ struct Channels {
     }
   }
 
-  // The decays inside groups, a warp a group and a lane two channels of it, and over them. Both warpgroups
-  // read all of them: ends with the CTA's barrier.
-  __device__ void prepare_decays() {
+  // What the pair products read, of the tokens that have come: q, k and E; the decays inside groups, a warp a
+  // group and a lane two channels of it, and over them. Both warpgroups read all decays: ends with the CTA's
+  // barrier.
+  __device__ void prepare_tokens() {
+    auto& tokens = smem.tokens();
     auto& scratch = smem.scratch();
     GradientsPlace const place;
-    int const group = place.thread / kWarpThreads, num_rows = uniform(smem.work.num_rows) - kGroup * group;
-    // Which of a lane's two channels, eight apart, comes first alternates, so that a warp reads g from all banks.
-    int const warp = place.lane / 8, first_half = (warp ^ warp / 2) & 1;
+    int const group = place.thread / kWarpThreads, own_rows = uniform(smem.work.num_rows);
+    // Which of a lane's two channels, eight apart, comes first alternates, so that a warp reads g from all
+    // banks.
+    int const of_lane = place.lane / 8, first_half = (of_lane ^ of_lane / 2) & 1;
     int const halves[2] = {first_half, first_half ^ 1};
-    int const first_channel = kWarpChannels * warp + place.lane % 8;
+    int const first_channel = kWarpChannels * of_lane + place.lane % 8;
     int const channels[2] = {first_channel + 8 * halves[0], first_channel + 8 * halves[1]};
-    int const first_thread = kWarpThreads * warp + 4 * (place.lane % 8);
+    int const first_thread = kWarpThreads * of_lane + 4 * (place.lane % 8);
     auto const store = [&](float (&of_threads)[kWarpgroupThreads], float x0, float x1, float x2, float x3) {
       *reinterpret_cast<float4*>(&of_threads[first_thread]) = {x0, x1, x2, x3};
     };
+    auto const level2 = [&](int half) -> float2& {
+      auto& of_warp = scratch.of_warps[kWarpgroupWarps * (group / kHalfGroups) + of_lane];
+      return *reinterpret_cast<float2*>(
+          &of_warp.level2[2 * (group % kHalfGroups) + half][2 * (place.lane % 8)]);
+    };
+    // All is read before anything is written, or each read would wait for a write; and what waits for special
+    // functions is in one run of instructions.
     float x[2][kGroup];
     read_g(x, kGroup * group, channels[0]);
-    DecayFunction<Element, Cfg::kGate> const decay(params.gates, Cfg::kIsGated ? smem.gate.A_log : 0.f);
+    int const t = kHalfTokens * place.half_of_chunk + place.lane;
+    TokenPieces pieces{};
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      float const bias = Cfg::kIsGated ? kLog2E * smem.gate.bias[channels[i]] : 0.f;
+      if constexpr (Cfg::kNormalize) {
+        pieces.q[i] = piece(tokens.q, t, place.warp, i);
+      }
+      pieces.k[i] = piece(tokens.k, t, place.warp, i);
+      pieces.b[i] = piece(tokens.b, t, place.warp, i);
+    }
+    DecayFunction<Element, Cfg::kGate> const decay(params.gates, Cfg::kIsGated ? smem.gate.A_log : 0.f);
+    float bias[2] = {0.f, 0.f};
+    if constexpr (Cfg::kIsGated) {
+      bias[0] = kLog2E * smem.gate.bias[channels[0]];
+      bias[1] = kLog2E * smem.gate.bias[channels[1]];
+    }
+    prepare_tiles(pieces, t, place.warp);
 #pragma unroll
-      for (int t = 0; t < kGroup; ++t) {
-        x[i][t] = decay.activation(x[i][t], bias);
+    for (int i = 0; i < 2; ++i) {
+#pragma unroll
+      for (int j = 0; j < kGroup; ++j) {
+        x[i][j] = decay.activation(x[i][j], bias[i]);
       }
     }
     float alpha[2][kGroup];
 #pragma unroll
-    for (int t = 0; t < kGroup; ++t) {
-      alpha[0][t] = decay.alpha(x[0][t]);
-      alpha[1][t] = decay.alpha(x[1][t]);
+    for (int j = 0; j < kGroup; ++j) {
+      alpha[0][j] = decay.alpha(x[0][j]);
+      alpha[1][j] = decay.alpha(x[1][j]);
     }
-    if (num_rows < kGroup) {
+    if (own_rows < kChunk) {  // rows that are not the chunk's own, whatever lies there
+      if (t >= own_rows) {
 #pragma unroll
-      for (int t = 0; t < kGroup; ++t) {
-        if (t >= num_rows) {
-          x[0][t] = x[1][t] = 0.f;
-          alpha[0][t] = alpha[1][t] = 1.f;
+        for (int i = 0; i < 2; ++i) {
+          piece(tokens.q, t, place.warp, i) = piece(tokens.k, t, place.warp, i) =
+              piece(scratch.E, t, place.warp, i) = uint4{};
+        }
+      }
+      int const rows_of_group = own_rows - kGroup * group;
+#pragma unroll
+      for (int j = 0; j < kGroup; ++j) {
+        if (j >= rows_of_group) {
+          x[0][j] = x[1][j] = 0.f;
+          alpha[0][j] = alpha[1][j] = 1.f;
         }
       }
     }
@@ -133,12 +175,14 @@ struct Channels {
     for (int i = 0; i < 2; ++i) {
       float const(&a)[kGroup] = alpha[i];
       int const row = 2 * group + halves[i];
-      store(smem.alpha[0][row], a[0], a[2], a[4], a[6]);
-      store(smem.alpha[1][row], a[1], a[3], a[5], a[7]);
-      float const F1 = a[1] * a[2], F2 = F1 * (a[3] * a[4]), F3 = F2 * (a[5] * a[6]);
+      float const a34 = a[3] * a[4], a56 = a[5] * a[6];
+      float const F1 = a[1] * a[2], F2 = F1 * a34, F3 = F2 * a56;
       float const B2 = a[6] * a[7], B1 = a[4] * a[5] * B2, B0 = a[2] * a[3] * B1;
+      store(smem.alpha1[row], a[1], a[3], a[5], a[7]);
+      store(smem.level4[row], a[2] * a34, a[4], 1.f, a56);
       store(scratch.F[row], 1.f, F1, F2, F3);
       store(scratch.B[row], B0, B1, B2, 1.f);
+      level2(halves[i]) = {a[2], a[6]};
       scratch.groups[group][channels[i]] = {a[0], F3 * a[7]};
     }
     __syncthreads();  // and all of g has been read
@@ -150,8 +194,14 @@ struct Channels {
         store(smem.tokens().activations[1][2 * group + halves[i]], y[1], y[3], y[5], y[7]);
       }
     }
-    // A thread a channel and direction. All is read before anything is written, or each read would wait for a
-    // write.
+    make_places();
+    __syncthreads();
+  }
+
+  // The decays over groups of those inside them. A thread a channel and direction. All is read before
+  // anything is written, or each read would wait for a write.
+  __device__ void make_places() {
+    auto& scratch = smem.scratch();
     int const ch = threadIdx.x % kChannels;
     bool const forwards = threadIdx.x < kChannels;
     if (forwards || threadIdx.x >= kThreads - kChannels) {
@@ -176,50 +226,58 @@ struct Channels {
         }
       }
     }
-    __syncthreads();
+  }
+
+  // Of group i; `written` gets its writes to S'. The chunk's last write goes through no decay: it would be
+  // taken from itself, and leave its rounding where all others are small.
+  __device__ void finish_group(PairGradients<Element>& pairs, int i, float (&written)[2]) {
+    int const last = pairs.num_rows - 1 - pairs.place.token(0, 0);  // from the lane's first token on
+    GroupTokens const q(pairs.q_lane, i), k(pairs.k_lane, i), E(pairs.E_lane, i);
+    float const alpha1[2] = {pairs.alpha1(i, 0), pairs.alpha1(i, 1)};
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      int const n = 4 * i + 2 * half;
+      float2 const q2 = unpack<Element>(q.pairs[half]), k2 = unpack<Element>(k.pairs[half]),
+                   E2 = unpack<Element>(E.pairs[half]);
+      GroupPlace const group = pairs.group_place(i, half);
+      float const gamma0 = group.before * pairs.F(i, half), gamma1 = gamma0 * alpha1[half];
+      float const tail1 = group.after * pairs.B(i, half), tail0 = tail1 * alpha1[half];
+      dq[n] *= params.scale * gamma0;
+      dq[n + 1] *= params.scale * gamma1;
+      dE[n] *= -gamma0;
+      dE[n + 1] *= -gamma1;
+      dk[n] *= tail0;
+      dk[n + 1] *= tail1;
+      dG[n] = q2.x * dq[n] + E2.x * dE[n];
+      dG[n + 1] = q2.y * dq[n + 1] + E2.y * dE[n + 1];
+      if (last != kGroup * i) {
+        dG[n] -= k2.x * dk[n];
+        written[half] += k2.x * dk[n];
+      }
+      if (last != kGroup * i + 1) {
+        dG[n + 1] -= k2.y * dk[n + 1];
+        written[half] += k2.y * dk[n + 1];
+      }
+    }
+    pairs.inner_pairs(i, alpha1, q, k, E);
   }
 
   // The products with S and dS' become their shares of dq, dE and dk, and of dG, which is summed from the
   // end: reads of S by tokens r >= i, the state that is carried through, and all writes to S' of the half
-  // less those by tokens s >= i. The chunk's last write goes through no decay: it would be taken from itself,
-  // and leave its rounding where all others are small. Group by group, with the pairs inside it, which have
-  // the same q, k and E.
+  // less those by tokens s >= i. Group by group, with the pairs inside it, which have the same q, k and E.
+  // Groups without tokens among others have zeros for them: one run of instructions for all.
   __device__ void finish_state_products(PairGradients<Element>& pairs) {
     GradientsPlace const& place = pairs.place;
     float written[2] = {0.f, 0.f};
-    int const last = pairs.num_rows - 1 - place.token(0, 0);
 #pragma unroll
     for (float& x : dG) {
       x = 0.f;
     }
+    if (!pairs.has_no_tokens(0)) {
 #pragma unroll
-    for (int i = 0; i < kHalfGroups; ++i) {
-      if (pairs.has_no_tokens(i)) {
-        break;
+      for (int i = 0; i < kHalfGroups; ++i) {
+        finish_group(pairs, i, written);
       }
-      GroupTokens const q(pairs.q_lane, i), k(pairs.k_lane, i), E(pairs.E_lane, i);
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        int const n = 4 * i + 2 * half;
-        float2 const q2 = unpack<Element>(q.pairs[half]), k2 = unpack<Element>(k.pairs[half]),
-                     E2 = unpack<Element>(E.pairs[half]);
-        GroupPlace const group = pairs.group_place(i, half);
-        float const alpha1 = pairs.alpha1(i, half);
-        float const gamma0 = group.before * pairs.F(i, half), gamma1 = gamma0 * alpha1;
-        float const tail1 = group.after * pairs.B(i, half), tail0 = tail1 * alpha1;
-        dq[n] *= params.scale * gamma0;
-        dq[n + 1] *= params.scale * gamma1;
-        dE[n] *= -gamma0;
-        dE[n + 1] *= -gamma1;
-        dk[n] *= tail0;
-        dk[n + 1] *= tail1;
-        float2 const writes{last == kGroup * i ? 0.f : k2.x, last == kGroup * i + 1 ? 0.f : k2.y};
-        dG[n] = q2.x * dq[n] + E2.x * dE[n] - writes.x * dk[n];
-        dG[n + 1] = q2.y * dq[n + 1] + E2.y * dE[n + 1] - writes.y * dk[n + 1];
-        written[half] += writes.x * dk[n];
-        written[half] += writes.y * dk[n + 1];
-      }
-      pairs.inner_pairs(i, q, k, E);
     }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -237,38 +295,57 @@ struct Channels {
     }
   }
 
-  // dE becomes db, and dk takes its share; through the sigmoid of b where there is one. Where there are
-  // norms, the products of rows with their gradients are made beside it, which go to both CTAs of the row and
-  // arrive during something else.
-  __device__ void finish_erase_and_dots() {
-    if (!Cfg::kNormalize && params.dk == nullptr && params.db == nullptr) {
-      return;
+  // dE becomes db, and dk takes its share; through the sigmoid of b where there is one. k and b: two tokens.
+  __device__ void finish_erase(int n, float2 k, float2 b) {
+    float2 slope{1.f, 1.f};
+    if constexpr (kKeepsSides) {
+      float2 const side{fabsf(b.x), fabsf(b.y)};
+      slope = {fmaf(-side.x, side.x, side.x), fmaf(-side.y, side.y, side.y)};
+      if (__float_as_int(b.x) < 0) {  // -0 as well
+        dk[n] += dE[n];
+      }
+      if (__float_as_int(b.y) < 0) {
+        dk[n + 1] += dE[n + 1];
+      }
+    } else if constexpr (Cfg::kSigmoid) {
+      b = sigmoid(b);
+      slope = {fmaf(-b.x, b.x, b.x), fmaf(-b.y, b.y, b.y)};
     }
+    dk[n] += b.x * dE[n];
+    dk[n + 1] += b.y * dE[n + 1];
+    dE[n] *= k.x * slope.x;
+    dE[n + 1] *= k.y * slope.y;
+  }
+
+  // For all tokens, from the last groups to the first, `between` two of them: what has nothing to do with it,
+  // and hides what it waits for. Where there are norms, dq and dk over those of their rows, and the products
+  // of these with the normalised rows, which go to both CTAs of the rows and arrive during something else.
+  //
+  // What rows that are not the chunk's own make of their b, whatever lies there, stays in them.
+  template <class Between>
+  __device__ void finish_erase_and_dots(Between between) {
     auto& tokens = smem.tokens();
     GradientsPlace const place;
-    float const erase_scale = params.gates.erase_scale;
-    bool const has_other = work.has_other_box();
-    int const other = work.box ^ 1;
+    if (Cfg::kSigmoid && params.gates.erase_scale != 1.f) {
+#pragma unroll
+      for (float& x : dE) {
+        x *= params.gates.erase_scale;
+      }
+    }
+    auto const* const inverse_norms =
+        reinterpret_cast<float2 const*>(&smem.inverse_norms[0][place.token(0, 0)]);
     float dots[2][2 * kHalfGroups];  // [of q, of k][2*i + c]
 #pragma unroll
-    for (int pair = 0; pair < kHalfGroups / 2; ++pair) {
+    for (int pair = kHalfGroups / 2 - 1; pair >= 0; --pair) {
+      between(pair, place);
       GroupPair const k(lane_address(place, tokens.k), 2 * pair), b(lane_address(place, tokens.b), 2 * pair);
 #pragma unroll
       for (int m = 0; m < 4; ++m) {
         int const i = 2 * pair + m / 2, half = m % 2, n = 4 * i + 2 * half;
         float2 const k2 = unpack<Element>(k.pairs[m]);
-        float2 b2 = unpack<Element>(b.pairs[m]), slope{1.f, 1.f};
-        if constexpr (Cfg::kSigmoid) {
-          float2 const s = sigmoid(b2);
-          b2 = {erase_scale * s.x, erase_scale * s.y};
-          slope = {fmaf(-b2.x, s.x, b2.x), fmaf(-b2.y, s.y, b2.y)};
-        }
-        dk[n] += b2.x * dE[n];
-        dk[n + 1] += b2.y * dE[n + 1];
-        dE[n] *= k2.x * slope.x;
-        dE[n + 1] *= k2.y * slope.y;
+        finish_erase(n, k2, unpack<Element>(b.pairs[m]));
         if constexpr (Cfg::kNormalize) {
-          add_products(&dots[1][2 * i], half, k2, &dk[n]);
+          divide_and_multiply(&dots[1][2 * i], half, k2, &dk[n], inverse_norms[kChunk / 2 + i * kGroup / 2]);
         }
       }
       if constexpr (Cfg::kNormalize) {
@@ -276,30 +353,34 @@ struct Channels {
 #pragma unroll
         for (int m = 0; m < 4; ++m) {
           int const i = 2 * pair + m / 2, half = m % 2;
-          add_products(&dots[0][2 * i], half, unpack<Element>(q.pairs[m]), &dq[4 * i + 2 * half]);
+          divide_and_multiply(&dots[0][2 * i], half, unpack<Element>(q.pairs[m]), &dq[4 * i + 2 * half],
+                              inverse_norms[i * kGroup / 2]);
         }
       }
     }
     if constexpr (Cfg::kNormalize) {
       // Over the lanes that have the same tokens. A lane stores those of one: of row `row` of group `quad`.
       float const of_q = sum_over_rows(dots[0], place), of_k = sum_over_rows(dots[1], place);
-      store_dots(place.warp, kGroup * place.group(place.quad) + place.row, {of_q, of_k}, has_other, other);
+      store_dots(place, kGroup * place.quad + place.row, {of_q, of_k});
     }
   }
 
-  // What the warps have of the lane's token of its half.
-  using DotsOfWarps = float2[kChannels / kWarpChannels][kChunk];
-  __device__ static float2 sum_over_warps(DotsOfWarps const& dots, GradientsPlace const& place) {
-    int const token = kHalfTokens * place.half_of_chunk + place.lane;
-    static_assert(kChannels / kWarpChannels == 4);
-    float2 const a = dots[0][token], b = dots[1][token], c = dots[2][token], d = dots[3][token];
-    return {(a.x + b.x) + (c.x + d.x), (a.y + b.y) + (c.y + d.y)};
-  }
-
-  // Of two tokens, over the lane's channels: `half` 0 begins the sums.
-  __device__ static void add_products(float* sums, int half, float2 y, float const* dy) {
+  // Of two tokens: dy over the norms of their rows, and its products with the rows y, over the lane's
+  // channels: `half` 0 begins the sums.
+  __device__ static void divide_and_multiply(float* sums, int half, float2 y, float* dy,
+                                             float2 inverse_norms) {
+    dy[0] *= inverse_norms.x;
+    dy[1] *= inverse_norms.y;
     sums[0] = half == 0 ? y.x * dy[0] : sums[0] + y.x * dy[0];
     sums[1] = half == 0 ? y.y * dy[1] : sums[1] + y.y * dy[1];
+  }
+
+  // of_warp(w): what a warp has of the lane's token.
+  template <class F>
+  __device__ static float2 sum_over_warps(F of_warp) {
+    static_assert(kChannels / kWarpChannels == 4);
+    float2 const a = of_warp(0), b = of_warp(1), c = of_warp(2), d = of_warp(3);
+    return {(a.x + b.x) + (c.x + d.x), (a.y + b.y) + (c.y + d.y)};
   }
 
   // The CTA is done with its slices: dots of the CTA of the other channels may come to where they were. After
@@ -337,36 +418,37 @@ struct Channels {
     return place.quad / 2 == 0 ? low : high;
   }
 
-  // The products of a token's rows of q and k over the warp's channels, for this CTA and the one of the other
-  // channels.
-  __device__ void store_dots(int warp, int token, float2 dots, bool has_other, int other) const {
+  // The products of a token of the half over the warp's channels, of q and of k, for this CTA and the one of
+  // the other channels.
+  __device__ void store_dots(GradientsPlace const& place, int token, float2 dots) const {
     auto& scratch = smem.scratch();
-    scratch.dots_of_warp[warp][token] = dots;
-    if (has_other) {
+    __syncwarp();  // of_warps: all lanes have read level2
+    scratch.of_warps[place.thread / kWarpThreads].dots[token] = dots;
+    if (work.has_other_box()) {
       cute::cluster_wait();  // see announce_dots
-      store_remote(&scratch.other_dots[warp][token], dots, smem.dots_full, other);
+      store_remote(&scratch.other_dots[place.warp][kHalfTokens * place.half_of_chunk + token], dots,
+                   smem.dots_full, work.box ^ 1);
     }
   }
 
-  // Through the norms, behind a barrier: with y the normalised row and n its norm, dx = (dy - y (y.dy)) / n.
-  // In steps, between which something else hides what each waits for. First the sums of the warp's rows over
+  // Through the norms, behind a barrier: with y the normalised row and n its norm, dx = dy/n - y (y.dy/n). In
+  // steps, between which something else hides what each waits for. First the sums of the warp's rows over
   // the channels of this CTA, a lane a token: of q and of k.
   __device__ float2 sum_dots(GradientsPlace const& place) const {
-    return sum_over_warps(smem.scratch().dots_of_warp, place);
+    auto const* const of_warps = &smem.scratch().of_warps[kWarpgroupWarps * place.half_of_chunk];
+    return sum_over_warps([&](int warp) { return of_warps[warp].dots[place.lane]; });
   }
 
   // The factors of the warp's rows.
   __device__ void make_norm_factors(float2 sums, GradientsPlace const& place, bool has_other) {
     auto& scratch = smem.scratch();
-    int const token = kHalfTokens * place.half_of_chunk + place.lane;
-    float2 const inverse{smem.inverse_norms[0][token], smem.inverse_norms[1][token]};
     if (has_other) {
       wait_to_read(smem.dots_full, 0);
-      float2 const other = sum_over_warps(scratch.other_dots, place);
+      int const token = kHalfTokens * place.half_of_chunk + place.lane;
+      float2 const other = sum_over_warps([&](int warp) { return scratch.other_dots[warp][token]; });
       sums = {sums.x + other.x, sums.y + other.y};
     }
-    scratch.norm_factors[place.thread / kWarpThreads][place.lane] = {inverse.x, sums.x * inverse.x, inverse.y,
-                                                                     sums.y * inverse.y};
+    scratch.norm_factors[place.thread / kWarpThreads][place.lane] = sums;
   }
 
   // The warp's normalised rows of q and k.
@@ -384,18 +466,17 @@ struct Channels {
     __syncwarp();
 #pragma unroll
     for (int i = 0; i < kHalfGroups; ++i) {
-      int const t = kGroup * i + 2 * place.quad;  // of the half
-      float4 const factors0 = factors[t], factors1 = factors[t + 1];
+      // Of two tokens: of q and of k, then of the next one.
+      float4 const both = *reinterpret_cast<float4 const*>(&factors[kGroup * i + 2 * place.quad]);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        int const n = 4 * i + 2 * half;
-        int const in_pair = 2 * (i % 2) + half;
+        int const n = 4 * i + 2 * half, in_pair = 2 * (i % 2) + half;
         float2 const q2 = unpack<Element>(rows.q[i / 2].pairs[in_pair]),
                      k2 = unpack<Element>(rows.k[i / 2].pairs[in_pair]);
-        dq[n] = dq[n] * factors0.x - q2.x * factors0.y;
-        dq[n + 1] = dq[n + 1] * factors1.x - q2.y * factors1.y;
-        dk[n] = dk[n] * factors0.z - k2.x * factors0.w;
-        dk[n + 1] = dk[n + 1] * factors1.z - k2.y * factors1.w;
+        dq[n] -= q2.x * both.x;
+        dq[n + 1] -= q2.y * both.z;
+        dk[n] -= k2.x * both.y;
+        dk[n + 1] -= k2.y * both.w;
       }
     }
   }

@@ -18,24 +18,28 @@ struct DecayGradients {
   GradientsStorage& smem;
   GradientsParams const& params;
   HalfAccumulators& dG;  // terms of the reads, writes and pairs
+  float later[2] = {0.f, 0.f};
 
-  // Sums dG from the end of the half; behind a barrier add_other_half makes dg of it.
-  __device__ void sum_half() {
-    GradientsPlace const place;
-    float later[2] = {0.f, 0.f};
+  // Sums dG from the end of the half, a pair of groups at a time, the last one first; behind a barrier
+  // add_other_half makes dg of it.
+  __device__ void sum_groups(int pair, GradientsPlace const& place) {
+    QuadSums const sums(place.quad);
 #pragma unroll
-    for (int i = kHalfGroups - 1; i >= 0; --i) {
+    for (int i = 2 * pair + 1; i >= 2 * pair; --i) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         int const n = 4 * i + 2 * half;
         float all;
         float const both = dG[n] + dG[n + 1];
-        float const after = later[half] + sum_behind(both, all);
+        float const after = sums.behind(both, later[half], all);
         later[half] += all;
         dG[n] = after + both;
         dG[n + 1] += after;
       }
     }
+  }
+  __device__ void store_sums_of_half() const {
+    GradientsPlace const place;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       if (place.half_of_chunk == 1 && place.quad == 0) {
@@ -75,21 +79,23 @@ struct DecayGradients {
         }
       }
     }
-    float dA_log = 0.f, d_bias[2] = {0.f, 0.f};
-    HalfAccumulators du;
+    HalfAccumulators x;
+    float dA_log = 0.f;
 #pragma unroll
     for (int n = 0; n < 4 * kHalfGroups; ++n) {
-      du[n] = decay.backward(activations[n], dG[n], dA_log);
-      d_bias[n / 2 % 2] += du[n];
+      x[n] = activations[n];
+      dA_log = decay.add_term(x[n], dG[n], dA_log);
     }
     if (!isfinite(dA_log)) {
       dA_log = finite_sum(place, activations, decay);
     }
+    smem.sums.dA_log[place.thread] = dA_log;
+    float d_bias[2] = {0.f, 0.f};
 #pragma unroll
     for (int n = 0; n < 4 * kHalfGroups; ++n) {
-      dG[n] = du[n];
+      dG[n] = decay.backward(x[n], dG[n]);
+      d_bias[n / 2 % 2] += dG[n];
     }
-    smem.sums.dA_log[place.thread] = dA_log;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       float const sum = sum_over_quad(d_bias[half]);
@@ -100,17 +106,20 @@ struct DecayGradients {
   }
 
   // Behind a barrier: the sums of the chunk, to where gate_sums sums on.
-  __device__ void store_sums(GradientsWork const& work, int thread) const {
-    if (int const channel = work.first_channel + thread;
-        params.d_dt_bias_of_slots != nullptr && thread < kChannels && channel < params.shape.dim_k) {
-      params.d_dt_bias_of_slots[work.tile * params.shape.dim_k + channel] =
-          smem.sums.d_dt_bias[0][thread] + smem.sums.d_dt_bias[1][thread];
-    }
-    if (int const lane = thread - (kThreads - kWarpThreads); params.dA_log_of_slots != nullptr && lane >= 0) {
+  __device__ void store_sums(GradientsWork const& work) const {
+    int const thread = static_cast<int>(thread_anew()), warp = uniform(thread / kWarpThreads);
+    if (warp < kChannels / kWarpThreads) {
+      int const channel = work.first_channel + thread;
+      if (params.d_dt_bias_of_slots != nullptr && channel < params.shape.dim_k) {
+        params.d_dt_bias_of_slots[work.tile * params.shape.dim_k + channel] =
+            smem.sums.d_dt_bias[0][thread] + smem.sums.d_dt_bias[1][thread];
+      }
+    } else if (warp == kThreads / kWarpThreads - 1 && params.dA_log_of_slots != nullptr) {
+      int const lane = thread % kWarpThreads;
       float sum = 0.f;
 #pragma unroll
-      for (int warp = 0; warp < kThreads / kWarpThreads; ++warp) {
-        sum += smem.sums.dA_log[warp * kWarpThreads + lane];
+      for (int first = 0; first < kThreads; first += kWarpThreads) {
+        sum += smem.sums.dA_log[first + lane];
       }
       sum = sum_over_warp(sum);
       if (lane == 0) {
@@ -131,7 +140,7 @@ struct DecayGradients {
     }
   }
 
-  // A thread's own of its warpgroup's, as HalfAccumulators.
+  // A lane's own, as HalfAccumulators.
   struct OwnValues {
     float* first;
 
@@ -143,11 +152,11 @@ struct DecayGradients {
     }
   };
 
-  // What the lane's tokens and channels add to dA_log where g is not finite somewhere. One at a time, dg from
-  // where the thread's alpha was: code that is seldom needed shall be short.
+  // What the lane's tokens and channels add to dA_log where g is not finite somewhere. One at a time: code
+  // that is seldom needed shall be short.
   __device__ float finite_sum(GradientsPlace const& place, OwnValues const& activations,
                               Decay const& decay) const {
-    OwnValues const dg(smem.alpha, place);
+    OwnValues const dg(smem.dg_of_threads, place);
 #pragma unroll
     for (int n = 0; n < 4 * kHalfGroups; ++n) {
       dg[n] = dG[n];

@@ -73,26 +73,31 @@ struct DecayFunction {
     }
   }
 
-  // The gradient of the raw projection of that of the decay dg; adds to `sum` what dA_log is made of, which
-  // is not finite where g is not: then it is a sum of finite_term.
-  __device__ float backward(float activation, float dg, float& sum) const {
+  // The gradient of the raw projection of that of the decay dg.
+  __device__ float backward(float activation, float dg) const {
     static_assert(kGate != DecayGate::kNone);
     if constexpr (kGate == DecayGate::kSoftplus) {
-      sum = fmaf(dg, activation, sum);
       return times_sigmoid_of_softplus(-fminf(rate, kLargest), activation) * dg;
     } else {
-      float const s = sigmoid_log2(rate * activation), slope = fmaf(-s, s, s) * dg;
-      sum = fmaf(slope, activation, sum);
-      return lower_bound * rate * slope;
+      return lower_bound * rate * times_slope(activation, dg);
     }
   }
 
-  // What is added to `sum`; nothing where the decay is infinite, whose dg is zero but for rounding.
+  // The sum that dA_log is made of, with this term. Not finite where g is not: then it is a sum of
+  // finite_term.
+  __device__ float add_term(float activation, float dg, float sum) const {
+    return fmaf(kGate == DecayGate::kSoftplus ? dg : times_slope(activation, dg), activation, sum);
+  }
+  // Nothing where the decay is infinite, whose dg is zero but for rounding.
   __device__ float finite_term(float activation, float dg) const {
-    float sum = 0.f;
+    if (kGate == DecayGate::kSoftplus && activation > kLargest) {
+      return 0.f * dg;
+    }
     // NaN stays what it is.
-    backward(activation > kLargest ? kLargest : activation < -kLargest ? -kLargest : activation, dg, sum);
-    return kGate == DecayGate::kSoftplus && activation > kLargest ? 0.f * dg : sum;
+    return add_term(activation > kLargest    ? kLargest
+                    : activation < -kLargest ? -kLargest
+                                             : activation,
+                    dg, 0.f);
   }
 
   // dA_log, of a sum over tokens and channels.
@@ -102,6 +107,11 @@ struct DecayFunction {
 
  private:
   static constexpr float kLargest = 3.4e38f;
+
+  __device__ float times_slope(float activation, float dg) const {
+    float const s = sigmoid_log2(rate * activation);
+    return fmaf(-s, s, s) * dg;
+  }
 };
 
 // b through its sigmoid, rounded: two neighbours of a row.

@@ -21,10 +21,13 @@
 // each warp has 16 channels x 32 tokens, and the pair products of pair_gradients.cuh add to the accumulators
 // where they are.
 // Shared memory: two stages of 40 KB (S, dS', dO, R, dX of a slice; after the last slice q, k, b and g in
-// one, decays in the other), v and w 16 KB, then dP and dT; dv and dw 16 KB, then alpha: 113 KB.
+// one, decays in the other), v and w 16 KB, then dP and dT; dv and dw 16 KB, then decays of lanes: 113 KB.
 //
-//     slices, dv, dw .. | dP, dT out | norms, E | decays | gamma, tail, pairs of a group .. | other pairs
-//     | erase, y.dy | sums of dg | dg back through the gate | norms | all out
+//     slices, dv, dw .. | dP, dT out | norms, E, decays | gamma, tail, pairs of a group .. | other pairs
+//     | erase, y.dy, sums of dg | dg back through the gate | norms | all out
+//
+// Phases are runs of instructions with few branches, and where two do not depend on each other they are one:
+// with four warps a scheduler, what one of them waits for is hidden by its own work or not at all.
 #include <cutlass/arch/barrier.h>
 
 #include "api/chunk_backward.h"
@@ -82,7 +85,7 @@ __device__ void load_values(GradientsStorage& smem, GradientsParams const& param
   tma_load(maps.w, smem.values_full, smem.values.w, column, at.value_head, work.first_token, work.batch);
 }
 
-// Who waits for them expects them, and not before expect_tokens.
+// They count on their barrier before it expects them: it waits for the arrival of expect_tokens as well.
 __device__ void load_tokens(GradientsStorage& smem, GradientsMaps const& maps, GradientsWork const& work,
                             ElementType gate_element) {
   bool const wide = gate_element == ElementType::kFloat32;
@@ -190,10 +193,14 @@ __device__ void clear_foreign_rows(std::uint8_t* tile, int num_rows) {
   __syncthreads();
 }
 
-// The rounded matrix to its tile [rows r][columns s].
+// The rounded matrix to its tile [rows r][columns s], up to the diagonal. Of the 8x8 blocks on it the entries
+// of level 1, and beside them those of level 2, to rows of the chunk's first half and columns of its second:
+// group i of a half to the i-th eight rows, and the halves' columns one behind the other.
 template <class Element>
 __device__ void store_matrix(std::uint8_t* tile, float const (&acc)[4 * kGroups], float factor,
                              GradientsPlace const& place) {
+  int const warp = uniform(place.warp);
+  std::uint32_t diagonal[2];
 #pragma unroll
   for (int j = 0; j < kGroups; j += 2) {
     std::uint32_t r[4];
@@ -202,7 +209,24 @@ __device__ void store_matrix(std::uint8_t* tile, float const (&acc)[4 * kGroups]
       r[m] = pack<Element>(factor * acc[4 * j + 2 * m], factor * acc[4 * j + 2 * m + 1]);
     }
     store_matrices(r, tile, 16 * place.warp, j);
+    diagonal[0] = r[0];
+    diagonal[1] = r[3];
+    if (j == 2 * warp) {
+      break;
+    }
   }
+  // Of the entries that a lane has, at (row, 2*quad) and the next one.
+  int const row = place.row, quad = place.quad;
+  bool const in_level2 = row / 4 == quad / 2 && row % 4 >= 2 && quad % 2 == 0;
+  std::uint32_t const level1 = row == 2 * quad + 1 ? 0x0000ffffu : 0u;
+  std::uint32_t r[4];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    r[2 * i] = diagonal[i] & level1;
+    r[2 * i + 1] = in_level2 ? diagonal[i] : 0u;
+  }
+  store_matrices(
+      r, matrix_address<true>(tile, 16 * warp % kHalfTokens, kHalfGroups + 2 * (2 * warp / kHalfGroups)));
   cutlass::arch::fence_view_async_shared();  // before wgmma reads it, behind a barrier
 }
 
@@ -318,7 +342,9 @@ __global__ void __launch_bounds__(kThreads, 2)
   HalfAccumulators dG;
   Channels<Cfg> x{smem, params, work, dq, dE, dk, dG};
   if constexpr (Cfg::kIsGated) {
-    smem.gate.load(params.gates, work.head, work.first_channel, params.shape.dim_k, threadIdx.x);
+    if (threadIdx.x < kChannels) {
+      smem.gate.load(params.gates, work.head, work.first_channel, params.shape.dim_k, threadIdx.x);
+    }
   }
   bool const whole_boxes = has_whole_boxes(num_rows, params.shape.dim_v);
   for (int index = 0; index < num_slices; ++index) {
@@ -331,7 +357,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
     multiply_slice<Element>(products, slice, place, index > 0);
     // With the sigmoid, dv and dw need the registers that S has, or they wait for one special function after
-    // the other.
+    // the other (a CTA 0.2 us of 15.7).
     if constexpr (Cfg::kSigmoid) {
       wgmma_wait<0>();
     }
@@ -388,16 +414,15 @@ __global__ void __launch_bounds__(kThreads, 2)
     expect_tokens(smem, params.gate_element);
   }
   wait_to_read(smem.full[0], num_slices / kStages % 2);
-  x.prepare_tiles();
-  x.prepare_decays();
+  x.prepare_tokens();
   {
     PairGradients<Element> pairs(smem, dq, dE, dk, dG);
     x.finish_state_products(pairs);
     pairs.outer_pairs();
   }
-  x.finish_erase_and_dots();
   DecayGradients<Cfg> decays{smem, params, dG};
-  decays.sum_half();
+  x.finish_erase_and_dots([&](int pair, GradientsPlace const& place) { decays.sum_groups(pair, place); });
+  decays.store_sums_of_half();
   // Registers are no longer short: what follows finds its place once.
   GradientsPlace const end_place;
   bool const first_warp = warp_anew() == 0, wants_gates = Cfg::kIsGated && by.wants_decays != 0;
@@ -449,7 +474,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
   if constexpr (Cfg::kIsGated) {
     if (wants_gates) {
-      decays.store_sums(work, end_place.thread);
+      decays.store_sums(work);
     }
   }
   if (first_warp && elect_one()) {

@@ -9,6 +9,7 @@
 #include "tile/activation.cuh"
 #include "tile/convert.cuh"
 #include "tile/decay_levels.cuh"
+#include "tile/mma.cuh"
 #include "tile/pipeline.cuh"
 #include "tile/tma.cuh"
 
@@ -82,9 +83,10 @@ struct GradientsWork : ChunkWork {
   }
 };
 
-// In which order a CTA takes the slices: that of the other channels takes the second one of two first. Each
-// makes dv and dw of the second of two that it takes, while the tokens are on their way, and of all where
-// there is no other.
+// In which order a CTA takes the slices. Of two, that of the first channels begins with the second one, that
+// of the others with the first. Each makes dv and dw of the second of two that it takes, while the tokens are
+// on their way; of a last one without a second, the CTA of the first channels; of all where there is no
+// other.
 struct SliceOrder {
   int number, num_boxes, box;
 
@@ -100,7 +102,7 @@ struct SliceOrder {
   __device__ bool has_values(int index) const {
     return index < number && (slice(index) & (num_boxes - 1)) == box;
   }
-  // Of the slices with values, the first one from `index` on, if there is one.
+  // Of the slices with values, the first one from `index` on, if there is one: of two in a row one has them.
   __device__ int with_values(int index) const { return has_values(index) ? index : index + 1; }
   // Of the slices with values, how many come before the index-th.
   __device__ int num_values_before(int index) const { return index >> (num_boxes - 1); }
@@ -111,14 +113,12 @@ struct GateParameters {
   float bias[kChannels];  // dt_bias, zero where there is none
   float A_log;
 
-  // From global memory, by kChannels threads or more; wait_for_copies follows.
+  // From global memory, by kChannels threads; wait_for_copies follows.
   __device__ void load(GateParams const& gates, int head, int first_channel, int dim_k, int thread) {
     int const channel = first_channel + thread;
-    if (thread < kChannels) {
-      bool const has_bias = gates.dt_bias != nullptr && channel < dim_k;
-      copy_word(&bias[thread],
-                gates.dt_bias + (has_bias ? static_cast<std::int64_t>(head) * dim_k + channel : 0), has_bias);
-    }
+    bool const has_bias = gates.dt_bias != nullptr && channel < dim_k;
+    copy_word(&bias[thread],
+              gates.dt_bias + (has_bias ? static_cast<std::int64_t>(head) * dim_k + channel : 0), has_bias);
     if (thread == 0) {
       copy_word(&A_log, gates.A_log + (gates.A_log != nullptr ? head : 0), gates.A_log != nullptr);
     }
@@ -135,10 +135,12 @@ struct GradientsStorage {
   struct Gates {  // g or dg: float32 in two boxes of 32 channels, or 16-bit in the first one
     std::uint8_t boxes[2][kBoxBytes];
   };
-  // Of the chunk's tokens and the CTA's channels: [c][2*j + half][thread of the warpgroup].
-  using OfThreads = float[2][2 * kGroups][kWarpgroupThreads];
+  // Of group j: [2*j + channel `half`][thread of the warpgroup].
+  using OfLanes = float[2 * kGroups][kWarpgroupThreads];
+  // Of the chunk's tokens and the CTA's channels, a lane's two tokens c.
+  using OfThreads = OfLanes[2];
   struct Tokens {
-    std::uint8_t q[kBoxBytes], k[kBoxBytes], b[kBoxBytes];
+    std::uint8_t q[kBoxBytes], k[kBoxBytes], b[kBoxBytes];  // b, or its sides: see sigmoid_and_side
     union {
       Gates g;
       OfThreads activations;  // of a decay gate, after g: see DecayFunction
@@ -146,25 +148,30 @@ struct GradientsStorage {
   };
   struct Scratch {  // in the stage that no slice and no tokens need
     std::uint8_t E[kBoxBytes];
-    // From the first token of group j to a thread's first, and B from its second token to the group's last:
-    // [2*j + channel `half`][thread of the warpgroup].
     union {
-      float F[2 * kGroups][kWarpgroupThreads];
-      // After the pair products, of a warp's tokens: of q and of k 1 / norm, and that times the product over
-      // all channels.
-      float4 norm_factors[kThreads / kWarpThreads][kHalfTokens];
+      OfLanes F;  // from the group's first token to a lane's first
+      // After the pair products, of a warp's tokens: products of q and of k with dq and dk / norm, over all
+      // channels.
+      float2 norm_factors[kThreads / kWarpThreads][kHalfTokens];
     };
     union {
       struct {
-        float B[2 * kGroups][kWarpgroupThreads];
+        OfLanes B;  // from a lane's second token to the group's last
         GroupDecay groups[kGroups][kChannels];
         GroupPlace places[kGroups][kChannels];
       };
       Gates dg;  // after the pair products
     };
-    // Of the rows of q and of k: products with their gradients, over a warp's channels of this CTA and of the
-    // other one.
-    float2 dots_of_warp[kChannels / kWarpChannels][kChunk], other_dots[kChannels / kWarpChannels][kChunk];
+    // Of the warp that reads level2, and later writes dots.
+    union OfWarp {
+      // For level 2, of the groups of its half: from the second token of the earlier two lanes of a block to
+      // the first one of the later ones, [2*i + half][pair of lanes].
+      float level2[2 * kHalfGroups][kWarpThreads / 2];
+      // After the pair products, of the rows of q and of k: products with dq and dk / norm over its channels.
+      float2 dots[kHalfTokens];
+    };
+    OfWarp of_warps[kThreads / kWarpThreads];
+    float2 other_dots[kChannels / kWarpChannels][kChunk];  // over those of the CTA of the other channels
     // Of a channel: all writes of the first half, and all other terms of the second.
     float first_writes[kChannels], second_reads[kChannels];
     float S_dS[kChannels];  // rowsum(S*dS')
@@ -178,7 +185,9 @@ struct GradientsStorage {
   union {
     Values values;
     struct {
-      std::uint8_t dP[kBoxBytes], dT[kBoxBytes];  // after the slices: scale*dP, and dT; rounded, rows r
+      // After the slices: scale*dP, and dT; rounded, rows r. See store_matrix for what lies above the
+      // diagonal.
+      std::uint8_t dP[kBoxBytes], dT[kBoxBytes];
     };
     // After the pair products: what the chunk adds to d_dt_bias, over a half's tokens, and to dA_log, over a
     // thread's tokens and channels.
@@ -188,7 +197,13 @@ struct GradientsStorage {
   };
   union {
     Values d_values;
-    OfThreads alpha;  // after the slices
+    struct {           // after the slices
+      OfLanes alpha1;  // of a lane's second token
+      // For level 4: from the second token of an earlier lane to the block's middle, and from there to the
+      // first token of a later lane.
+      OfLanes level4;
+    };
+    OfThreads dg_of_threads;  // after the pair products, seldom: see finite_sum
   };
   float inverse_norms[2][kChunk];                     // of q and of k: 1 / norm
   FullBarrier full[kStages], values_full, dots_full;  // dots_full: other_dots have come

@@ -3,16 +3,18 @@
 //     later tokens r:      dq[r] += D[r] sum_s dP[r,s] k[s] U[s]     dE[r] += D[r] sum_s dT[r,s] k[s] U[s]
 //     earlier tokens s:    dk[s] += U[s] sum_r (dP[r,s] q[r] D[r] + dT[r,s] E[r] D[r])
 //
-// for the six levels of blocks. Levels 1, 2 and 4 lie inside a group of eight tokens: the 8x8 block of dP or
-// dT on the diagonal, masked, is the right operand of one product. Levels 8 and 16 are whole blocks inside a
-// half, and level 32 is between the halves: the first one computes dk, the second dq and dE, a warpgroup's
-// products and not a warp's. The rounded factors k*U, E*D and q*D are operands where they are built, in the
-// registers of the lanes that need them again for dG: what is added at r and taken away at s has the same
-// operands, and cancels behind both.
+// for the six levels of blocks. Levels 1, 2 and 4 lie inside a group of eight tokens, an 8x8 block of dP or
+// dT on the diagonal: of levels 1 and 2 its entries have blocks of their own (see store_matrix), for level 4
+// D and U are zero where there are none. Levels 8 and 16 are whole blocks inside a half, and level 32 is
+// between the halves: the first one computes dk, the second dq and dE, a warpgroup's products and not a
+// warp's. The rounded factors k*U, E*D and q*D are operands where they are built, in the registers of the
+// lanes that need them again for dG: what is added at r and taken away at s has the same operands, and
+// cancels behind both.
 #pragma once
 
 #include "sm90/gradients_parts.cuh"
 #include "tile/convert.cuh"
+#include "tile/mma.cuh"
 #include "tile/wgmma.cuh"
 
 namespace gdn2 {
@@ -55,8 +57,8 @@ __device__ inline std::uint32_t lane_address(GradientsPlace const& place, std::u
          (kHalfGroups * place.half_of_chunk + lane / 16) * kGroupBytes;
 }
 
-// q, k, b or E of the warp's channels and one or two groups: [2 * group + half], two tokens each; of two groups
-// a fragment of A. first_group: from the first of the half on, which lane_address has.
+// q, k, b or E of the warp's channels and one or two groups: [2 * group + half], two tokens each; of two
+// groups a fragment of A. first_group: from the first of the half on, which lane_address has.
 template <int kNumber>
 struct Groups {
   std::uint32_t pairs[2 * kNumber];
@@ -74,10 +76,9 @@ struct LaneReader {
   GradientsPlace place;
   int num_rows;
   std::uint32_t q_lane, k_lane, E_lane;
-  float const *alpha_lane, *F_lane;
+  float const *alpha_lane, *F_lane, *level2_lane;
   GroupDecay const* groups_lane;
   GroupPlace const* places_lane;
-  float own_alpha1[kHalfGroups][2];  // of the half's groups: read once for all levels
 
   __device__ explicit LaneReader(GradientsStorage& smem) : num_rows(uniform(smem.work.num_rows)) {
     auto const& tokens = smem.tokens();
@@ -87,29 +88,27 @@ struct LaneReader {
     E_lane = lane_address(place, scratch.E);
     int const first = kHalfGroups * place.half_of_chunk;
     int const thread = place.thread % kWarpgroupThreads;
-    alpha_lane = &smem.alpha[0][2 * first][thread];
+    alpha_lane = &smem.alpha1[2 * first][thread];
+    level2_lane = &scratch.of_warps[place.thread / kWarpThreads].level2[0][place.lane / 2];
     F_lane = &scratch.F[2 * first][thread];
     groups_lane = &scratch.groups[first][place.channel(0)];
     places_lane = &scratch.places[first][place.channel(0)];
-#pragma unroll
-    for (int i = 0; i < kHalfGroups; ++i) {
-      own_alpha1[i][0] = alpha(i, 0, 1);
-      own_alpha1[i][1] = alpha(i, 1, 1);
-    }
   }
 
-  // Group i lies behind the chunk's last row. (Asking also keeps ptxas from mixing one group's loads into
-  // another's work, which costs more registers than there are.)
-  __device__ bool has_no_tokens(int i) const { return num_rows <= kGroup * place.group(i); }
+  // Group i lies behind the chunk's last row. (Asking between levels also keeps ptxas from mixing one's loads
+  // into another's work, which costs more registers than there are.)
+  __device__ bool has_no_tokens(int i) const {
+    return num_rows - kHalfTokens * place.half_of_chunk <= kGroup * i;
+  }
 
   __device__ GroupDecay group_decay(int i, int half) const { return groups_lane[i * kChannels + 8 * half]; }
   __device__ GroupPlace group_place(int i, int half) const { return places_lane[i * kChannels + 8 * half]; }
-  __device__ float alpha(int i, int half, int c) const {
-    return alpha_lane[(2 * kGroups * c + 2 * i + half) * kWarpgroupThreads];
+  __device__ float alpha1(int i, int half) const { return alpha_lane[(2 * i + half) * kWarpgroupThreads]; }
+  // See GradientsStorage.
+  __device__ float level4(int i, int half) const {
+    return alpha_lane[(2 * kGroups + 2 * i + half) * kWarpgroupThreads];
   }
-  __device__ float alpha1(int i, int half) const {
-    return i >= 0 && i < kHalfGroups ? own_alpha1[i][half] : alpha(i, half, 1);
-  }
+  __device__ float level2(int i, int half) const { return level2_lane[(2 * i + half) * kWarpThreads / 2]; }
   __device__ float F(int i, int half) const { return F_lane[(2 * i + half) * kWarpgroupThreads]; }
   __device__ float B(int i, int half) const {
     return F_lane[(2 * kGroups + 2 * i + half) * kWarpgroupThreads];
@@ -177,124 +176,115 @@ struct PairGradients : LaneReader {
 
   // ---- levels 1, 2 and 4 ----------------------------------------------------------------------------------
 
-  // The blocks of dT and dP on the diagonal of one group, as [s, r] fragments, and transposed as [r, s].
-  struct DiagonalBlocks {
-    std::uint32_t dT, dP, dT_t, dP_t;
-  };
-
-  // What the level takes of a block on the diagonal: the entries of the lane, (row, 2*quad + c) or
-  // transposed, whose tokens share a block of 2*kLevel. Of those, D and U are zero where a token is not in
-  // the later or earlier half.
-  template <int kLevel>
-  __device__ std::uint32_t entries_of_level(std::uint32_t entries) const {
-    return place.row / (2 * kLevel) == 2 * place.quad / (2 * kLevel) ? entries : 0u;
-  }
-
-  // Each token of group i with itself, where there is no decay, and level 1: a lane's second token t1 with
-  // its first one t0. There D is 1, so that products are added to dq and dE where they are. What is taken
-  // away from dG at t0 is what is added at t1.
-  __device__ void own_pairs(int i, float const (&alpha1)[2], GroupTokens const& q, GroupTokens const& k,
-                            GroupTokens const& E, DiagonalBlocks const& blocks) {
-    // Of the lane's two entries of a block, (row, 2*quad + c): the one on the diagonal, the one of level 1,
-    // which is left of it in odd rows, and that of the transposed block.
-    bool const is_own = place.row / 2 == place.quad, is_odd = place.row % 2 == 1;
-    std::uint32_t const first = is_own ? 0x0000ffffu : 0u, second = is_own ? 0xffff0000u : 0u;
-    std::uint32_t const itself = is_odd ? second : first, level1 = is_odd ? first : 0u,
-                        level1_t = is_odd ? 0u : second;
-    std::uint32_t k_U[2];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      k_U[half] = times(k.pairs[half], pack<Element>(alpha1[half], 0.f));
-    }
-    mma_16x8x16<Element>(of_group(dq, i), {k.pairs[0], k.pairs[1], k_U[0], k_U[1]}, blocks.dP & itself,
-                         blocks.dP & level1);
-    mma_16x8x8<Element>(of_group(dE, i), k_U, blocks.dT & level1);
-    mma_16x8x8<Element>(of_group(dk, i), q.pairs, blocks.dP & itself);
-    float earlier[4] = {};
-    mma_16x8x16<Element>(earlier, {E.pairs[0], E.pairs[1], q.pairs[0], q.pairs[1]}, blocks.dT_t & level1_t,
-                         blocks.dP_t & level1_t);
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      int const n = 4 * i + 2 * half;
-      float const of_t0 = earlier[2 * half], rounded = unpack<Element>(k_U[half]).x;
-      dk[n] += alpha1[half] * of_t0;
-      dG[n] -= rounded * of_t0;
-      dG[n + 1] += rounded * of_t0;
-    }
-  }
-
   // The accumulators of a product for group i.
   __device__ static float (&of_group(HalfAccumulators& x, int i))[4] {
     return *reinterpret_cast<float (*)[4]>(&x[4 * i]);
   }
 
-  // Pairs inside group i. D and U [half][token], zero where the token is not in the level's later or earlier
-  // half.
-  template <int kLevel>
-  __device__ void inner_level(int i, float const (&D)[2][2], float const (&U)[2][2], GroupTokens const& q,
-                              GroupTokens const& k, GroupTokens const& E, DiagonalBlocks const& blocks) {
+  // From a level's middle: D for later tokens, U for earlier ones, [half][token].
+  using Factors = float[2][2];
+  // q, k and E with them, rounded: operands.
+  struct Rounded {
     std::uint32_t E_D[2], q_D[2], k_U[2];
+
+    __device__ Rounded(Factors const& D, Factors const& U, GroupTokens const& q, GroupTokens const& k,
+                       GroupTokens const& E) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        std::uint32_t const d = pack<Element>(D[half][0], D[half][1]),
+                            u = pack<Element>(U[half][0], U[half][1]);
+        E_D[half] = times(E.pairs[half], d);
+        q_D[half] = times(q.pairs[half], d);
+        k_U[half] = times(k.pairs[half], u);
+      }
+    }
+  };
+
+  // Of group i the blocks of levels 1 and 2, in the order in which they are multiplied: of dT, then of dP;
+  // transposed of level 1, then of level 2.
+  template <bool kTransposed>
+  __device__ void load_low_levels(std::uint32_t (&r)[4], int i) const {
+    int const lane = place.lane, first = lane / 8 % 2, second = lane / 16;
+    int const level = kTransposed ? second : first, matrix = kTransposed ? first : second;
+    load_8x8<kTransposed>(
+        r, static_cast<std::uint32_t>(__cvta_generic_to_shared(matrix ? smem.dP : smem.dT)) +
+               swizzled_offset(lane % 8, kHalfGroups + 2 * place.half_of_chunk + level) + i * kGroupBytes);
+  }
+
+  // Level 1, a lane's second token and its first one, and level 2. D is from the lane's first token on for
+  // both, so that one product has both; U is 1 for level 1. Where a block has no entry of the level, D and U
+  // may be anything.
+  __device__ void low_levels(int i, float const (&alpha1)[2], GroupTokens const& q, GroupTokens const& k,
+                             GroupTokens const& E) {
+    Factors D, U;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      std::uint32_t const d = pack<Element>(D[half][0], D[half][1]),
-                          u = pack<Element>(U[half][0], U[half][1]);
-      E_D[half] = times(E.pairs[half], d);
-      q_D[half] = times(q.pairs[half], d);
-      k_U[half] = times(k.pairs[half], u);
+      D[half][0] = 1.f;
+      D[half][1] = alpha1[half];
+      U[half][1] = level2(i, half);
+      U[half][0] = U[half][1] * alpha1[half];
     }
-    float later_E[4] = {}, later_q[4] = {}, earlier[4] = {};
-    mma_16x8x16<Element>(earlier, {E_D[0], E_D[1], q_D[0], q_D[1]}, entries_of_level<kLevel>(blocks.dT_t),
-                         entries_of_level<kLevel>(blocks.dP_t));
-    mma_16x8x8<Element>(later_E, k_U, entries_of_level<kLevel>(blocks.dT));
-    mma_16x8x8<Element>(later_q, k_U, entries_of_level<kLevel>(blocks.dP));
+    Rounded const x(D, U, q, k, E);
+    float later_E[4] = {}, later_q[4] = {}, earlier2[4] = {}, earlier1[4] = {};
+    std::uint32_t m[4];
+    load_low_levels<false>(m, i);
+    mma_16x8x16<Element>(later_E, {k.pairs[0], k.pairs[1], x.k_U[0], x.k_U[1]}, m[0], m[1]);
+    mma_16x8x16<Element>(later_q, {k.pairs[0], k.pairs[1], x.k_U[0], x.k_U[1]}, m[2], m[3]);
+    load_low_levels<true>(m, i);
+    mma_16x8x16<Element>(earlier1, {x.E_D[0], x.E_D[1], x.q_D[0], x.q_D[1]}, m[0], m[1]);
+    mma_16x8x16<Element>(earlier2, {x.E_D[0], x.E_D[1], x.q_D[0], x.q_D[1]}, m[2], m[3]);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       int const n = 4 * i + 2 * half;
-      add_later(n, D[half][0], D[half][1], &later_E[2 * half], &later_q[2 * half], E_D[half], q_D[half]);
-      add_earlier(n, U[half][0], U[half][1], &earlier[2 * half], k_U[half]);
+      add_later(n, D[half][0], D[half][1], &later_E[2 * half], &later_q[2 * half], x.E_D[half], x.q_D[half]);
+      add_earlier(n, U[half][0], U[half][1], &earlier2[2 * half], x.k_U[half]);
+      dk[n] += earlier1[2 * half];
+      dG[n] -= unpack<Element>(k.pairs[half]).x * earlier1[2 * half];
+    }
+  }
+
+  // Level 4, and each token with itself, where there is no decay. D and U are zero where a token is not in
+  // the level's later or earlier half.
+  __device__ void level4_and_own(int i, float const (&alpha1)[2], GroupTokens const& q, GroupTokens const& k,
+                                 GroupTokens const& E) {
+    Factors D, U;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float const factor = level4(i, half);
+      bool const is_later = place.quad / 2 == 1;
+      D[half][0] = is_later ? factor : 0.f;
+      D[half][1] = D[half][0] * alpha1[half];
+      U[half][1] = is_later ? 0.f : factor;
+      U[half][0] = U[half][1] * alpha1[half];
+    }
+    Rounded const x(D, U, q, k, E);
+    std::uint8_t const* const matrix = place.row / 2 % 2 ? smem.dP : smem.dT;  // lanes 0-7, 8-15
+    std::uint32_t m[2], m_t[2];
+    load_blocks<false>(m, matrix, i, i);
+    load_blocks<true>(m_t, matrix, i, i);
+    // Of the lane's two entries, (row, 2*quad + c), the one on the diagonal.
+    std::uint32_t const own = place.row / 2 != place.quad ? 0u
+                              : place.row % 2 == 0        ? 0x0000ffffu
+                                                          : 0xffff0000u;
+    mma_16x8x8<Element>(of_group(dq, i), k.pairs, m[1] & own);
+    mma_16x8x8<Element>(of_group(dk, i), q.pairs, m[1] & own);
+    float later_E[4] = {}, later_q[4] = {}, earlier[4] = {};
+    mma_16x8x8<Element>(later_E, x.k_U, m[0]);
+    mma_16x8x8<Element>(later_q, x.k_U, m[1]);
+    mma_16x8x16<Element>(earlier, {x.E_D[0], x.E_D[1], x.q_D[0], x.q_D[1]}, m_t[0], m_t[1]);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      int const n = 4 * i + 2 * half;
+      add_later(n, D[half][0], D[half][1], &later_E[2 * half], &later_q[2 * half], x.E_D[half], x.q_D[half]);
+      add_earlier(n, U[half][0], U[half][1], &earlier[2 * half], x.k_U[half]);
     }
   }
 
   // All pairs inside group i, whose q, k and E the caller has read.
-  __device__ void inner_pairs(int i, GroupTokens const& q, GroupTokens const& k, GroupTokens const& E) {
-    int const q4 = place.quad;
-    std::uint8_t const* const matrix = place.row / 2 % 2 ? smem.dP : smem.dT;  // two blocks: lanes 0-7, 8-15
-    float a1[2];
-    float link[2];   // from the last lane's first token to this one's
-    float ahead[2];  // from this lane's second token to the next one's first
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float const a0 = alpha(i, half, 0);
-      a1[half] = alpha1(i, half);
-      link[half] = from_neighbor(a1[half], -1) * a0;
-      ahead[half] = from_neighbor(a0, 1);
-    }
-    std::uint32_t plain[2], transposed[2];
-    load_blocks<false>(plain, matrix, i, i);
-    load_blocks<true>(transposed, matrix, i, i);
-    DiagonalBlocks const blocks{plain[0], plain[1], transposed[0], transposed[1]};
-    own_pairs(i, a1, q, k, E, blocks);
-
-    float D[2][2], U[2][2];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      bool const later = q4 % 2 == 1;
-      D[half][0] = later ? 1.f : 0.f;
-      D[half][1] = later ? a1[half] : 0.f;
-      U[half][1] = later ? 0.f : ahead[half];
-      U[half][0] = U[half][1] * a1[half];
-    }
-    inner_level<2>(i, D, U, q, k, E, blocks);
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float const middle = from_quad_lane(link[half], 2);
-      float const first = q4 % 2 == 0 ? 1.f : link[half];
-      D[half][0] = q4 / 2 == 0 ? 0.f : first;
-      D[half][1] = D[half][0] * a1[half];
-      U[half][1] = q4 == 0 ? ahead[half] * middle : q4 == 1 ? ahead[half] : 0.f;
-      U[half][0] = U[half][1] * a1[half];
-    }
-    inner_level<4>(i, D, U, q, k, E, blocks);
+  __device__ void inner_pairs(int i, float const (&alpha1)[2], GroupTokens const& q, GroupTokens const& k,
+                              GroupTokens const& E) {
+    low_levels(i, alpha1, q, k, E);
+    level4_and_own(i, alpha1, q, k, E);
   }
 
   // ---- levels 8 and 16 ------------------------------------------------------------------------------------
@@ -373,9 +363,6 @@ struct PairGradients : LaneReader {
 #pragma unroll
     for (int i = 0; i < kBlock; ++i) {
       int const r = first_later + i;
-      if (has_no_tokens(r)) {
-        break;
-      }
       float later_E[4] = {}, later_q[4] = {};
       std::uint32_t m[2 * kBlock];
       load_blocks<false>(m, matrix, r, base + lane_block);
@@ -398,8 +385,12 @@ struct PairGradients : LaneReader {
       float earlier[4] = {};
       std::uint32_t m[2 * kBlock];
       load_blocks<true>(m, matrix, first_later + lane_block, s);
-      multiply_groups(earlier, E_D, m[0], m[kBlock - 1]);
-      multiply_groups(earlier, q_D, m[kBlock], m[2 * kBlock - 1]);
+      if constexpr (kBlock == 1) {
+        mma_16x8x16<Element>(earlier, {E_D[0][0], E_D[0][1], q_D[0][0], q_D[0][1]}, m[0], m[1]);
+      } else {
+        multiply_groups(earlier, E_D, m[0], m[kBlock - 1]);
+        multiply_groups(earlier, q_D, m[kBlock], m[2 * kBlock - 1]);
+      }
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         LaneFactors const u = earlier_factors(s, half, U[half]);
@@ -426,7 +417,7 @@ struct PairGradients : LaneReader {
   // ---- level 32 -------------------------------------------------------------------------------------------
 
   // By wgmma, for which all of a warpgroup has the same num_rows: a block of dT or dP is read once for all
-  // warps, two groups at a time. What that makes of a second group without tokens is not used.
+  // warps, two groups at a time.
 
   // dk of the first half, from E*D and q*D of the second.
   __device__ void across_earlier() {
@@ -522,9 +513,6 @@ struct PairGradients : LaneReader {
 #pragma unroll
       for (int in_pair = 0; in_pair < 2; ++in_pair) {
         int const i = 2 * pair + in_pair;
-        if (has_no_tokens(i)) {
-          break;
-        }
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           int const m = 2 * in_pair + half;

@@ -111,7 +111,7 @@ struct SharedStorage {
     ring_q.init(kCopyEngine, kFactorReaders<Cfg>);
     ring_k.init(kCopyEngine, kFactorReaders<Cfg>);
     for (auto& ring : ring_O) {
-      ring.init(kWarpgroupThreads / kWarpThreads, 1);
+      ring.init(kWarpgroupWarps, 1);
     }
     if constexpr (Cfg::kSplit) {
       start.init();

@@ -7,8 +7,6 @@
 
 namespace gdn2::scan_backward {
 
-constexpr int kWarpgroupWarps = kWarpgroupThreads / kWarpThreads;
-
 template <class Element_, int kDimK_, int kWarpgroups_, bool kPaired_>
 struct Config {
   using Element = Element_;

@@ -163,10 +163,10 @@ struct ValueRings {
   RingBarriers<Cfg::kStagesZ> Z[Cfg::kWarpgroups];
 
   __device__ void init() {
-    constexpr int kCopyEngine = 1, kWarps = kWarpgroupThreads / kWarpThreads;
+    constexpr int kCopyEngine = 1;
     for (int wg = 0; wg < Cfg::kWarpgroups; ++wg) {
-      values[wg].init(kCopyEngine, kWarps);
-      Z[wg].init(kWarps, kWarps);
+      values[wg].init(kCopyEngine, kWarpgroupWarps);
+      Z[wg].init(kWarpgroupWarps, kWarpgroupWarps);
     }
   }
 };
@@ -272,7 +272,7 @@ __device__ void release_factors(Ring& ring, Position& at) {
 
 // Warps that let go of a stage of factors.
 template <class Cfg>
-constexpr int kFactorReaders = (Cfg::kPaired ? 2 : 1) * Cfg::kWarpgroups * (kWarpgroupThreads / kWarpThreads);
+constexpr int kFactorReaders = (Cfg::kPaired ? 2 : 1) * Cfg::kWarpgroups * kWarpgroupWarps;
 
 // Of all threads, once the barriers are there (and fence_barrier_init), before anybody uses them.
 template <class Cfg>

@@ -104,7 +104,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   auto& smem = *reinterpret_cast<SharedStorage*>(smem_bytes);
   int const first_row = blockIdx.x * Config::kRows;
   if (threadIdx.x == 0) {
-    smem.ring.init(/*num_producer_arrivals=*/1, /*num_consumer_arrivals=*/kWarpgroupThreads / kWarpThreads);
+    smem.ring.init(/*num_producer_arrivals=*/1, /*num_consumer_arrivals=*/kWarpgroupWarps);
     cutlass::arch::fence_barrier_init();  // orders the inits before the copy engine's use of them
   }
   __syncthreads();

@@ -58,16 +58,8 @@ struct ValueGradients {
 
   __device__ static void multiply(uint4& dv, uint4& dw, uint4 v, uint4 w, uint4 dX) {
     if constexpr (Cfg::kSigmoid) {
-      // All sigmoids before anything else, or each would wait for the one before.
       float2 s[4] = {unpack<Element>(w.x), unpack<Element>(w.y), unpack<Element>(w.z), unpack<Element>(w.w)};
-#pragma unroll
-      for (float2& x : s) {
-        x = {1.f + exp2_approx(-kLog2E * x.x), 1.f + exp2_approx(-kLog2E * x.y)};
-      }
-#pragma unroll
-      for (float2& x : s) {
-        x = {reciprocal_approx(x.x), reciprocal_approx(x.y)};
-      }
+      make_sigmoids(s);
       multiply(dv.x, dw.x, v.x, s[0], dX.x);
       multiply(dv.y, dw.y, v.y, s[1], dX.y);
       multiply(dv.z, dw.z, v.z, s[2], dX.z);

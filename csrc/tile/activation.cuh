@@ -43,6 +43,18 @@ __device__ inline float sigmoid(float x) {
 __device__ inline float2 sigmoid(float2 x) {
   return {sigmoid(x.x), sigmoid(x.y)};
 }
+// Of all side by side: given one after the other, each waits for the one before where registers are short.
+template <int kCount>
+__device__ void make_sigmoids(float2 (&x)[kCount]) {
+#pragma unroll
+  for (float2& y : x) {
+    y = {1.f + exp2_approx(-kLog2E * y.x), 1.f + exp2_approx(-kLog2E * y.y)};
+  }
+#pragma unroll
+  for (float2& y : x) {
+    y = {reciprocal_approx(y.x), reciprocal_approx(y.y)};
+  }
+}
 
 // log2(1 + t) for t in [0, 1], within 6e-5 of its own size however small t is; 4e-4 for bfloat16. A factor
 // exp(G) is off by up to 2e-5 or 1.5e-4 then (|G| exp(G) < 0.37): a tenth of what rounding takes from factors

@@ -14,6 +14,7 @@ namespace gdn2 {
 
 constexpr int kWarpThreads = 32;
 constexpr int kWarpgroupThreads = 128;
+constexpr int kWarpgroupWarps = kWarpgroupThreads / kWarpThreads;
 
 // A value that all lanes of a warp have, known to ptxas as such: branches on it need no care for divergence.
 __device__ inline int uniform(int x) {

@@ -46,6 +46,13 @@ __device__ float4 unpack(uint2 bits) {
   return {low.x, low.y, high.x, high.y};
 }
 
+// All bits of what is negative of a pair, and none of the other. (__byte_perm takes no signs.)
+__device__ inline std::uint32_t sign_masks(std::uint32_t pair) {
+  std::uint32_t masks;
+  asm("prmt.b32 %0, %1, 0, 0xbb99;\n" : "=r"(masks) : "r"(pair));
+  return masks;
+}
+
 // Both products of two pairs, each rounded once.
 template <class Element>
 __device__ std::uint32_t multiply_pairs(std::uint32_t a, std::uint32_t b) {

@@ -7,7 +7,7 @@
 // groups.
 #pragma once
 
-#include "tile/mma.cuh"
+#include "tile/arch.cuh"
 
 namespace gdn2 {
 
@@ -15,30 +15,27 @@ constexpr int kGroup = 8;   // tokens
 constexpr int kGroups = 8;  // of a chunk
 constexpr int kWarpChannels = 16;
 
-// What a lane gets from the lane `distance` further to the right (left, where negative) of its four.
-__device__ inline float from_neighbor(float x, int distance) {
-  return __shfl_sync(0xffffffff, x, (lane_index() & ~3) | ((lane_index() + distance) & 3));
-}
-
-// From lane `index` of the four.
-__device__ inline float from_quad_lane(float x, int index) {
-  return __shfl_sync(0xffffffff, x, index, 4);
-}
-
 // Over the four lanes.
 __device__ inline float sum_over_quad(float x) {
   x += __shfl_xor_sync(0xffffffff, x, 1);
   return x + __shfl_xor_sync(0xffffffff, x, 2);
 }
 
-// Sums over the lanes of the four behind this one, this one left out; `all` gets the whole sum.
-__device__ inline float sum_behind(float x, float& all) {
-  int const q = lane_index() % 4;
-  float const neighbor = __shfl_xor_sync(0xffffffff, x, 1), own_pair = x + neighbor;
-  float const other_pair = __shfl_xor_sync(0xffffffff, own_pair, 2);
-  all = own_pair + other_pair;
-  return (q % 2 == 0 ? neighbor : 0.f) + (q / 2 == 0 ? other_pair : 0.f);
-}
+// `after` and what lies behind a lane of the four: x of those that follow it.
+struct QuadSums {
+  float neighbor, pair;  // one where the neighbor of the lane's pair, or the other pair, is behind; else zero
+
+  __device__ explicit QuadSums(int quad)
+      : neighbor(quad % 2 == 0 ? 1.f : 0.f), pair(quad / 2 == 0 ? 1.f : 0.f) {}
+
+  // `all` gets the sum over the four.
+  __device__ float behind(float x, float after, float& all) const {
+    float const of_neighbor = __shfl_xor_sync(0xffffffff, x, 1), own_pair = x + of_neighbor;
+    float const other_pair = __shfl_xor_sync(0xffffffff, own_pair, 2);
+    all = own_pair + other_pair;
+    return fmaf(other_pair, pair, fmaf(of_neighbor, neighbor, after));
+  }
+};
 
 // Decay of a channel over a whole group of eight: alpha of its first token, and the product over the others.
 struct GroupDecay {

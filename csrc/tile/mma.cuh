@@ -47,12 +47,15 @@ __device__ void load_matrices_transposed(std::uint32_t (&r)[4], void const* smem
                : "memory");
 }
 
-// The inverse of load_matrices.
-__device__ inline void store_matrices(std::uint32_t const (&r)[4], void* smem_box, int row, int piece) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};\n" ::"r"(
-                   matrix_address<false>(smem_box, row, piece)),
-               "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
+// The inverse of load_matrices; or by the address of the lane's row.
+__device__ inline void store_matrices(std::uint32_t const (&r)[4], std::uint32_t address) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};\n" ::"r"(address), "r"(r[0]),
+               "r"(r[1]), "r"(r[2]), "r"(r[3])
                : "memory");
+}
+
+__device__ inline void store_matrices(std::uint32_t const (&r)[4], void* smem_box, int row, int piece) {
+  store_matrices(r, matrix_address<false>(smem_box, row, piece));
 }
 
 // The inverse of load_matrices_transposed; or by the address of the lane's row.
