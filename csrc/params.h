@@ -97,10 +97,12 @@ struct PrepareParams {
   ElementType gate_element;  // of g: float32, or as q
   GateParams gates;
   float scale;
-  PackedPlan plan;    // null pointers: dense
-  int num_segments;   // of a sequence, that the walk after it or before it is cut into
-  ChunkTiles tiles;   // for the backward A_minus_I and P are inputs of the later stages, and not written
-  float* row_norms;   // [num_slots, num_gate_heads, 2, 64]: 1 / norm of the rows of q and of k; or null
+  PackedPlan plan;   // null pointers: dense
+  int num_segments;  // of a sequence, that the walk after it or before it is cut into
+  ChunkTiles tiles;  // for the backward A_minus_I and P are inputs of the later stages, and not written
+  // [num_slots, num_gate_heads, 2, 64]: 1 / norm of the rows of q and of k. Written where there is room, and
+  // read for the backward.
+  float* row_norms;
   bool factors_only;  // for the backward: neither T, A nor P
   // For a walk beside it: [num_slots, num_gate_heads], kTileReady where a chunk's tiles are written; and how
   // many SMs prepare takes. Null where the walk comes after.

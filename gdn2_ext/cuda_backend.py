@@ -143,9 +143,10 @@ class _Sizes(NamedTuple):
         states = self.num_sequences * (num_segments - 1) * self.num_value_heads
         padded_v = (self.dim_v + 63) // 64 * 64
         floats = padded_k * (maps * padded_k + states * padded_v)
+        if use_qk_l2norm:
+            floats += tiles * 2 * CHUNK
         if keep_tiles:
-            norms = 2 * CHUNK if use_qk_l2norm else 0
-            floats += tiles * (3 * CHUNK * padded_k // 2 + padded_k + norms) + padded_k * states * padded_v
+            floats += tiles * (3 * CHUNK * padded_k // 2 + padded_k) + padded_k * states * padded_v
         return tiles * _TRIANGLE + floats  # a float for an element of each
 
     def is_all_written(self, num_segments: int) -> bool:
@@ -164,15 +165,13 @@ class _Sizes(NamedTuple):
         q: Tensor,
         keeps: bool,
         backward: bool,
-        use_qk_l2norm: bool,
         num_segments: int = 1,
         keeps_tiles: bool = False,
     ) -> Tensor:
         """Memory that the kernels of a call use among themselves."""
         num_bytes = cuda_launch._C.chunk_workspace_bytes(
             self.batch, self.seqlen, self.num_sequences, self.num_gate_heads, self.num_value_heads,
-            self.dim_k, self.dim_v, self.packed, keeps, backward, use_qk_l2norm, num_segments,
-            keeps_tiles,
+            self.dim_k, self.dim_v, self.packed, keeps, backward, num_segments, keeps_tiles,
         )  # fmt: skip
         return q.new_empty(num_bytes // q.element_size())
 
@@ -232,7 +231,7 @@ def chunk_forward(
     tensors = [
         *map(_readable, (q, k, v, g, b, w)), *_contiguous(A_log, dt_bias, initial_state, cu_seqlens),
         o, final_state, chunk_states, kept,
-        sizes.workspace(q, keep, False, options.use_qk_l2norm, segments, keep_tiles),
+        sizes.workspace(q, keep, False, segments, keep_tiles),
     ]  # fmt: skip
     _launch(cuda_launch._C.chunk_forward, tensors, (scale, *options, state_v_first, segments))
     if chunk_states is not None:
@@ -296,13 +295,13 @@ def chunk_backward(
     """The gradients that are needed, None for the others; kept comes from `chunk_forward`."""
     sizes = _Sizes.of(q, v, g, cu_seqlens)
     out = _new_gradients(sizes, (q, k, v, g, b, w, A_log, dt_bias, initial_state), needed)
-    whole = kept.numel() == sizes.kept_size(1, False, False)
+    whole = kept.numel() == sizes.kept_size(1, False, options.use_qk_l2norm)
     segments = 1 if whole else sizes.num_segments(sequence_split, q.device)
-    keeps_tiles = kept.numel() > sizes.kept_size(segments, False, False)
+    keeps_tiles = kept.numel() > sizes.kept_size(segments, False, options.use_qk_l2norm)
     tensors = [
         _readable(do), *_contiguous(d_final_state), *map(_readable, (q, k, v, g, b, w)),
         *_contiguous(A_log, dt_bias, initial_state, cu_seqlens), kept,
-        sizes.workspace(q, True, True, options.use_qk_l2norm, segments, keeps_tiles), *out,
+        sizes.workspace(q, True, True, segments, keeps_tiles), *out,
     ]  # fmt: skip
     _launch(cuda_launch._C.chunk_backward, tensors, (scale, *options, state_v_first, segments))
     return _summed(sizes.num_heads, sizes.num_gate_heads, out, q.dtype)

@@ -168,8 +168,8 @@ def test_a_loss_that_needs_no_gradient_of_the_op_runs_no_backward(leaves):
 
 
 def test_between_forward_and_backward_the_inputs_and_one_more_tensor_are_kept(leaves):
-    """A - I and P of every chunk and head, 64 x 64 or ten blocks of 16 x 16 each, and no state: those are
-    computed again.
+    """A - I and P of every chunk and head, 64 x 64 or ten blocks of 16 x 16 each, and of the kernels norms of
+    the rows of q and k; no state: those are computed again.
     """
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
@@ -177,8 +177,8 @@ def test_between_forward_and_backward_the_inputs_and_one_more_tensor_are_kept(le
     inputs = {x.data_ptr() for x in leaves.tensors}
     others = [x for x in kept if x.data_ptr() not in inputs]
     chunks = 2 * SHAPE["batch"]
-    # As many floats as elements of either.
-    shape = (chunks * 2 * 2560,) if leaves.backend.name == "cuda" else (2, chunks, 2, 64, 64)
+    # As many floats as elements of A - I or P.
+    shape = (chunks * 2 * (2560 + 2 * 64),) if leaves.backend.name == "cuda" else (2, chunks, 2, 64, 64)
     assert [tuple(x.shape) for x in others] == [shape]
     assert len(kept) - len(others) == len(DIFFERENTIABLE)
 

@@ -71,15 +71,14 @@ def kept_of(call: dict, num_segments: int = 1, keep_tiles: bool = False) -> torc
 
 
 def forward(call: dict, num_segments: int = 1) -> dict:
-    workspace = workspace_of(call, False, False, False, num_segments)
+    workspace = workspace_of(call, False, False, num_segments)
     o, final_state = torch.zeros_like(call["v"]), torch.zeros(B, HV, K, V)
     return call | {"o": o, "final_state": final_state, "workspace": workspace, "num_segments": num_segments}
 
 
 def keeping(call: dict, num_segments: int = 1, tiles: bool = False) -> dict:
     """The forward of training, and with tiles that of disable_recompute."""
-    norms = call.get("use_qk_l2norm", False)
-    workspace = workspace_of(call, True, False, norms, num_segments, tiles)
+    workspace = workspace_of(call, True, False, num_segments, tiles)
     kept = kept_of(call, num_segments, tiles)
     return forward(call, num_segments) | {"kept": kept, "workspace": workspace}
 
@@ -87,8 +86,7 @@ def keeping(call: dict, num_segments: int = 1, tiles: bool = False) -> dict:
 def backward(call: dict, num_segments: int = 1, tiles: bool = False) -> dict:
     given = [call.get(name) for name in INPUTS[:9]]
     out = cuda_backend._new_gradients(sizes(call), given, [x is not None for x in given])
-    norms = call.get("use_qk_l2norm", False)
-    workspace = workspace_of(call, True, True, norms, num_segments, tiles)
+    workspace = workspace_of(call, True, True, num_segments, tiles)
     call = call | dict(zip(GRADIENTS, out, strict=True)) | {"workspace": workspace}
     call |= {"kept": kept_of(call, num_segments, tiles), "num_segments": num_segments}
     return call | {"do": torch.zeros_like(call["v"]), "d_final_state": torch.zeros(B, HV, K, V)}
@@ -308,14 +306,15 @@ def test_a_backward_needs_what_is_kept():
 
 
 def test_what_is_kept_has_no_gaps():
-    """Bytes: A - I and P, 10 blocks of 512 each; M, first states; factors, last decays, norms and N."""
+    """Bytes: A - I and P, 10 blocks of 512 each; norms; M, first states; factors, last decays and N."""
     tiles, value_states, key_states = SLOTS * H, B * HV * 64 * 64 * 4, B * H * 64 * 64 * 4
-    matrices, prepared = 2 * 5120 * tiles, tiles * (3 * 64 * 64 * 2 + 64 * 4 + 2 * 64 * 4)
-    for num_segments in (1, 2, 5):
-        split = max(num_segments - 2, 0) * key_states + (num_segments - 1) * value_states
-        assert 4 * kept_of(gated(inputs()), num_segments).numel() == matrices + split
-        N = (num_segments - 1) * value_states
-        assert 4 * kept_of(gated(inputs()), num_segments, True).numel() == matrices + split + prepared + N
+    matrices, norms, prepared = 2 * 5120 * tiles, 2 * 64 * 4 * tiles, tiles * (3 * 64 * 64 * 2 + 64 * 4)
+    for call, least in ((inputs(), matrices), (gated(inputs()), matrices + norms)):
+        for num_segments in (1, 2, 5):
+            split = max(num_segments - 2, 0) * key_states + (num_segments - 1) * value_states
+            assert 4 * kept_of(call, num_segments).numel() == least + split
+            N = (num_segments - 1) * value_states
+            assert 4 * kept_of(call, num_segments, True).numel() == least + split + prepared + N
 
 
 @pytest.mark.parametrize(("name", "change"), BAD_OBJECTS.values(), ids=BAD_OBJECTS)
@@ -339,10 +338,7 @@ def test_outputs_have_the_right_shape_and_no_gaps(name):
 
 
 def test_the_workspace_grows_with_what_is_in_it():
-    call, flags = (
-        inputs(),
-        ((True, False, False), (False, False, False), (True, True, False), (True, True, True)),
-    )
+    call, flags = inputs(), ((True, False), (False, False), (True, True))
     numbers = [sizes(call).workspace(call["q"], *x).numel() for x in flags]
     assert numbers == sorted(set(numbers))
     assert sizes(packed(call)).workspace(call["q"], *flags[0]).numel() > numbers[0]
@@ -350,7 +346,7 @@ def test_the_workspace_grows_with_what_is_in_it():
 
 def test_segments_need_room_of_their_own():
     call = inputs()
-    numbers = [sizes(call).workspace(call["q"], True, False, False, n).numel() for n in (1, 2, 3)]
+    numbers = [sizes(call).workspace(call["q"], True, False, n).numel() for n in (1, 2, 3)]
     assert numbers == sorted(set(numbers))
 
 

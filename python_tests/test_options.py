@@ -229,10 +229,11 @@ def test_a_raw_gate_in_the_dtype_of_q(backend, seed):
 # -- scale, states, and options that change nothing ----------------------------------------------------------
 
 
+@pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("scale", [None, 1.0, 0.03, -2.0, 0.0])
-def test_the_scale_multiplies_the_output(backend, scale, seed):
+def test_the_scale_multiplies_the_output(backend, scale, normalize, seed):
     inputs = backend.inputs("slow", **SHAPE, seed=seed)
-    check(backend, inputs, seed, scale=scale)
+    check(backend, inputs, seed, scale=scale, use_qk_l2norm_in_kernel=normalize)
 
 
 def test_the_default_scale_is_one_over_the_root_of_the_key_size(backend, seed):

@@ -114,7 +114,7 @@ def test_prepare_runs_beside_walks_that_leave_it_sms():
 def test_every_chunk_is_taken_once(order, segments):
     """And what a walk begins with comes first or last, of every segment of full length."""
     for batch, chunks in itertools.product((1, 2, 3), (1, 2, 7, 16, 20, 33)):
-        slots = cuda_launch._C.chunk_order(batch, chunks, segments, order)
+        slots = cuda_launch._C.chunk_order(batch, chunks, segments, order, False)
         assert sorted(slots) == list(range(batch * chunks))
         length = -(-chunks // segments)
         full = [b * chunks + s * length for b in range(batch) for s in range(chunks // length)]
@@ -124,6 +124,14 @@ def test_every_chunk_is_taken_once(order, segments):
             assert last == full, (batch, chunks)
         else:
             assert first == full, (batch, chunks)
+
+
+@needs_extension
+@pytest.mark.parametrize("order", ["up", "down", "inwards", "outwards"])
+def test_a_grid_of_whole_sequences_has_the_order_of_chunks_in_a_row(order):
+    for batch, chunks in itertools.product((1, 2, 3), (1, 2, 7, 16, 33)):
+        grid, in_a_row = (cuda_launch._C.chunk_order(batch, chunks, 1, order, x) for x in (True, False))
+        assert grid == in_a_row, (batch, chunks)
 
 
 # -- the results ---------------------------------------------------------------------------------------------

@@ -84,7 +84,7 @@ struct Inputs {
 
 // Whether the arguments, all read now, are of a call that the kernels take; what is wrong with one that they
 // do not, the caller goes on to say more precisely. Where Python asked for 0 segments they are as many as are
-// quickest, and in any case one where A - I and P are all that a forward has kept.
+// quickest, and in any case one where a forward has kept no more than all do.
 bool takes(Parameters& parameters, ChunkCall& call, CallViews const& x) {
   if (PyErr_Occurred()) {
     PyErr_Clear();
@@ -95,7 +95,7 @@ bool takes(Parameters& parameters, ChunkCall& call, CallViews const& x) {
     return false;
   }
   call.gpu = gpu(x.q.device);
-  if (x.kept.given && x.kept.shape[0] * kKeptBytes == 2 * matrix_size(shape)) {
+  if (x.kept.given && x.kept.shape[0] * kKeptBytes == least_kept_size(call)) {
     call.num_segments = 1;
   } else if (call.num_segments == 0) {
     call.num_segments = num_segments(split_choice(call));

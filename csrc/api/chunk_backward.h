@@ -14,8 +14,8 @@ struct ChunkBackwardParams {
   TokenTensor dO;  // [batch, seqlen, num_value_heads, dim_v]
   float const* d_final_state;
   BackwardTiles tiles;  // room
-  float* row_norms;     // room, see PrepareParams; null without the norms
-  bool has_tiles;  // the forward's: call.tiles and row_norms are filled in, and prepare has nothing to do
+  float* row_norms;     // the forward's, see PrepareParams; null without the norms
+  bool has_tiles;       // the forward's: call.tiles are filled in, and prepare has nothing to do
   // Where call.num_segments > 1: what the forward left, see ChunkForwardParams, and room for the reverse
   // walk's.
   float const *segment_M, *segment_states;

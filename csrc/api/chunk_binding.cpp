@@ -102,11 +102,11 @@ PyObject* backward_of_python(PyObject*, PyObject* const* arguments, Py_ssize_t n
                      [](Arguments& from) { return launch<B>(from, kBackwardOrder, chunk_backward); });
 }
 
-// (batch, seqlen, num_sequences, gate heads, value heads, K, V, packed, keeps, backward, L2 norm, segments,
-// keeps tiles) to bytes.
+// (batch, seqlen, num_sequences, gate heads, value heads, K, V, packed, keeps, backward, segments, keeps
+// tiles) to bytes.
 PyObject* workspace_bytes(PyObject*, PyObject* const* arguments, Py_ssize_t number) {
-  if (number != 13) {
-    return PyErr_Format(PyExc_TypeError, "chunk_workspace_bytes: expected 13 arguments, got %zd", number);
+  if (number != 12) {
+    return PyErr_Format(PyExc_TypeError, "chunk_workspace_bytes: expected 12 arguments, got %zd", number);
   }
   Arguments from(arguments);
   std::int64_t const batch = from.integer(), seqlen = from.integer(), sequences = from.integer();
@@ -118,7 +118,6 @@ PyObject* workspace_bytes(PyObject*, PyObject* const* arguments, Py_ssize_t numb
   shape.dim_k = static_cast<std::int32_t>(from.integer());
   shape.dim_v = static_cast<std::int32_t>(from.integer());
   bool const packed = from.flag(), keeps = from.flag(), backward = from.flag();
-  call.gates.use_qk_l2norm = from.flag();
   call.num_segments = static_cast<int>(from.integer());
   bool const keeps_tiles = from.flag();
   if (PyErr_Occurred()) {
@@ -172,21 +171,38 @@ PyObject* chunk_order(int batch, int num_chunks, int num_segments) {
   return slots;
 }
 
+// The same of whole sequences, as a grid of sequences and ranks finds them.
+template <ChunkOrder kOrder>
+PyObject* grid_order(int batch, int num_chunks, int) {
+  DenseChunks const chunks(batch, num_chunks, 1);
+  PyObject* const slots = PyList_New(batch * num_chunks);
+  for (int i = 0; slots != nullptr && i < batch * num_chunks; ++i) {
+    int const slot = i % batch * num_chunks + chunks.chunk_of_rank<kOrder>(i / batch);
+    PyList_SET_ITEM(slots, i, PyLong_FromLong(slot));
+  }
+  return slots;
+}
+
 PyObject* chunk_order_of_python(PyObject*, PyObject* const* arguments, Py_ssize_t number) {
-  if (number != 4) {
-    return PyErr_Format(PyExc_TypeError, "chunk_order: expected 4 arguments, got %zd", number);
+  if (number != 5) {
+    return PyErr_Format(PyExc_TypeError, "chunk_order: expected 5 arguments, got %zd", number);
   }
   Arguments from(arguments);
   auto const batch = static_cast<int>(from.integer()), num_chunks = static_cast<int>(from.integer()),
              num_segments = static_cast<int>(from.integer());
   PyObject* const order = from.object();
+  bool const as_grid = from.flag();
   if (PyErr_Occurred()) {
     return nullptr;
   }
+  using Slots = PyObject* (*)(int batch, int num_chunks, int num_segments);
+  auto const either = [&](Slots in_a_row, Slots of_grid) { return as_grid ? of_grid : in_a_row; };
   for (auto const& [name, slots] :
-       {std::pair{"up", &chunk_order<ChunkOrder::kUp>}, std::pair{"down", &chunk_order<ChunkOrder::kDown>},
-        std::pair{"inwards", &chunk_order<ChunkOrder::kInwards>},
-        std::pair{"outwards", &chunk_order<ChunkOrder::kOutwards>}}) {
+       {std::pair{"up", either(&chunk_order<ChunkOrder::kUp>, &grid_order<ChunkOrder::kUp>)},
+        std::pair{"down", either(&chunk_order<ChunkOrder::kDown>, &grid_order<ChunkOrder::kDown>)},
+        std::pair{"inwards", either(&chunk_order<ChunkOrder::kInwards>, &grid_order<ChunkOrder::kInwards>)},
+        std::pair{"outwards",
+                  either(&chunk_order<ChunkOrder::kOutwards>, &grid_order<ChunkOrder::kOutwards>)}}) {
     if (PyUnicode_Check(order) && PyUnicode_CompareWithASCIIString(order, name) == 0) {
       return slots(batch, num_chunks, num_segments);
     }
@@ -211,8 +227,8 @@ PyMethodDef methods[] = {
            "On how many SMs prepare runs beside scan where sequences stay whole; 0: before it."),
     method(
         "chunk_order", &chunk_order_of_python,
-        "(batch, chunks, segments, \"up\", \"down\", \"inwards\" or \"outwards\") to slots, in the order in which kernels take "
-        "them."),
+        "(batch, chunks, segments, \"up\", \"down\", \"inwards\" or \"outwards\", as a grid of whole sequences) to slots, in "
+        "the order in which kernels take them."),
     method(
         "chunk_forward_at_once", &chunk_forward_at_once,
         "The chunk forward of plain tensors on the current device: (o, final_state or None), and with keep also "

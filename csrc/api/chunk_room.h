@@ -54,16 +54,14 @@ inline std::int64_t num_gate_tiles(CallShape const& shape) {
   return std::int64_t{shape.num_slots} * shape.num_gate_heads;
 }
 
-// In floats: what prepare leaves for the walks of a call, but for A - I and P; and the norms, where there are
-// some.
+// In floats: what prepare leaves for the walks of a call, but for A - I and P.
 struct TileSizes {
-  std::int64_t factors, gamma_last, row_norms;
+  std::int64_t factors, gamma_last;
 
   explicit TileSizes(ChunkCall const& call) {
     std::int64_t const tiles = num_gate_tiles(call.shape), k = padded_k(call.shape);
     factors = tiles * 3 * kChunk * k * kElementBytes / static_cast<std::int64_t>(sizeof(float));
     gamma_last = tiles * k;
-    row_norms = tiles * 2 * kChunk;
   }
 };
 
@@ -89,6 +87,18 @@ inline std::int64_t matrix_size(CallShape const& shape) {
   return num_gate_tiles(shape) * kTriangleBytes;
 }
 
+// In bytes: 1 / norm of the rows of q and k, where the call has norms.
+inline std::int64_t row_norms_size(ChunkCall const& call) {
+  return call.gates.use_qk_l2norm
+             ? num_gate_tiles(call.shape) * 2 * kChunk * static_cast<std::int64_t>(sizeof(float))
+             : 0;
+}
+
+// What all forwards keep for their backwards, in bytes.
+inline std::int64_t least_kept_size(ChunkCall const& call) {
+  return 2 * matrix_size(call.shape) + row_norms_size(call);
+}
+
 inline void take_matrices(Workspace& room, ChunkCall& call) {
   call.tiles.A_minus_I = room.take(matrix_size(call.shape));
   call.tiles.P = room.take(matrix_size(call.shape));
@@ -100,26 +110,21 @@ inline void take_tiles(Workspace& room, ChunkCall& call) {
   call.tiles.gamma_last = room.take<float>(sizes.gamma_last * sizeof(float));
 }
 
-// Of the tiles' rows, where the call has norms.
-template <class Params>
-void take_row_norms(Workspace& room, Params& params) {
-  if (params.call.gates.use_qk_l2norm) {
-    params.row_norms = room.take<float>(TileSizes(params.call).row_norms * sizeof(float));
-  }
-}
-
 // The maps' constant parts, of either direction.
 inline float* take_N(Workspace& room, ChunkCall const& call) {
   return room.take<float>(SplitSizes(call.shape, call.num_segments).states * sizeof(float));
 }
 
-// What a forward keeps for its backward: A - I and P, M and first states of segments where there are several,
-// and with `tiles` what prepare makes. Then N of the forward lies there too, though the backward has its
-// own: a dense split needs no workspace.
+// What a forward keeps for its backward: A - I and P, norms of rows where there are some, M and first states
+// of segments where there are several, and with `tiles` what prepare makes. Then N of the forward lies there
+// too, though the backward has its own: a dense split needs no workspace.
 template <class Params>
 void take_kept(Workspace& room, Params& params, bool tiles) {
   ChunkCall& call = params.call;
   take_matrices(room, call);
+  if (call.gates.use_qk_l2norm) {
+    params.row_norms = room.take<float>(row_norms_size(call));
+  }
   if (call.num_segments > 1) {
     SplitSizes const sizes(call.shape, call.num_segments);
     params.segment_M = room.take<float>(sizes.M * sizeof(float));
@@ -127,7 +132,6 @@ void take_kept(Workspace& room, Params& params, bool tiles) {
   }
   if (tiles) {
     take_tiles(room, call);
-    take_row_norms(room, params);
     params.segment_N = take_N(room, call);
   }
 }
@@ -174,9 +178,6 @@ inline void take_room(Workspace& room, ChunkBackwardParams& params, bool packed)
   params.tiles.dS = room.take(slices * state);
   params.tiles.R = room.take(slices * square);
   params.tiles.dX = room.take(slices * square);
-  if (!params.has_tiles) {
-    take_row_norms(room, params);
-  }
   params.dA_log_of_slots = room.take<float>(num_gate_tiles(shape) * padded_k(shape) / kSlice * sizeof(float));
   params.d_dt_bias_of_slots = room.take<float>(num_gate_tiles(shape) * shape.dim_k * sizeof(float));
   if (call.num_segments > 1) {

@@ -21,21 +21,29 @@ struct Channels {
   GradientsStorage& smem;
   GradientsParams const& params;
   GradientsWork const& work;
-  HalfAccumulators &dq, &dE, &dk;  // [16 channels, tokens]; start as dO S^T, dX S^T and R dS'^T transposed
+  // [16 channels, tokens]; start as dO S^T, dX S^T and R dS'^T transposed. The tiles have -dT and -E, and dE
+  // is -dE: no sign has to be made.
+  HalfAccumulators &dq, &dE, &dk;
   HalfAccumulators& dG;
 
   // Whether db finds the slope of b's sigmoid in the tile of b, which then holds sides, or makes the sigmoid
   // anew: float16 has not their range.
   static constexpr bool kKeepsSides = Cfg::kSigmoid && std::is_same_v<Element, __nv_bfloat16>;
 
+  // Whether the tile of q has scale*q, where it is divided by its norm anyway. dP goes without scale then,
+  // and dq until what the norm takes is taken from it. Not float16, which has not the range for any scale.
+  static constexpr bool kScalesQueries = Cfg::kNormalize && std::is_same_v<Element, __nv_bfloat16>;
+
   // Of two neighbours x: sigmoid(x); and their sides, the smaller ones of sigmoid(x) and sigmoid(-x),
   // negative where it is the latter. The slope is side * (1 - side), near 0 and 1 to the precision of a side.
   __device__ static void sigmoid_and_side(std::uint32_t x, std::uint32_t& sigmoid, std::uint32_t& side) {
     float2 const x2 = unpack<Element>(x), e{exp2_approx(-kLog2E * x2.x), exp2_approx(-kLog2E * x2.y)},
                  s{reciprocal_approx(1.f + e.x), reciprocal_approx(1.f + e.y)};
+    constexpr float kSmallest = 0x1p-120f;  // zero would have no sign
     std::uint32_t const is_negative = sign_masks(x);
     sigmoid = pack<Element>(s.x, s.y);
-    side = (sigmoid & is_negative) | (pack<Element>(-e.x * s.x, -e.y * s.y) & ~is_negative);
+    side = (sigmoid & is_negative) |
+           (pack<Element>(fmaf(-e.x, s.x, -kSmallest), fmaf(-e.y, s.y, -kSmallest)) & ~is_negative);
   }
 
   // A warp's pieces of q, k and b: a token a lane, its warp's channels.
@@ -46,13 +54,13 @@ struct Channels {
     return *reinterpret_cast<uint4*>(tile + swizzled_offset(token, 2 * warp + i));
   }
 
-  // q, k and E as the products read them: normalised; E = b*k, through the sigmoid of b, to the scratch tile.
+  // q, k and -E = -b*k, through the sigmoid of b, to the scratch tile, as the products read them: normalised.
   __device__ void prepare_tiles(TokenPieces& x, int t, int warp) {
     auto& tokens = smem.tokens();
     auto& scratch = smem.scratch();
     PairFactor<Element> of_q{}, of_k{};
     if constexpr (Cfg::kNormalize) {
-      of_q = PairFactor<Element>(smem.inverse_norms[0][t]);
+      of_q = PairFactor<Element>((kScalesQueries ? params.scale : 1.f) * smem.inverse_norms[0][t]);
       of_k = PairFactor<Element>(smem.inverse_norms[1][t]);
     }
 #pragma unroll
@@ -69,13 +77,16 @@ struct Channels {
         sigmoid_and_side(b.z, b.z, sides.z);
         sigmoid_and_side(b.w, b.w, sides.w);
         piece(tokens.b, t, warp, i) = sides;
-        std::uint32_t const scales = pack<Element>(params.gates.erase_scale, params.gates.erase_scale);
+        std::uint32_t const scales = pack<Element>(-params.gates.erase_scale, -params.gates.erase_scale);
         b = multiply_pairs<Element>(b, uint4{scales, scales, scales, scales});
       } else if constexpr (Cfg::kSigmoid) {
-        b = {activate_erase<Element>(params.gates, b.x), activate_erase<Element>(params.gates, b.y),
-             activate_erase<Element>(params.gates, b.z), activate_erase<Element>(params.gates, b.w)};
+        b = negative_pairs(
+            uint4{activate_erase<Element>(params.gates, b.x), activate_erase<Element>(params.gates, b.y),
+                  activate_erase<Element>(params.gates, b.z), activate_erase<Element>(params.gates, b.w)});
+      } else {
+        b = negative_pairs(b);
       }
-      piece(scratch.E, t, warp, i) = multiply_pairs<Element>(x.b[i], x.k[i]);
+      piece(scratch.E, t, warp, i) = multiply_pairs<Element>(b, x.k[i]);
     }
   }
 
@@ -234,6 +245,7 @@ struct Channels {
     int const last = pairs.num_rows - 1 - pairs.place.token(0, 0);  // from the lane's first token on
     GroupTokens const q(pairs.q_lane, i), k(pairs.k_lane, i), E(pairs.E_lane, i);
     float const alpha1[2] = {pairs.alpha1(i, 0), pairs.alpha1(i, 1)};
+    float const scale = kScalesQueries ? 1.f : params.scale;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       int const n = 4 * i + 2 * half;
@@ -242,10 +254,10 @@ struct Channels {
       GroupPlace const group = pairs.group_place(i, half);
       float const gamma0 = group.before * pairs.F(i, half), gamma1 = gamma0 * alpha1[half];
       float const tail1 = group.after * pairs.B(i, half), tail0 = tail1 * alpha1[half];
-      dq[n] *= params.scale * gamma0;
-      dq[n + 1] *= params.scale * gamma1;
-      dE[n] *= -gamma0;
-      dE[n + 1] *= -gamma1;
+      dq[n] *= scale * gamma0;
+      dq[n + 1] *= scale * gamma1;
+      dE[n] *= gamma0;
+      dE[n + 1] *= gamma1;
       dk[n] *= tail0;
       dk[n + 1] *= tail1;
       dG[n] = q2.x * dq[n] + E2.x * dE[n];
@@ -295,26 +307,28 @@ struct Channels {
     }
   }
 
+  // One instruction, where of a condition ptxas makes two.
+  __device__ static float one_if_negative(float x) {
+    float y;
+    asm("set.lt.f32.f32 %0, %1, 0f00000000;" : "=f"(y) : "f"(x));
+    return y;
+  }
+
   // dE becomes db, and dk takes its share; through the sigmoid of b where there is one. k and b: two tokens.
   __device__ void finish_erase(int n, float2 k, float2 b) {
     float2 slope{1.f, 1.f};
     if constexpr (kKeepsSides) {
       float2 const side{fabsf(b.x), fabsf(b.y)};
       slope = {fmaf(-side.x, side.x, side.x), fmaf(-side.y, side.y, side.y)};
-      if (__float_as_int(b.x) < 0) {  // -0 as well
-        dk[n] += dE[n];
-      }
-      if (__float_as_int(b.y) < 0) {
-        dk[n + 1] += dE[n + 1];
-      }
+      b = {b.x + one_if_negative(b.x), b.y + one_if_negative(b.y)};
     } else if constexpr (Cfg::kSigmoid) {
       b = sigmoid(b);
       slope = {fmaf(-b.x, b.x, b.x), fmaf(-b.y, b.y, b.y)};
     }
-    dk[n] += b.x * dE[n];
-    dk[n + 1] += b.y * dE[n + 1];
-    dE[n] *= k.x * slope.x;
-    dE[n + 1] *= k.y * slope.y;
+    dk[n] -= b.x * dE[n];
+    dk[n + 1] -= b.y * dE[n + 1];
+    dE[n] *= -k.x * slope.x;
+    dE[n + 1] *= -k.y * slope.y;
   }
 
   // For all tokens, from the last groups to the first, `between` two of them: what has nothing to do with it,
@@ -439,6 +453,8 @@ struct Channels {
     return sum_over_warps([&](int warp) { return of_warps[warp].dots[place.lane]; });
   }
 
+  static constexpr float kSmallestScale = 0x1p-120f;  // of which there is 1 / scale
+
   // The factors of the warp's rows.
   __device__ void make_norm_factors(float2 sums, GradientsPlace const& place, bool has_other) {
     auto& scratch = smem.scratch();
@@ -447,6 +463,9 @@ struct Channels {
       int const token = kHalfTokens * place.half_of_chunk + place.lane;
       float2 const other = sum_over_warps([&](int warp) { return scratch.other_dots[warp][token]; });
       sums = {sums.x + other.x, sums.y + other.y};
+    }
+    if constexpr (kScalesQueries) {  // the rows have it, and what is taken has it once
+      sums.x *= fabsf(params.scale) > kSmallestScale ? 1.f / params.scale : 0.f;
     }
     scratch.norm_factors[place.thread / kWarpThreads][place.lane] = sums;
   }
@@ -463,6 +482,7 @@ struct Channels {
 
   __device__ void finish_norm_gradients(Rows const& rows, GradientsPlace const& place) {
     auto const& factors = smem.scratch().norm_factors[place.thread / kWarpThreads];
+    float const scale = kScalesQueries ? params.scale : 1.f;
     __syncwarp();
 #pragma unroll
     for (int i = 0; i < kHalfGroups; ++i) {
@@ -473,8 +493,8 @@ struct Channels {
         int const n = 4 * i + 2 * half, in_pair = 2 * (i % 2) + half;
         float2 const q2 = unpack<Element>(rows.q[i / 2].pairs[in_pair]),
                      k2 = unpack<Element>(rows.k[i / 2].pairs[in_pair]);
-        dq[n] -= q2.x * both.x;
-        dq[n + 1] -= q2.y * both.z;
+        dq[n] = scale * dq[n] - q2.x * both.x;
+        dq[n + 1] = scale * dq[n + 1] - q2.y * both.z;
         dk[n] -= k2.x * both.y;
         dk[n + 1] -= k2.y * both.w;
       }

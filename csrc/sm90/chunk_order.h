@@ -46,6 +46,14 @@ class DenseChunks {
     return batch * num_chunks_ + chunk;
   }
 
+  // Where segments are whole sequences: walks are those of the batch, and a rank is a place in one.
+  CUTLASS_HOST_DEVICE bool are_whole() const { return segment_chunks_ == num_chunks_; }
+  CUTLASS_HOST_DEVICE int num_chunks() const { return num_chunks_; }
+  template <ChunkOrder kOrder>
+  CUTLASS_HOST_DEVICE int chunk_of_rank(int rank) const {
+    return place<kOrder>(rank, num_chunks_);
+  }
+
  private:
   static constexpr int kTilesForJumps = 2048;  // 123 MB
 

@@ -17,11 +17,16 @@ struct DecayGradients {
 
   GradientsStorage& smem;
   GradientsParams const& params;
-  HalfAccumulators& dG;  // terms of the reads, writes and pairs
-  float later[2] = {0.f, 0.f};
+  HalfAccumulators& dG;         // terms of the reads, writes and pairs
+  float later[2] = {0.f, 0.f};  // of the groups behind
+  // Of a decay gate: its slopes; and sums over the lane's tokens, of what dA_log weighs dg with, for each
+  // channel, and of that times what dg is without the other half.
+  HalfAccumulators slopes;
+  float weights[2] = {0.f, 0.f}, own_dA_log = 0.f;
 
-  // Sums dG from the end of the half, a pair of groups at a time, the last one first; behind a barrier
-  // add_other_half makes dg of it.
+  // Sums dG from the end of the half, a pair of groups at a time, the last one first, which leaves all for
+  // the other half; behind a barrier add_other_half makes dg of it. Back through a decay gate, which is
+  // linear in dg, before that: there is more to do beside.
   __device__ void sum_groups(int pair, GradientsPlace const& place) {
     QuadSums const sums(place.quad);
 #pragma unroll
@@ -37,72 +42,49 @@ struct DecayGradients {
         dG[n + 1] += after;
       }
     }
-  }
-  __device__ void store_sums_of_half() const {
-    GradientsPlace const place;
+    if (pair == 0 && place.half_of_chunk == 1 && place.quad == 0) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      if (place.half_of_chunk == 1 && place.quad == 0) {
+      for (int half = 0; half < 2; ++half) {
         smem.scratch().second_reads[place.channel(half)] = later[half];
       }
+    }
+    if constexpr (Cfg::kIsGated) {
+      pass_gate(pair, place);
     }
   }
 
   __device__ void add_other_half(GradientsPlace const& place) {
     auto const& scratch = smem.scratch();
+    float dA_log = own_dA_log;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       int const ch = place.channel(half);
       float const other = place.half_of_chunk == 0 ? scratch.second_reads[ch] : scratch.first_writes[ch];
+      float d_bias = 0.f;
 #pragma unroll
       for (int i = 0; i < kHalfGroups; ++i) {
-        dG[4 * i + 2 * half] += other;
-        dG[4 * i + 2 * half + 1] += other;
+#pragma unroll
+        for (int n = 4 * i + 2 * half; n < 4 * i + 2 * half + 2; ++n) {
+          dG[n] += Cfg::kIsGated ? slopes[n] * other : other;
+          d_bias += dG[n];
+        }
       }
+      if constexpr (Cfg::kIsGated) {
+        dA_log += weights[half] * other;
+        float const sum = sum_over_quad(d_bias);
+        if (place.quad == 0) {
+          smem.sums.d_dt_bias[place.half_of_chunk][ch] = sum;
+        }
+      }
+    }
+    if constexpr (Cfg::kIsGated) {
+      smem.sums.dA_log[place.thread] = isfinite(dA_log) ? dA_log : finite_sum(place);
     }
   }
 
   // dg to its tile, as g is.
   __device__ void store(GradientsPlace const& place) const {
     is_wide() ? store_wide(place) : store_tile<Element>(smem.scratch().dg.boxes[0], dG, place);
-  }
-
-  // Back through the decay gate; and the sums of what that adds to d_dt_bias and dA_log.
-  __device__ void pass_gate(GradientsPlace const& place, int num_rows) {
-    Decay const decay(params.gates, smem.gate.A_log);
-    OwnValues const activations(smem.tokens().activations, place);
-    if (num_rows < kChunk) {
-#pragma unroll
-      for (int n = 0; n < 4 * kHalfGroups; ++n) {
-        if (place.token(n / 4, n % 2) >= num_rows) {
-          dG[n] = 0.f;
-        }
-      }
-    }
-    HalfAccumulators x;
-    float dA_log = 0.f;
-#pragma unroll
-    for (int n = 0; n < 4 * kHalfGroups; ++n) {
-      x[n] = activations[n];
-      dA_log = decay.add_term(x[n], dG[n], dA_log);
-    }
-    if (!isfinite(dA_log)) {
-      dA_log = finite_sum(place, activations, decay);
-    }
-    smem.sums.dA_log[place.thread] = dA_log;
-    float d_bias[2] = {0.f, 0.f};
-#pragma unroll
-    for (int n = 0; n < 4 * kHalfGroups; ++n) {
-      dG[n] = decay.backward(x[n], dG[n]);
-      d_bias[n / 2 % 2] += dG[n];
-    }
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float const sum = sum_over_quad(d_bias[half]);
-      if (place.quad == 0) {
-        smem.sums.d_dt_bias[place.half_of_chunk][place.channel(half)] = sum;
-      }
-    }
   }
 
   // Behind a barrier: the sums of the chunk, to where gate_sums sums on.
@@ -132,6 +114,31 @@ struct DecayGradients {
   __device__ bool is_wide() const { return !Cfg::kAny || params.gate_element == ElementType::kFloat32; }
 
  private:
+  // dG of a pair of groups back through the decay gate.
+  __device__ void pass_gate(int pair, GradientsPlace const& place) {
+    Decay const decay(params.gates, smem.gate.A_log);
+    OwnValues const activations(smem.tokens().activations, place);
+#pragma unroll
+    for (int n = 8 * pair; n < 8 * pair + 8; ++n) {
+      float weight;
+      decay.backward(activations[n], slopes[n], weight);
+      own_dA_log += weight * dG[n];
+      weights[n / 2 % 2] += weight;
+    }
+    if constexpr (Cfg::kGate == DecayGate::kLowerBound) {  // which has a slope where there are no tokens
+      if (int const num_rows = uniform(smem.work.num_rows); num_rows < kChunk) {
+#pragma unroll
+        for (int n = 8 * pair; n < 8 * pair + 8; ++n) {
+          slopes[n] = place.token(n / 4, n % 2) < num_rows ? slopes[n] : 0.f;
+        }
+      }
+    }
+#pragma unroll
+    for (int n = 8 * pair; n < 8 * pair + 8; ++n) {
+      dG[n] *= slopes[n];
+    }
+  }
+
   __device__ void store_wide(GradientsPlace const& place) const {
     GateLane<float> const dg(smem.scratch().dg, place.token(0, 0), place.channel(0));
 #pragma unroll
@@ -152,11 +159,11 @@ struct DecayGradients {
     }
   };
 
-  // What the lane's tokens and channels add to dA_log where g is not finite somewhere. One at a time: code
-  // that is seldom needed shall be short.
-  __device__ float finite_sum(GradientsPlace const& place, OwnValues const& activations,
-                              Decay const& decay) const {
-    OwnValues const dg(smem.dg_of_threads, place);
+  // What the lane's tokens and channels add to dA_log where g is not finite somewhere, of dg as it is behind
+  // the gate. One at a time: code that is seldom needed shall be short.
+  __device__ float finite_sum(GradientsPlace const& place) const {
+    Decay const decay(params.gates, smem.gate.A_log);
+    OwnValues const activations(smem.tokens().activations, place), dg(smem.dg_of_threads, place);
 #pragma unroll
     for (int n = 0; n < 4 * kHalfGroups; ++n) {
       dg[n] = dG[n];

@@ -73,31 +73,33 @@ struct DecayFunction {
     }
   }
 
-  // The gradient of the raw projection of that of the decay dg.
-  __device__ float backward(float activation, float dg) const {
+  // The gradient of the raw projection is slope times that of the decay, dg; and dA_log is made of a sum of
+  // weight times dg. A weight is not finite where g is not.
+  __device__ void backward(float activation, float& slope, float& weight) const {
     static_assert(kGate != DecayGate::kNone);
     if constexpr (kGate == DecayGate::kSoftplus) {
-      return times_sigmoid_of_softplus(-fminf(rate, kLargest), activation) * dg;
+      slope = times_sigmoid_of_softplus(-fminf(rate, kLargest), activation);
+      weight = activation;
     } else {
-      return lower_bound * rate * times_slope(activation, dg);
+      float const s = sigmoid_log2(rate * activation), of_sigmoid = fmaf(-s, s, s);
+      slope = lower_bound * rate * of_sigmoid;
+      weight = of_sigmoid * activation;
     }
   }
 
-  // The sum that dA_log is made of, with this term. Not finite where g is not: then it is a sum of
-  // finite_term.
-  __device__ float add_term(float activation, float dg, float sum) const {
-    return fmaf(kGate == DecayGate::kSoftplus ? dg : times_slope(activation, dg), activation, sum);
-  }
-  // Nothing where the decay is infinite, whose dg is zero but for rounding.
-  __device__ float finite_term(float activation, float dg) const {
+  // weight times dg where that is finite, of slope times dg. Nothing where the decay is infinite, whose dg is
+  // zero but for rounding, nor where there is no slope.
+  __device__ float finite_term(float activation, float slope_dg) const {
+    float slope, weight;
     if (kGate == DecayGate::kSoftplus && activation > kLargest) {
-      return 0.f * dg;
+      return 0.f * slope_dg;
     }
     // NaN stays what it is.
-    return add_term(activation > kLargest    ? kLargest
-                    : activation < -kLargest ? -kLargest
-                                             : activation,
-                    dg, 0.f);
+    backward(activation > kLargest    ? kLargest
+             : activation < -kLargest ? -kLargest
+                                      : activation,
+             slope, weight);
+    return slope == 0.f ? 0.f * slope_dg : weight * __fdividef(slope_dg, slope);
   }
 
   // dA_log, of a sum over tokens and channels.
@@ -107,11 +109,6 @@ struct DecayFunction {
 
  private:
   static constexpr float kLargest = 3.4e38f;
-
-  __device__ float times_slope(float activation, float dg) const {
-    float const s = sigmoid_log2(rate * activation);
-    return fmaf(-s, s, s) * dg;
-  }
 };
 
 // b through its sigmoid, rounded: two neighbours of a row.

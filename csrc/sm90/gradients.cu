@@ -24,7 +24,7 @@
 // one, decays in the other), v and w 16 KB, then dP and dT; dv and dw 16 KB, then decays of lanes: 113 KB.
 //
 //     slices, dv, dw .. | dP, dT out | norms, E, decays | gamma, tail, pairs of a group .. | other pairs
-//     | erase, y.dy, sums of dg | dg back through the gate | norms | all out
+//     | erase, y.dy, sums of dg, back through the gate | dg of both halves, norms | all out
 //
 // Phases are runs of instructions with few branches, and where two do not depend on each other they are one:
 // with four warps a scheduler, what one of them waits for is hidden by its own work or not at all.
@@ -197,7 +197,7 @@ __device__ void clear_foreign_rows(std::uint8_t* tile, int num_rows) {
 // of level 1, and beside them those of level 2, to rows of the chunk's first half and columns of its second:
 // group i of a half to the i-th eight rows, and the halves' columns one behind the other.
 template <class Element>
-__device__ void store_matrix(std::uint8_t* tile, float const (&acc)[4 * kGroups], float factor,
+__device__ void store_matrix(std::uint8_t* tile, float const (&acc)[4 * kGroups],
                              GradientsPlace const& place) {
   int const warp = uniform(place.warp);
   std::uint32_t diagonal[2];
@@ -206,7 +206,7 @@ __device__ void store_matrix(std::uint8_t* tile, float const (&acc)[4 * kGroups]
     std::uint32_t r[4];
 #pragma unroll
     for (int m = 0; m < 4; ++m) {
-      r[m] = pack<Element>(factor * acc[4 * j + 2 * m], factor * acc[4 * j + 2 * m + 1]);
+      r[m] = pack<Element>(acc[4 * j + 2 * m], acc[4 * j + 2 * m + 1]);
     }
     store_matrices(r, tile, 16 * place.warp, j);
     diagonal[0] = r[0];
@@ -406,9 +406,15 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
   store_S_dS(smem, products, place);
   bool const has_dP = place.half_of_chunk == 0;
-  store_matrix<Element>(has_dP ? smem.dP : smem.dT, products.dM, has_dP ? params.scale : -1.f, place);
+  if (!Channels<Cfg>::kScalesQueries && has_dP) {
+#pragma unroll
+    for (float& x : products.dM) {
+      x *= params.scale;
+    }
+  }
+  store_matrix<Element>(has_dP ? smem.dP : smem.dT, products.dM, place);
 
-  // With the tokens all know that the copy engine has read dv and dw, over which alpha goes.
+  // With the tokens all know that the copy engine has read dv and dw, over which decays go.
   if (warp_anew() == 1 && elect_one()) {
     cute::tma_store_wait<0>();
     expect_tokens(smem, params.gate_element);
@@ -422,25 +428,19 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
   DecayGradients<Cfg> decays{smem, params, dG};
   x.finish_erase_and_dots([&](int pair, GradientsPlace const& place) { decays.sum_groups(pair, place); });
-  decays.store_sums_of_half();
   // Registers are no longer short: what follows finds its place once.
   GradientsPlace const end_place;
-  bool const first_warp = warp_anew() == 0, wants_gates = Cfg::kIsGated && by.wants_decays != 0;
+  bool const first_warp = warp_anew() == 0;
   bool const has_other = Cfg::kNormalize && work.has_other_box();
   int const own_rows = uniform(work.num_rows);
-  // The scratch stage is free but for what follows here, as are dP, dT and alpha, and no warp reads another's
-  // pieces of the inputs' tiles.
+  // The scratch stage is free but for what follows here, as are dP, dT and the decays, and no warp reads
+  // another's pieces of the inputs' tiles.
   __syncthreads();
   float2 dots{};
   if constexpr (Cfg::kNormalize) {
     dots = x.sum_dots(end_place);
   }
   decays.add_other_half(end_place);
-  if constexpr (Cfg::kIsGated) {
-    if (wants_gates) {
-      decays.pass_gate(end_place, own_rows);
-    }
-  }
   auto& tokens = smem.tokens();
   auto const store_db_dg = [&] {
     store_tile<Element>(tokens.b, dE, end_place);
@@ -473,9 +473,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
   }
   if constexpr (Cfg::kIsGated) {
-    if (wants_gates) {
-      decays.store_sums(work);
-    }
+    decays.store_sums(work);
   }
   if (first_warp && elect_one()) {
     cute::tma_store_wait<0>();  // the tiles have been read
@@ -518,16 +516,15 @@ void launch(GradientsParams const& params, cudaStream_t stream) {
       .dw = of_values(params.dw)};
   constexpr int kSmemBytes = sizeof(GradientsStorage);
   static_assert(2 * (kSmemBytes + 1024) <= 228 * 1024);
-  unsigned const boxes = shape.dim_k > kChannels ? 2 : 1;
-  launch_kernel<gradients_kernel<Cfg>>(
-      {.name = "gradients",
-       .grid = dim3(static_cast<unsigned>(shape.num_slots) * shape.num_gate_heads * boxes),
-       .num_threads = kThreads,
-       .shared_bytes = kSmemBytes,
-       .stream = stream,
-       .cluster = dim3(Cfg::kNormalize ? boxes : 1),
-       .overlaps = true},
-      params, GradientsDivisors(params), maps);
+  GradientsDivisors const by(params);
+  launch_kernel<gradients_kernel<Cfg>>({.name = "gradients",
+                                        .grid = by.grid(shape, by.num_boxes),
+                                        .num_threads = kThreads,
+                                        .shared_bytes = kSmemBytes,
+                                        .stream = stream,
+                                        .cluster = dim3(Cfg::kNormalize ? by.num_boxes : 1),
+                                        .overlaps = true},
+                                       params, by, maps);
 }
 
 template <class Element>

@@ -24,19 +24,16 @@ constexpr int kThreads = kHalves * kWarpgroupThreads;
 constexpr int kBoxBytes = kChunk * kBoxRowBytes;
 constexpr int kStages = 2;
 
-// And boxes and slices, how many value heads share a gate head; whether dg or sums of it are asked for: int,
-// which is compared where it lies, among the parameters.
+// And slices, how many boxes there are, how many value heads share a gate head.
 struct GradientsDivisors : ChunkDivisors {
-  cutlass::FastDivmod boxes, slices;
-  int heads_per_gate, wants_decays;
+  cutlass::FastDivmod slices;
+  int num_boxes, heads_per_gate;
 
   explicit GradientsDivisors(GradientsParams const& params)
-      : ChunkDivisors(params.shape, params.num_segments),
-        boxes(params.shape.dim_k > kChannels ? 2 : 1),
+      : ChunkDivisors(params.shape, params.plan, params.num_segments),
         slices((params.shape.dim_v + kColumns - 1) / kColumns),
-        heads_per_gate(params.shape.num_value_heads / params.shape.num_gate_heads),
-        wants_decays(params.dg != nullptr || params.dA_log_of_slots != nullptr ||
-                     params.d_dt_bias_of_slots != nullptr) {}
+        num_boxes(params.shape.dim_k > kChannels ? 2 : 1),
+        heads_per_gate(params.shape.num_value_heads / params.shape.num_gate_heads) {}
 };
 
 // Of the inputs and, where they are asked for and a box has whole pieces of 16 bytes, the gradients.
@@ -52,12 +49,12 @@ struct GradientsWork : ChunkWork {
   GradientsWork() = default;
 
   __device__ GradientsWork(GradientsParams const& params, GradientsDivisors const& by) {
-    CallShape const& shape = params.shape;
-    int order;
-    by.boxes(order, box, static_cast<int>(blockIdx.x));
-    num_boxes = by.boxes.divisor;
+    int const x = static_cast<int>(blockIdx.x);
+    num_boxes = by.num_boxes;
+    box = x & (num_boxes - 1);
     first_channel = box * kChannels;
-    find<ChunkOrder::kInwards>(shape, params.plan, by, order);  // the walks before have ended at both ends
+    // The walks before have ended at both ends.
+    find_in_grid<ChunkOrder::kInwards>(params.shape, params.plan, by, x >> (num_boxes - 1));
   }
 
   __device__ bool has_other_box() const { return num_boxes == 2; }
@@ -92,7 +89,7 @@ struct SliceOrder {
 
   __device__ explicit SliceOrder(GradientsDivisors const& by)
       : number(by.heads_per_gate * by.slices.divisor),
-        num_boxes(by.boxes.divisor),
+        num_boxes(by.num_boxes),
         box(static_cast<int>(blockIdx.x) & (num_boxes - 1)) {}
 
   __device__ int slice(int index) const {
@@ -146,8 +143,8 @@ struct GradientsStorage {
       OfThreads activations;  // of a decay gate, after g: see DecayFunction
     };
   };
-  struct Scratch {  // in the stage that no slice and no tokens need
-    std::uint8_t E[kBoxBytes];
+  struct Scratch {              // in the stage that no slice and no tokens need
+    std::uint8_t E[kBoxBytes];  // -E
     union {
       OfLanes F;  // from the group's first token to a lane's first
       // After the pair products, of a warp's tokens: products of q and of k with dq and dk / norm, over all
@@ -185,8 +182,8 @@ struct GradientsStorage {
   union {
     Values values;
     struct {
-      // After the slices: scale*dP, and dT; rounded, rows r. See store_matrix for what lies above the
-      // diagonal.
+      // After the slices: scale*dP (or dP, see kScalesQueries), and -dT; rounded, rows r. See store_matrix
+      // for what lies above the diagonal.
       std::uint8_t dP[kBoxBytes], dT[kBoxBytes];
     };
     // After the pair products: what the chunk adds to d_dt_bias, over a half's tokens, and to dA_log, over a

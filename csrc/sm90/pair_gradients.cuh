@@ -3,13 +3,13 @@
 //     later tokens r:      dq[r] += D[r] sum_s dP[r,s] k[s] U[s]     dE[r] += D[r] sum_s dT[r,s] k[s] U[s]
 //     earlier tokens s:    dk[s] += U[s] sum_r (dP[r,s] q[r] D[r] + dT[r,s] E[r] D[r])
 //
-// for the six levels of blocks. Levels 1, 2 and 4 lie inside a group of eight tokens, an 8x8 block of dP or
-// dT on the diagonal: of levels 1 and 2 its entries have blocks of their own (see store_matrix), for level 4
-// D and U are zero where there are none. Levels 8 and 16 are whole blocks inside a half, and level 32 is
-// between the halves: the first one computes dk, the second dq and dE, a warpgroup's products and not a
-// warp's. The rounded factors k*U, E*D and q*D are operands where they are built, in the registers of the
-// lanes that need them again for dG: what is added at r and taken away at s has the same operands, and
-// cancels behind both.
+// (with -dT, -E and -dE for dT, E and dE, which is the same) for the six levels of blocks. Levels 1, 2 and 4
+// lie inside a group of eight tokens, an 8x8 block of dP or dT on the diagonal: of levels 1 and 2 its entries
+// have blocks of their own (see store_matrix), for level 4 D and U are zero where there are none. Levels 8
+// and 16 are whole blocks inside a half, and level 32 is between the halves: the first one computes dk, the
+// second dq and dE, a warpgroup's products and not a warp's. The rounded factors k*U, E*D and q*D are
+// operands where they are built, in the registers of the lanes that need them again for dG: what is added at
+// r and taken away at s has the same operands, and cancels behind both.
 #pragma once
 
 #include "sm90/gradients_parts.cuh"
@@ -71,28 +71,24 @@ using GroupTokens = Groups<1>;
 using GroupPair = Groups<2>;
 
 // How a lane reads what is there of its channels. Groups are counted from the first of the warpgroup's half:
-// those of the other half are 4 to 7, or -4 to -1.
+// those of the other half are 4 to 7, or -4 to -1. Of arrays and tiles that lie alike a lane's place in one
+// is its place in all: a register for all addresses.
 struct LaneReader {
+  GradientsStorage& smem;
   GradientsPlace place;
   int num_rows;
   std::uint32_t q_lane, k_lane, E_lane;
-  float const *alpha_lane, *F_lane, *level2_lane;
-  GroupDecay const* groups_lane;
-  GroupPlace const* places_lane;
+  int in_lanes, in_groups, in_pairs;
 
-  __device__ explicit LaneReader(GradientsStorage& smem) : num_rows(uniform(smem.work.num_rows)) {
-    auto const& tokens = smem.tokens();
-    auto const& scratch = smem.scratch();
-    q_lane = lane_address(place, tokens.q);
-    k_lane = lane_address(place, tokens.k);
-    E_lane = lane_address(place, scratch.E);
+  __device__ explicit LaneReader(GradientsStorage& smem_)
+      : smem(smem_), num_rows(uniform(smem.work.num_rows)) {
+    q_lane = lane_address(place, smem.tokens().q);
+    k_lane = q_lane + offsetof(GradientsStorage::Tokens, k) - offsetof(GradientsStorage::Tokens, q);
+    E_lane = lane_address(place, smem.scratch().E);
     int const first = kHalfGroups * place.half_of_chunk;
-    int const thread = place.thread % kWarpgroupThreads;
-    alpha_lane = &smem.alpha1[2 * first][thread];
-    level2_lane = &scratch.of_warps[place.thread / kWarpThreads].level2[0][place.lane / 2];
-    F_lane = &scratch.F[2 * first][thread];
-    groups_lane = &scratch.groups[first][place.channel(0)];
-    places_lane = &scratch.places[first][place.channel(0)];
+    in_lanes = 2 * first * kWarpgroupThreads + place.thread % kWarpgroupThreads;
+    in_groups = first * kChannels + place.channel(0);
+    in_pairs = place.lane / 2;
   }
 
   // Group i lies behind the chunk's last row. (Asking between levels also keeps ptxas from mixing one's loads
@@ -101,28 +97,32 @@ struct LaneReader {
     return num_rows - kHalfTokens * place.half_of_chunk <= kGroup * i;
   }
 
-  __device__ GroupDecay group_decay(int i, int half) const { return groups_lane[i * kChannels + 8 * half]; }
-  __device__ GroupPlace group_place(int i, int half) const { return places_lane[i * kChannels + 8 * half]; }
-  __device__ float alpha1(int i, int half) const { return alpha_lane[(2 * i + half) * kWarpgroupThreads]; }
-  // See GradientsStorage.
-  __device__ float level4(int i, int half) const {
-    return alpha_lane[(2 * kGroups + 2 * i + half) * kWarpgroupThreads];
+  __device__ GroupDecay group_decay(int i, int half) const {
+    return (&smem.scratch().groups[0][0])[in_groups + i * kChannels + 8 * half];
   }
-  __device__ float level2(int i, int half) const { return level2_lane[(2 * i + half) * kWarpThreads / 2]; }
-  __device__ float F(int i, int half) const { return F_lane[(2 * i + half) * kWarpgroupThreads]; }
-  __device__ float B(int i, int half) const {
-    return F_lane[(2 * kGroups + 2 * i + half) * kWarpgroupThreads];
+  __device__ GroupPlace group_place(int i, int half) const {
+    return (&smem.scratch().places[0][0])[in_groups + i * kChannels + 8 * half];
+  }
+  __device__ float of_lane(GradientsStorage::OfLanes const& all, int i, int half) const {
+    return (&all[0][0])[in_lanes + (2 * i + half) * kWarpgroupThreads];
+  }
+  // See GradientsStorage.
+  __device__ float alpha1(int i, int half) const { return of_lane(smem.alpha1, i, half); }
+  __device__ float level4(int i, int half) const { return of_lane(smem.level4, i, half); }
+  __device__ float F(int i, int half) const { return of_lane(smem.scratch().F, i, half); }
+  __device__ float B(int i, int half) const { return of_lane(smem.scratch().B, i, half); }
+  __device__ float level2(int i, int half) const {
+    return smem.scratch().of_warps[place.thread / kWarpThreads].level2[2 * i + half][in_pairs];
   }
 };
 
 template <class Element>
 struct PairGradients : LaneReader {
-  GradientsStorage& smem;
   HalfAccumulators &dq, &dE, &dk, &dG;
 
-  __device__ PairGradients(GradientsStorage& smem_, HalfAccumulators& dq_, HalfAccumulators& dE_,
+  __device__ PairGradients(GradientsStorage& smem, HalfAccumulators& dq_, HalfAccumulators& dE_,
                            HalfAccumulators& dk_, HalfAccumulators& dG_)
-      : LaneReader(smem_), smem(smem_), dq(dq_), dE(dE_), dk(dk_), dG(dG_) {}
+      : LaneReader(smem), dq(dq_), dE(dE_), dk(dk_), dG(dG_) {}
 
   // Blocks of dP or dT, [row, column] or transposed; groups, of this lane's eight.
   template <bool kTransposed, int kCount>
@@ -136,9 +136,8 @@ struct PairGradients : LaneReader {
 
   // All but pairs inside a group.
   __device__ void outer_pairs() {
-    outer_level<1>(0);
-    outer_level<1>(2);
-    outer_level<2>(0);
+    level8();
+    level16();
     if (num_rows > kHalfTokens) {
       place.half_of_chunk == 0 ? across_earlier() : across_later();
     }
@@ -325,99 +324,113 @@ struct PairGradients : LaneReader {
     return {U1 * alpha1(j, half), U1};
   }
 
-  // kBlock groups of the half from `base` on are earlier, the next kBlock later. Later groups behind the
-  // chunk's last row have no pairs.
-  template <int kBlock>
-  __device__ void outer_level(int base) {
-    int const first_later = base + kBlock;
-    if (has_no_tokens(first_later)) {
+  // Group 1 after group 0, and 3 after 2: both in one run of instructions. Groups behind the chunk's last row
+  // have zeros.
+  __device__ void level8() {
+    if (has_no_tokens(1)) {
       return;
     }
-    std::uint32_t E_D[kBlock][2], q_D[kBlock][2], k_U[kBlock][2];
-    float D[2] = {1.f, 1.f}, U[2];
-    first_U(first_later, U);
-    {
-      Groups<kBlock> const E(E_lane, first_later), q(q_lane, first_later), k(k_lane, base);
+    int const of_block = place.lane / 16;  // eight lanes each of two matrices of block 0, then of block 1
+    std::uint32_t const apart = of_block * kGroupBytes;  // a fragment's groups do not follow each other
+    GroupPair const E(E_lane + apart, 1), q(q_lane + apart, 1), k(k_lane + apart, 0);
+    LaneFactors D[4], U[4];  // [2*block + half]
+    std::uint32_t E_D[4], q_D[4], k_U[4];
 #pragma unroll
-      for (int i = 0; i < kBlock; ++i) {
-        int const later = first_later + i, earlier = first_later - 1 - i;
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          std::uint32_t const d = later_factors(later, half, D[half]).rounded();
-          E_D[i][half] = times(E.pairs[2 * i + half], d);
-          q_D[i][half] = times(q.pairs[2 * i + half], d);
-          std::uint32_t const u = earlier_factors(earlier, half, U[half]).rounded();
-          k_U[kBlock - 1 - i][half] = times(k.pairs[2 * (kBlock - 1 - i) + half], u);
-        }
-        if (i + 1 < kBlock) {
-          next_D(later, D);
-          next_U(earlier, U);
-        }
-      }
+    for (int m = 0; m < 4; ++m) {
+      int const earlier = m / 2 * 2, half = m % 2;
+      D[m] = later_factors(earlier + 1, half, 1.f);
+      U[m] = earlier_factors(earlier, half, group_decay(earlier + 1, half).first);
+      std::uint32_t const d = D[m].rounded(), u = U[m].rounded();
+      E_D[m] = times(E.pairs[m], d);
+      q_D[m] = times(q.pairs[m], d);
+      k_U[m] = times(k.pairs[m], u);
     }
-
-    // Blocks of dT, then of dP: kBlock of each, for eight lanes each.
-    std::uint8_t const* const matrix = place.row / 2 / kBlock % 2 ? smem.dP : smem.dT;
-    int const lane_block = place.row / 2 % kBlock;
-    D[0] = D[1] = 1.f;
+    std::uint8_t const* const matrix = place.row / 2 % 2 ? smem.dP : smem.dT;
+    std::uint32_t m[4], m_t[4];  // of dT, then of dP
+    load_blocks<false>(m, matrix, 2 * of_block + 1, 2 * of_block);
+    load_blocks<true>(m_t, matrix, 2 * of_block + 1, 2 * of_block);
+    float later_E[2][4] = {}, later_q[2][4] = {}, earlier[2][4] = {};
 #pragma unroll
-    for (int i = 0; i < kBlock; ++i) {
-      int const r = first_later + i;
-      float later_E[4] = {}, later_q[4] = {};
-      std::uint32_t m[2 * kBlock];
-      load_blocks<false>(m, matrix, r, base + lane_block);
-      multiply_groups(later_E, k_U, m[0], m[kBlock - 1]);
-      multiply_groups(later_q, k_U, m[kBlock], m[2 * kBlock - 1]);
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        LaneFactors const d = later_factors(r, half, D[half]);
-        add_later(4 * r + 2 * half, d.x0, d.x1, &later_E[2 * half], &later_q[2 * half], E_D[i][half],
-                  q_D[i][half]);
-      }
-      if (i + 1 < kBlock) {
-        next_D(r, D);
-      }
+    for (int block = 0; block < 2; ++block) {
+      int const i = 2 * block;
+      mma_16x8x8<Element>(later_E[block], {k_U[i], k_U[i + 1]}, m[i]);
+      mma_16x8x8<Element>(later_q[block], {k_U[i], k_U[i + 1]}, m[i + 1]);
+      mma_16x8x16<Element>(earlier[block], {E_D[i], E_D[i + 1], q_D[i], q_D[i + 1]}, m_t[i], m_t[i + 1]);
     }
-    first_U(first_later, U);
 #pragma unroll
-    for (int i = kBlock - 1; i >= 0; --i) {
-      int const s = base + i;
-      float earlier[4] = {};
-      std::uint32_t m[2 * kBlock];
-      load_blocks<true>(m, matrix, first_later + lane_block, s);
-      if constexpr (kBlock == 1) {
-        mma_16x8x16<Element>(earlier, {E_D[0][0], E_D[0][1], q_D[0][0], q_D[0][1]}, m[0], m[1]);
-      } else {
-        multiply_groups(earlier, E_D, m[0], m[kBlock - 1]);
-        multiply_groups(earlier, q_D, m[kBlock], m[2 * kBlock - 1]);
-      }
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        LaneFactors const u = earlier_factors(s, half, U[half]);
-        add_earlier(4 * s + 2 * half, u.x0, u.x1, &earlier[2 * half], k_U[i][half]);
-      }
-      if (i > 0) {
-        next_U(s, U);
-      }
+    for (int m = 0; m < 4; ++m) {
+      int const block = m / 2, half = m % 2, n = 8 * block + 2 * half;
+      add_later(n + 4, D[m].x0, D[m].x1, &later_E[block][2 * half], &later_q[block][2 * half], E_D[m],
+                q_D[m]);
+      add_earlier(n, U[m].x0, U[m].x1, &earlier[block][2 * half], k_U[m]);
     }
   }
 
-  // acc [16 channels, 8 tokens] += A [16 channels, kBlock groups] times kBlock blocks.
-  template <int kBlock>
-  __device__ static void multiply_groups(float (&acc)[4], std::uint32_t const (&A)[kBlock][2],
-                                         std::uint32_t b0, std::uint32_t b1) {
-    if constexpr (kBlock == 1) {
-      mma_16x8x8<Element>(acc, A[0], b0);
-    } else {
-      std::uint32_t const a[4] = {A[0][0], A[0][1], A[1][0], A[1][1]};
-      mma_16x8x16<Element>(acc, a, b0, b1);
+  // Groups 2 and 3 after groups 0 and 1.
+  __device__ void level16() {
+    if (has_no_tokens(2)) {
+      return;
+    }
+    LaneFactors D[4], U[4];  // [2*(group of the block) + half]
+    FragmentA E_D, q_D, k_U;
+    {
+      GroupPair const E(E_lane, 2), q(q_lane, 2), k(k_lane, 0);
+      float of_later[2] = {1.f, 1.f}, of_earlier[2];
+      first_U(2, of_earlier);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          int const later = 2 * i + half, earlier = 2 * (1 - i) + half;
+          D[later] = later_factors(2 + i, half, of_later[half]);
+          std::uint32_t const d = D[later].rounded();
+          E_D.pairs[later] = times(E.pairs[later], d);
+          q_D.pairs[later] = times(q.pairs[later], d);
+          U[earlier] = earlier_factors(1 - i, half, of_earlier[half]);
+          k_U.pairs[earlier] = times(k.pairs[earlier], U[earlier].rounded());
+        }
+        if (i == 0) {
+          next_D(2, of_later);
+          next_U(1, of_earlier);
+        }
+      }
+    }
+    // Two blocks of dT, then of dP: eight lanes each.
+    std::uint8_t const* const matrix = place.row / 4 % 2 ? smem.dP : smem.dT;
+    int const lane_block = place.row / 2 % 2;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      float later_E[4] = {}, later_q[4] = {};
+      std::uint32_t m[4];
+      load_blocks<false>(m, matrix, 2 + i, lane_block);
+      mma_16x8x16<Element>(later_E, k_U.pairs, m[0], m[1]);
+      mma_16x8x16<Element>(later_q, k_U.pairs, m[2], m[3]);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        int const of = 2 * i + half;
+        add_later(4 * (2 + i) + 2 * half, D[of].x0, D[of].x1, &later_E[2 * half], &later_q[2 * half],
+                  E_D.pairs[of], q_D.pairs[of]);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      float earlier[4] = {};
+      std::uint32_t m[4];
+      load_blocks<true>(m, matrix, 2 + lane_block, i);
+      mma_16x8x16<Element>(earlier, E_D.pairs, m[0], m[1]);
+      mma_16x8x16<Element>(earlier, q_D.pairs, m[2], m[3]);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        int const of = 2 * i + half;
+        add_earlier(4 * i + 2 * half, U[of].x0, U[of].x1, &earlier[2 * half], k_U.pairs[of]);
+      }
     }
   }
 
   // ---- level 32 -------------------------------------------------------------------------------------------
 
   // By wgmma, for which all of a warpgroup has the same num_rows: a block of dT or dP is read once for all
-  // warps, two groups at a time.
+  // warps, and all groups' products are on their way together.
 
   // dk of the first half, from E*D and q*D of the second.
   __device__ void across_earlier() {
@@ -439,31 +452,27 @@ struct PairGradients : LaneReader {
     }
     float U[2];
     first_U(kHalfGroups, U);
+    HalfAccumulators earlier;
+    auto const dT = shared_descriptor<Major::MN>(smem.dT + kHalfTokens * kBoxRowBytes),
+               dP = shared_descriptor<Major::MN>(smem.dP + kHalfTokens * kBoxRowBytes);
+    wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < 2; ++step) {
+      int const rows = step * 16 * kBoxRowBytes >> 4;
+      wgmma<Element, Major::MN>(earlier, E_D[step], dT + rows, step > 0);
+      wgmma<Element, Major::MN>(earlier, q_D[step], dP + rows, true);
+    }
+    wgmma_commit();
+    wgmma_wait<0>();
 #pragma unroll
     for (int pair = 1; pair >= 0; --pair) {
-      float earlier[8];
-      auto const dT = shared_descriptor<Major::MN>(smem.dT + kHalfTokens * kBoxRowBytes + pair * 32),
-                 dP = shared_descriptor<Major::MN>(smem.dP + kHalfTokens * kBoxRowBytes + pair * 32);
-      wgmma_fence();
-#pragma unroll
-      for (int step = 0; step < 2; ++step) {
-        int const rows = step * 16 * kBoxRowBytes >> 4;
-        wgmma<Element, Major::MN>(earlier, E_D[step], dT + rows, step > 0);
-        wgmma<Element, Major::MN>(earlier, q_D[step], dP + rows, true);
-      }
-      wgmma_commit();
       GroupPair const k(k_lane, 2 * pair);
-      wgmma_wait<0>();
 #pragma unroll
-      for (int in_pair = 1; in_pair >= 0; --in_pair) {
-        int const i = 2 * pair + in_pair;
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          int const m = 2 * in_pair + half;
-          LaneFactors const u = earlier_factors(i, half, U[half]);
-          add_earlier(4 * i + 2 * half, u.x0, u.x1, &earlier[2 * m], times(k.pairs[m], u.rounded()));
-        }
-        if (i > 0) {
+      for (int m = 3; m >= 0; --m) {
+        int const i = 2 * pair + m / 2, half = m % 2, n = 4 * i + 2 * half;
+        LaneFactors const u = earlier_factors(i, half, U[half]);
+        add_earlier(n, u.x0, u.x1, &earlier[n], times(k.pairs[m], u.rounded()));
+        if (half == 0 && i > 0) {
           next_U(i, U);
         }
       }
@@ -492,36 +501,32 @@ struct PairGradients : LaneReader {
       }
     }
     float D[2] = {1.f, 1.f};
+    HalfAccumulators later_E;
+    auto const dT = shared_descriptor<Major::K>(smem.dT + kHalfTokens * kBoxRowBytes),
+               dP = shared_descriptor<Major::K>(smem.dP + kHalfTokens * kBoxRowBytes);
 #pragma unroll
     for (int pair = 0; pair < 2; ++pair) {
-      if (has_no_tokens(2 * pair)) {
-        break;
-      }
-      float later_E[8], later_q[8];
-      int const rows = (kHalfTokens + 16 * pair) * kBoxRowBytes;
-      auto const dT = shared_descriptor<Major::K>(smem.dT + rows),
-                 dP = shared_descriptor<Major::K>(smem.dP + rows);
+      float later_q[8];
       wgmma_fence();
 #pragma unroll
       for (int step = 0; step < 2; ++step) {
-        wgmma<Element, Major::K>(later_E, k_U[step], dT + (step * 32 >> 4), step > 0);
-        wgmma<Element, Major::K>(later_q, k_U[step], dP + (step * 32 >> 4), step > 0);
+        int const columns = step * 32 >> 4, rows = pair * 16 * kBoxRowBytes >> 4;
+        if (pair == 0) {
+          wgmma<Element, Major::K>(later_E, k_U[step], dT + columns, step > 0);
+        }
+        wgmma<Element, Major::K>(later_q, k_U[step], dP + columns + rows, step > 0);
       }
       wgmma_commit();
       GroupPair const E(E_lane, 2 * pair), q(q_lane, 2 * pair);
       wgmma_wait<0>();
 #pragma unroll
-      for (int in_pair = 0; in_pair < 2; ++in_pair) {
-        int const i = 2 * pair + in_pair;
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          int const m = 2 * in_pair + half;
-          LaneFactors const d = later_factors(i, half, D[half]);
-          std::uint32_t const rounded = d.rounded();
-          add_later(4 * i + 2 * half, d.x0, d.x1, &later_E[2 * m], &later_q[2 * m],
-                    times(E.pairs[m], rounded), times(q.pairs[m], rounded));
-        }
-        if (i + 1 < kHalfGroups) {
+      for (int m = 0; m < 4; ++m) {
+        int const i = 2 * pair + m / 2, half = m % 2, n = 4 * i + 2 * half;
+        LaneFactors const d = later_factors(i, half, D[half]);
+        std::uint32_t const rounded = d.rounded();
+        add_later(n, d.x0, d.x1, &later_E[n], &later_q[2 * m], times(E.pairs[m], rounded),
+                  times(q.pairs[m], rounded));
+        if (half == 1 && i + 1 < kHalfGroups) {
           next_D(i, D);
         }
       }

@@ -15,14 +15,13 @@
 // Grid: one CTA for a chunk slot and gate head, heads fastest, dense chunks as chunk_order.h has them; beside
 // a walk one CTA an SM, whose teams each take every so many-th. K 128: 256 threads, two CTAs an SM. K 64: 128
 // threads, three. One thread asks for the inputs, in the order in which they are needed: several at once took
-// longer.
-// Roles: a thread owns two channels of 16 tokens, in registers from the first read to the last store, so that
-// the running products stay inside it; the four warps of a warpgroup take the four blocks of 16 tokens of 64
-// channels. alpha, E and normalised k are made where they are read; q is divided by its norms where it is
-// used. The first warpgroup multiplies rows of q for their norms and the diagonal of P before it makes alpha,
-// the last one rows of k afterwards: the tensor cores' waits and special functions meet each other. Of three
-// levels at a time each of two warpgroups multiplies one and a half, and one alone (K 64) all; the first one
-// inverts.
+// longer. Roles: a thread owns two channels of 16 tokens, in registers from the first read to the last store,
+// so that the running products stay inside it; the four warps of a warpgroup take the four blocks of 16
+// tokens of 64 channels. alpha, normalised k and, but for the sigmoid of b, E are made where they are read; q
+// is divided by its norms where it is used. The backward's norms are those of the forward. The first
+// warpgroup multiplies rows of q for their norms and the diagonal of P before it makes alpha, the last one
+// rows of k afterwards: the tensor cores' waits and special functions meet each other. Of three levels at a
+// time each of two warpgroups multiplies one and a half, and one alone (K 64) all; the first one inverts.
 // Shared memory (K 128): q, k, b, g 80 KB, which then hold three operand buffers of 24 KB; T 17 KB, P 8 KB,
 // block products 4 KB: 110 KB.
 //
@@ -61,7 +60,7 @@ __device__ void place_diagonal(SharedStorage<Cfg>& smem, int row) {
 // the 128 bytes of a row.
 template <class Cfg>
 __device__ void store_factor_tiles(SharedStorage<Cfg>& smem, PrepareParams const& params, Work const& work,
-                                   ThreadInputs<Cfg> const& x) {
+                                   ThreadInputs<Cfg>& x) {
   using Element = typename Cfg::Element;
   ThreadPlace const at = thread_place<Cfg>();
   ChunkTiles const& tiles = params.tiles;
@@ -86,6 +85,7 @@ __device__ void store_factor_tiles(SharedStorage<Cfg>& smem, PrepareParams const
         if (i > 0) {
           gamma = gamma * float2{x.alpha[i][0], x.alpha[i][1]};
         }
+        activate_erase_of(x, params.gates, i);
         float const q_scale = Cfg::kNormalize ? q_scales.of(smem.q_scale, first_row, i) : params.scale;
         float2 const q = unpack<Element>(x.q[i]), E = unpack<Element>(x.E[i]);
         store_pair(gamma_q[i], pack<Element>(q.x * gamma.x * q_scale, q.y * gamma.y * q_scale));
@@ -243,24 +243,26 @@ template <class Cfg, class InputsRead, class OperandsRead>
 __device__ void run_tile(SharedStorage<Cfg>& smem, PrepareParams const& params, Work const& work,
                          GateOfThread const& gate, int phase, InputsRead inputs_read,
                          OperandsRead operands_read) {
-  GateParams const& gates = params.gates;
   ThreadPlace const at = thread_place<Cfg>();
   ThreadInputs<Cfg> x;
+  if constexpr (Cfg::kReadsNorms) {
+    read_norms(smem, params, work);
+  }
   smem.rows_full.wait(phase);
-  if ((Cfg::kNormalize || !Cfg::kFactorsOnly) && at.box == 0) {
+  if (!Cfg::kFactorsOnly && at.box == 0) {
     scale_q_rows(smem, params, work);
   }
   smem.g_full.wait(phase);
   read_decays(x, smem, params, gate, work.num_rows);
   store_block_products(smem, x);
-  if (Cfg::kNormalize && at.box == Cfg::kBoxes - 1) {
+  if (Cfg::kNormalize && !Cfg::kReadsNorms && at.box == Cfg::kBoxes - 1) {
     scale_k_rows(smem, params, work);
   }
   smem.b_full.wait(phase);
   if constexpr (Cfg::kNormalize) {
     sync_block<Cfg>(at.block);  // norms of the block's rows are there
   }
-  read_pairs(x, smem, gates, work.num_rows);
+  read_pairs(x, smem, work.num_rows);
   // The inputs are in registers: their shared memory becomes operands. Nobody reads the tiles of the chunk
   // before.
   sync_team<Cfg>();
@@ -316,8 +318,8 @@ __global__ void __launch_bounds__(Cfg::kThreads, Cfg::kCtasPerSm)
   int const team = Cfg::kTeams == 1 ? 0 : uniform(team_index<Cfg>());
   auto& smem = reinterpret_cast<SharedStorage<Cfg>*>(smem_bytes)[team];
   InputLoads<Cfg> const loads{smem, maps, params.gate_element};
-  int const first_order = blockIdx.x * Cfg::kTeams + team_index<Cfg>();
-  if (Cfg::kFactorsOnly && blockIdx.x == 0) {
+  int const first_order = blockIdx.x * Cfg::kTeams + team_index<Cfg>();  // of a team that stays
+  if (Cfg::kFactorsOnly && cta_index() == 0) {
     clear_flags(params.cleared, params.num_cleared);
   }
   if (uniform(thread_of_team<Cfg>() / kWarpThreads) == 0 && elect_one()) {
@@ -325,9 +327,12 @@ __global__ void __launch_bounds__(Cfg::kThreads, Cfg::kCtasPerSm)
     smem.g_full.init(1);
     smem.b_full.init(1);
     cutlass::arch::fence_barrier_init();
-    smem.work[0].order = first_order;
-    if (has_order(params, first_order)) {
-      Work const own = find_work<Cfg>(params, by, first_order);
+    if constexpr (Cfg::kStays) {
+      smem.work[0].order = first_order;
+    }
+    if (!Cfg::kStays || has_order(params, first_order)) {
+      Work const own =
+          Cfg::kStays ? find_work<Cfg>(params, by, first_order) : find_work_of_cta<Cfg>(params, by);
       loads.load(own);
       smem.work[0] = own;
     }
@@ -348,11 +353,11 @@ __global__ void __launch_bounds__(Cfg::kThreads, Cfg::kCtasPerSm)
       run_tile(smem, params, next.work, gate, round % 2, [&] { next.find(); }, [&] { next.load(); });
     }
   } else {
-    GateOfThread const gate(params, by.head(first_order), thread_place<Cfg>().channel());
+    GateOfThread const gate(params, by.head_of_cta(), thread_place<Cfg>().channel());
     let_next_kernel_start();  // where there is room; it waits for the end of this one
     sync_team<Cfg>();
     run_tile(smem, params, smem.work[0], gate, 0, [] {}, [] {});
-    if (!Cfg::kFactorsOnly && !has_order(params, static_cast<int>(blockIdx.x) + params.num_kept)) {
+    if (!Cfg::kFactorsOnly && !has_order(params, cta_index() + params.num_kept)) {
       keep_factors<Cfg>(params, smem.work[0]);
     }
   }
@@ -371,13 +376,15 @@ void launch(PrepareParams const& params, cudaStream_t stream) {
   }
   constexpr int kSmemBytes = Cfg::kTeams * sizeof(SharedStorage<Cfg>);
   static_assert(Cfg::kCtasPerSm * (kSmemBytes + 1024) <= 228 * 1024);
+  ChunkDivisors const by(shape, params.plan, params.num_segments);
   int const tiles = shape.num_slots * shape.num_gate_heads;
-  launch_kernel<prepare_kernel<Cfg>>({.name = "prepare",
-                                      .grid = dim3(Cfg::kStays ? std::min(tiles, params.num_sms) : tiles),
-                                      .num_threads = Cfg::kThreads,
-                                      .shared_bytes = kSmemBytes,
-                                      .stream = stream},
-                                     params, ChunkDivisors(shape, params.num_segments), maps);
+  launch_kernel<prepare_kernel<Cfg>>(
+      {.name = "prepare",
+       .grid = Cfg::kStays ? dim3(std::min(tiles, params.num_sms)) : by.grid(shape),
+       .num_threads = Cfg::kThreads,
+       .shared_bytes = kSmemBytes,
+       .stream = stream},
+      params, by, maps);
 }
 
 template <class Element, bool kFactorsOnly, bool kWholeSm>

@@ -70,40 +70,30 @@ __device__ void read_g(float (&g)[kBlock][2], SharedStorage<Cfg>& smem, ElementT
   }
 }
 
-// q, k over its norm where that is asked for, and E, through the sigmoid of b: 0 in rows that are not the
-// sequence's.
+// q, k over its norm where that is asked for, and E: 0 in rows that are not the sequence's. Where b goes
+// through its sigmoid it stands for E until activate_erase_of.
 template <class Cfg>
-__device__ void read_pairs(ThreadInputs<Cfg>& x, SharedStorage<Cfg>& smem, GateParams const& gates,
-                           int num_rows) {
+__device__ void read_pairs(ThreadInputs<Cfg>& x, SharedStorage<Cfg>& smem, int num_rows) {
   using Element = typename Cfg::Element;
   using In = decltype(smem.in);
   ThreadPlace const at = thread_place<Cfg>();
   int const first_row = at.block * kBlock;
   auto const pairs = pairs_of(smem.in.q[at.box], first_row, at.lane);
-  auto const read_b = [&](int i) {
-    std::uint32_t const b = load_pair(pairs[i] + (offsetof(In, b) - offsetof(In, q)));
-    x.E[i] = Cfg::kSigmoid ? activate_erase<Element>(gates, b) : b;
-  };
-  // The sigmoid in one run of instructions with the rest, for the special function unit is slower than the
-  // others.
-  if constexpr (!Cfg::kSigmoid) {
 #pragma unroll
-    for (int i = 0; i < kBlock; ++i) {
-      read_b(i);
-    }
+  for (int i = 0; i < kBlock; ++i) {
+    x.E[i] = load_pair(pairs[i] + (offsetof(In, b) - offsetof(In, q)));
   }
   RowScales<PairFactor<Element>> inverse_norms;
 #pragma unroll
   for (int i = 0; i < kBlock; ++i) {
-    if constexpr (Cfg::kSigmoid) {
-      read_b(i);
-    }
     x.q[i] = load_pair(pairs[i]);
     x.k[i] = load_pair(pairs[i] + (offsetof(In, k) - offsetof(In, q)));
     if constexpr (Cfg::kNormalize) {
       x.k[i] = inverse_norms.of(smem.k_scale, first_row, i).times(x.k[i]);
     }
-    x.E[i] = multiply_pairs<Element>(x.E[i], x.k[i]);
+    if constexpr (!Cfg::kSigmoid) {
+      x.E[i] = multiply_pairs<Element>(x.E[i], x.k[i]);
+    }
   }
   if (first_row + kBlock > num_rows) {
 #pragma unroll
@@ -112,6 +102,16 @@ __device__ void read_pairs(ThreadInputs<Cfg>& x, SharedStorage<Cfg>& smem, GateP
         x.q[i] = x.k[i] = x.E[i] = 0u;
       }
     }
+  }
+}
+
+// E of token i, through the sigmoid of b: where it is first needed, among what else is made of it, for the
+// special function unit is slower than the others.
+template <class Cfg>
+__device__ void activate_erase_of(ThreadInputs<Cfg>& x, GateParams const& gates, int i) {
+  using Element = typename Cfg::Element;
+  if constexpr (Cfg::kSigmoid) {
+    x.E[i] = multiply_pairs<Element>(activate_erase<Element>(gates, x.E[i]), x.k[i]);
   }
 }
 
@@ -163,28 +163,39 @@ __device__ inline float inverse_norm(PrepareParams const& params, Work const& wo
   return inverse;
 }
 
+// The scales of rows whose norms the forward has kept: of q by the first warpgroup, of k by the last.
+template <class Cfg>
+__device__ void read_norms(SharedStorage<Cfg>& smem, PrepareParams const& params, Work const& work) {
+  ThreadPlace const at = thread_place<Cfg>();
+  if (at.lane < kBlock) {
+    int const row = at.block * kBlock + at.lane;
+    float const* const norms = params.row_norms + work.tile * 2 * kChunk + row;
+    if (at.box == 0) {
+      smem.q_scale[row] = params.scale * norms[0];
+    }
+    if (at.box == Cfg::kBoxes - 1) {
+      smem.k_scale[row] = PairFactor<typename Cfg::Element>(norms[kChunk]);
+    }
+  }
+  __syncwarp();
+}
+
 // The scales of q's rows and the diagonal of q k^T, by the first warpgroup.
 template <class Cfg>
 __device__ void scale_q_rows(SharedStorage<Cfg>& smem, PrepareParams const& params, Work const& work) {
   using In = decltype(smem.in);
   constexpr int kFromQToK = offsetof(In, k) - offsetof(In, q);
-  constexpr bool kDiagonal = !Cfg::kFactorsOnly;
   ThreadPlace const at = thread_place<Cfg>();
   int const num_rows = work.num_rows;
-  RowDots dots{};
-  if constexpr (Cfg::kNormalize || kDiagonal) {
-    dots = row_dots<typename Cfg::Element, Cfg::kBoxes, Cfg::kNormalize, kDiagonal>(smem.in.q, kFromQToK,
-                                                                                    at.block * kBlock);
-  }
+  RowDots const dots = row_dots<typename Cfg::Element, Cfg::kBoxes, Cfg::kNormalize, true>(
+      smem.in.q, kFromQToK, at.block * kBlock);
   for_rows_of_lane(at, [&](int row, int i) {
     bool const is_own = row < num_rows;
     float const inverse = Cfg::kNormalize ? inverse_norm(params, work, num_rows, row, dots.self[i], false)
                           : is_own        ? 1.f
                                           : 0.f;
     smem.q_scale[row] = params.scale * inverse;
-    if constexpr (kDiagonal) {
-      smem.diagonal[row] = is_own ? dots.other[i] : 0.f;
-    }
+    smem.diagonal[row] = is_own ? dots.other[i] : 0.f;
   });
 }
 

@@ -39,7 +39,8 @@ struct Config : Extras_ {
   static constexpr int kThreads = kTeams * kTeamThreads;
   static constexpr int kCtasPerSm = kTeamsPerSm / kTeams;
   static constexpr int kTileBytes = kBoxes * kBoxBytes;
-  static constexpr int kGateColumns = kBoxRowBytes / sizeof(float);  // of a box of float32 g
+  static constexpr bool kReadsNorms = Extras_::kNormalize && kFactorsOnly;  // which the forward has kept
+  static constexpr int kGateColumns = kBoxRowBytes / sizeof(float);         // of a box of float32 g
   // Where ptxas runs out of registers, in a loop over chunks above all. Then it is given smaller phases.
   static constexpr bool kCrowded = kStays || (Extras_::kAny && kFactorsOnly);
   static constexpr int kGroup = kCrowded ? 4 : kBlock;  // tokens of a thread that are looked at together
@@ -138,6 +139,14 @@ __device__ Work find_work(PrepareParams const& params, ChunkDivisors const& by, 
   Work work;
   work.find<Cfg::kOrder>(params.shape, params.plan, by, order);
   work.order = order;
+  return work;
+}
+
+template <class Cfg>
+__device__ Work find_work_of_cta(PrepareParams const& params, ChunkDivisors const& by) {
+  Work work;
+  work.find_in_grid<Cfg::kOrder>(params.shape, params.plan, by, static_cast<int>(blockIdx.x));
+  work.order = 0;  // nobody asks
   return work;
 }
 

@@ -46,6 +46,11 @@ __device__ float4 unpack(uint2 bits) {
   return {low.x, low.y, high.x, high.y};
 }
 
+__device__ inline uint4 negative_pairs(uint4 x) {
+  constexpr std::uint32_t kSigns = 0x80008000;
+  return {x.x ^ kSigns, x.y ^ kSigns, x.z ^ kSigns, x.w ^ kSigns};
+}
+
 // All bits of what is negative of a pair, and none of the other. (__byte_perm takes no signs.)
 __device__ inline std::uint32_t sign_masks(std::uint32_t pair) {
   std::uint32_t masks;
