@@ -13,6 +13,61 @@
 
 namespace gdn2 {
 
+// The products y.dy of a lane's tokens over its two channels, and their sums over the eight lanes that have
+// the same tokens: transposed, times ones. Of bfloat16 packed; for float16, which has not the range, in
+// float32, and then as sums of two.
+template <class Element>
+struct TokenDots {
+  static constexpr bool kIsPacked = std::is_same_v<Element, __nv_bfloat16>;
+  using Term = __nv_bfloat16;
+
+  std::conditional_t<kIsPacked, std::uint32_t, float2> products[kHalfGroups];  // of a group's two tokens
+  float sums[kHalfGroups / 2];  // of a pair of groups: token `row` of the first one, or of the second
+
+  // Of channel `half`, from the first on, and two tokens of group i.
+  __device__ void add(int i, int half, std::uint32_t y, float const* dy) {
+    if constexpr (kIsPacked) {
+      std::uint32_t const dy2 = pack<Element>(dy[0], dy[1]);
+      products[i] =
+          half == 0 ? multiply_pairs<Element>(y, dy2) : multiply_add_pairs<Element>(y, dy2, products[i]);
+    } else {
+      float2 const y2 = unpack<Element>(y);
+      products[i].x = half == 0 ? y2.x * dy[0] : products[i].x + y2.x * dy[0];
+      products[i].y = half == 0 ? y2.y * dy[1] : products[i].y + y2.y * dy[1];
+    }
+  }
+
+  // Over the lanes, when all of a pair of groups is there.
+  __device__ void sum_pair(int pair, GradientsPlace const& place) {
+    int const i = 2 * pair;
+    float acc[4] = {};
+    if constexpr (kIsPacked) {
+      multiply_by_ones(acc, products[i], products[i + 1]);
+    } else {
+      std::uint32_t const first = high(products[i]), second = high(products[i + 1]);
+      multiply_by_ones(acc, first, second);
+      multiply_by_ones(acc, high(rest(products[i], first)), high(rest(products[i + 1], second)));
+    }
+    sums[pair] = place.quad % 2 == 0 ? acc[0] : acc[2];
+  }
+  // Of token `row` of group `quad`.
+  __device__ float sum(GradientsPlace const& place) const {
+    static_assert(kHalfGroups == 4);
+    return place.quad / 2 == 0 ? sums[0] : sums[1];
+  }
+
+ private:
+  __device__ static std::uint32_t high(float2 x) { return pack<Term>(x.x, x.y); }
+  __device__ static float2 rest(float2 x, std::uint32_t high) {
+    float2 const high2 = unpack<Term>(high);
+    return {x.x - high2.x, x.y - high2.y};
+  }
+  __device__ static void multiply_by_ones(float (&acc)[4], std::uint32_t first, std::uint32_t second) {
+    constexpr std::uint32_t kOnes = 0x3f803f80;
+    mma_16x8x8<Term>(acc, {transpose(first), transpose(second)}, kOnes);
+  }
+};
+
 // What comes before and after the pair products, for one warp's 16 channels x 32 tokens.
 template <class Cfg>
 struct Channels {
@@ -30,20 +85,36 @@ struct Channels {
   // anew: float16 has not their range.
   static constexpr bool kKeepsSides = Cfg::kSigmoid && std::is_same_v<Element, __nv_bfloat16>;
 
-  // Whether the tile of q has scale*q, where it is divided by its norm anyway. dP goes without scale then,
-  // and dq until what the norm takes is taken from it. Not float16, which has not the range for any scale.
-  static constexpr bool kScalesQueries = Cfg::kNormalize && std::is_same_v<Element, __nv_bfloat16>;
+  // Whether the tile of q stays as it came where q has a norm: scale goes to dP and to the states' share of
+  // dq anyway, and 1 / norm with it. Not float16, which has not the range.
+  static constexpr bool kRawQueries = Cfg::kNormalize && std::is_same_v<Element, __nv_bfloat16>;
+  static constexpr bool kDividesQueries = Cfg::kNormalize && !kRawQueries;
+
+  // By the warpgroup that has dP, before a barrier.
+  __device__ void scale_dP(float (&dP)[4 * kGroups], GradientsPlace const& place) {
+    float scales[2] = {params.scale, params.scale};
+    if constexpr (kRawQueries) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        int const row = kWarpChannels * place.warp + place.row + 8 * half;
+        scales[half] *= smem.inverse_norms[0][row];
+        smem.scratch().query_scales[row] = scales[half];  // four lanes the same
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < 4 * kGroups; ++n) {
+      dP[n] *= scales[n / 2 % 2];
+    }
+  }
 
   // Of two neighbours x: sigmoid(x); and their sides, the smaller ones of sigmoid(x) and sigmoid(-x),
   // negative where it is the latter. The slope is side * (1 - side), near 0 and 1 to the precision of a side.
   __device__ static void sigmoid_and_side(std::uint32_t x, std::uint32_t& sigmoid, std::uint32_t& side) {
     float2 const x2 = unpack<Element>(x), e{exp2_approx(-kLog2E * x2.x), exp2_approx(-kLog2E * x2.y)},
                  s{reciprocal_approx(1.f + e.x), reciprocal_approx(1.f + e.y)};
-    constexpr float kSmallest = 0x1p-120f;  // zero would have no sign
     std::uint32_t const is_negative = sign_masks(x);
     sigmoid = pack<Element>(s.x, s.y);
-    side = (sigmoid & is_negative) |
-           (pack<Element>(fmaf(-e.x, s.x, -kSmallest), fmaf(-e.y, s.y, -kSmallest)) & ~is_negative);
+    side = (sigmoid & is_negative) | (pack<Element>(-e.x * s.x, -e.y * s.y) & ~is_negative);
   }
 
   // A warp's pieces of q, k and b: a token a lane, its warp's channels.
@@ -59,14 +130,18 @@ struct Channels {
     auto& tokens = smem.tokens();
     auto& scratch = smem.scratch();
     PairFactor<Element> of_q{}, of_k{};
+    if constexpr (kDividesQueries) {
+      of_q = PairFactor<Element>(smem.inverse_norms[0][t]);
+    }
     if constexpr (Cfg::kNormalize) {
-      of_q = PairFactor<Element>((kScalesQueries ? params.scale : 1.f) * smem.inverse_norms[0][t]);
       of_k = PairFactor<Element>(smem.inverse_norms[1][t]);
     }
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      if constexpr (Cfg::kNormalize) {
+      if constexpr (kDividesQueries) {
         piece(tokens.q, t, warp, i) = multiply_pairs(x.q[i], of_q);
+      }
+      if constexpr (Cfg::kNormalize) {
         piece(tokens.k, t, warp, i) = x.k[i] = multiply_pairs(x.k[i], of_k);
       }
       uint4& b = x.b[i];
@@ -139,7 +214,7 @@ struct Channels {
     TokenPieces pieces{};
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      if constexpr (Cfg::kNormalize) {
+      if constexpr (kDividesQueries) {
         pieces.q[i] = piece(tokens.q, t, place.warp, i);
       }
       pieces.k[i] = piece(tokens.k, t, place.warp, i);
@@ -245,7 +320,10 @@ struct Channels {
     int const last = pairs.num_rows - 1 - pairs.place.token(0, 0);  // from the lane's first token on
     GroupTokens const q(pairs.q_lane, i), k(pairs.k_lane, i), E(pairs.E_lane, i);
     float const alpha1[2] = {pairs.alpha1(i, 0), pairs.alpha1(i, 1)};
-    float const scale = kScalesQueries ? 1.f : params.scale;
+    float2 scales{params.scale, params.scale};
+    if constexpr (kRawQueries) {
+      scales = *reinterpret_cast<float2 const*>(&smem.scratch().query_scales[pairs.place.token(i, 0)]);
+    }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       int const n = 4 * i + 2 * half;
@@ -254,8 +332,8 @@ struct Channels {
       GroupPlace const group = pairs.group_place(i, half);
       float const gamma0 = group.before * pairs.F(i, half), gamma1 = gamma0 * alpha1[half];
       float const tail1 = group.after * pairs.B(i, half), tail0 = tail1 * alpha1[half];
-      dq[n] *= scale * gamma0;
-      dq[n + 1] *= scale * gamma1;
+      dq[n] *= scales.x * gamma0;
+      dq[n + 1] *= scales.y * gamma1;
       dE[n] *= gamma0;
       dE[n + 1] *= gamma1;
       dk[n] *= tail0;
@@ -307,28 +385,27 @@ struct Channels {
     }
   }
 
-  // One instruction, where of a condition ptxas makes two.
-  __device__ static float one_if_negative(float x) {
-    float y;
-    asm("set.lt.f32.f32 %0, %1, 0f00000000;" : "=f"(y) : "f"(x));
-    return y;
-  }
-
-  // dE becomes db, and dk takes its share; through the sigmoid of b where there is one. k and b: two tokens.
-  __device__ void finish_erase(int n, float2 k, float2 b) {
-    float2 slope{1.f, 1.f};
+  // dE becomes db, and dk takes its share; through the sigmoid of b where there is one. Two tokens.
+  __device__ void finish_erase(int n, std::uint32_t k, std::uint32_t b) {
+    float2 b2, db_per_dE;
     if constexpr (kKeepsSides) {
-      float2 const side{fabsf(b.x), fabsf(b.y)};
-      slope = {fmaf(-side.x, side.x, side.x), fmaf(-side.y, side.y, side.y)};
-      b = {b.x + one_if_negative(b.x), b.y + one_if_negative(b.y)};
-    } else if constexpr (Cfg::kSigmoid) {
-      b = sigmoid(b);
-      slope = {fmaf(-b.x, b.x, b.x), fmaf(-b.y, b.y, b.y)};
+      std::uint32_t const minus_slope = multiply_add_pairs<Element>(b, b, b | kSignsOfPair),
+                          ones = sign_masks(b) & pack<Element>(1.f, 1.f);
+      db_per_dE = unpack<Element>(multiply_pairs<Element>(k, minus_slope));
+      b2 = unpack<Element>(add_pairs<Element>(b, ones));
+    } else {
+      float2 const k2 = unpack<Element>(k);
+      b2 = unpack<Element>(b);
+      db_per_dE = {-k2.x, -k2.y};
+      if constexpr (Cfg::kSigmoid) {
+        b2 = sigmoid(b2);
+        db_per_dE = {-k2.x * fmaf(-b2.x, b2.x, b2.x), -k2.y * fmaf(-b2.y, b2.y, b2.y)};
+      }
     }
-    dk[n] -= b.x * dE[n];
-    dk[n + 1] -= b.y * dE[n + 1];
-    dE[n] *= -k.x * slope.x;
-    dE[n + 1] *= -k.y * slope.y;
+    dk[n] -= b2.x * dE[n];
+    dk[n + 1] -= b2.y * dE[n + 1];
+    dE[n] *= db_per_dE.x;
+    dE[n + 1] *= db_per_dE.y;
   }
 
   // For all tokens, from the last groups to the first, `between` two of them: what has nothing to do with it,
@@ -348,45 +425,43 @@ struct Channels {
     }
     auto const* const inverse_norms =
         reinterpret_cast<float2 const*>(&smem.inverse_norms[0][place.token(0, 0)]);
-    float dots[2][2 * kHalfGroups];  // [of q, of k][2*i + c]
+    TokenDots<Element> of_q, of_k;
 #pragma unroll
     for (int pair = kHalfGroups / 2 - 1; pair >= 0; --pair) {
       between(pair, place);
       GroupPair const k(lane_address(place, tokens.k), 2 * pair), b(lane_address(place, tokens.b), 2 * pair);
 #pragma unroll
       for (int m = 0; m < 4; ++m) {
-        int const i = 2 * pair + m / 2, half = m % 2, n = 4 * i + 2 * half;
-        float2 const k2 = unpack<Element>(k.pairs[m]);
-        finish_erase(n, k2, unpack<Element>(b.pairs[m]));
+        int const i = 2 * pair + m / 2, n = 4 * i + 2 * (m % 2);
+        finish_erase(n, k.pairs[m], b.pairs[m]);
         if constexpr (Cfg::kNormalize) {
-          divide_and_multiply(&dots[1][2 * i], half, k2, &dk[n], inverse_norms[kChunk / 2 + i * kGroup / 2]);
+          multiply(&dk[n], inverse_norms[kChunk / 2 + i * kGroup / 2]);
+          of_k.add(i, m % 2, k.pairs[m], &dk[n]);
         }
       }
       if constexpr (Cfg::kNormalize) {
         GroupPair const q(lane_address(place, tokens.q), 2 * pair);
 #pragma unroll
         for (int m = 0; m < 4; ++m) {
-          int const i = 2 * pair + m / 2, half = m % 2;
-          divide_and_multiply(&dots[0][2 * i], half, unpack<Element>(q.pairs[m]), &dq[4 * i + 2 * half],
-                              inverse_norms[i * kGroup / 2]);
+          int const i = 2 * pair + m / 2, n = 4 * i + 2 * (m % 2);
+          if constexpr (kDividesQueries) {
+            multiply(&dq[n], inverse_norms[i * kGroup / 2]);
+          }
+          of_q.add(i, m % 2, q.pairs[m], &dq[n]);
         }
+        of_k.sum_pair(pair, place);
+        of_q.sum_pair(pair, place);
       }
     }
     if constexpr (Cfg::kNormalize) {
-      // Over the lanes that have the same tokens. A lane stores those of one: of row `row` of group `quad`.
-      float const of_q = sum_over_rows(dots[0], place), of_k = sum_over_rows(dots[1], place);
-      store_dots(place, kGroup * place.quad + place.row, {of_q, of_k});
+      // A lane stores those of one token: of row `row` of group `quad`.
+      store_dots(place, kGroup * place.quad + place.row, {of_q.sum(place), of_k.sum(place)});
     }
   }
 
-  // Of two tokens: dy over the norms of their rows, and its products with the rows y, over the lane's
-  // channels: `half` 0 begins the sums.
-  __device__ static void divide_and_multiply(float* sums, int half, float2 y, float* dy,
-                                             float2 inverse_norms) {
-    dy[0] *= inverse_norms.x;
-    dy[1] *= inverse_norms.y;
-    sums[0] = half == 0 ? y.x * dy[0] : sums[0] + y.x * dy[0];
-    sums[1] = half == 0 ? y.y * dy[1] : sums[1] + y.y * dy[1];
+  __device__ static void multiply(float* x, float2 factors) {
+    x[0] *= factors.x;
+    x[1] *= factors.y;
   }
 
   // of_warp(w): what a warp has of the lane's token.
@@ -404,32 +479,6 @@ struct Channels {
     if (has_other) {
       cute::cluster_arrive_relaxed();
     }
-  }
-
-  // Of token `row` of group `quad`, the sum of x[2*group + c] over the eight lanes that have it: transposed,
-  // times ones. Rounded to bfloat16, which has the range; for float16 to a sum of two.
-  __device__ static float sum_over_rows(float const (&x)[2 * kHalfGroups], GradientsPlace const& place) {
-    using Term = __nv_bfloat16;
-    constexpr int kTerms = std::is_same_v<Element, __half> ? 2 : 1;
-    constexpr std::uint32_t kOnes = 0x3f803f80;
-    float sums[kHalfGroups];
-#pragma unroll
-    for (int i = 0; i < kHalfGroups; i += 2) {
-      float2 low{x[2 * i], x[2 * i + 1]}, high{x[2 * i + 2], x[2 * i + 3]};
-      float acc[4] = {};
-#pragma unroll
-      for (int term = 0; term < kTerms; ++term) {
-        std::uint32_t const of_low = pack<Term>(low.x, low.y), of_high = pack<Term>(high.x, high.y);
-        mma_16x8x8<Term>(acc, {transpose(of_low), transpose(of_high)}, kOnes);
-        float2 const low_term = unpack<Term>(of_low), high_term = unpack<Term>(of_high);
-        low = {low.x - low_term.x, low.y - low_term.y};
-        high = {high.x - high_term.x, high.y - high_term.y};
-      }
-      sums[i] = acc[0];
-      sums[i + 1] = acc[2];
-    }
-    float const low = place.quad % 2 == 0 ? sums[0] : sums[1], high = place.quad % 2 == 0 ? sums[2] : sums[3];
-    return place.quad / 2 == 0 ? low : high;
   }
 
   // The products of a token of the half over the warp's channels, of q and of k, for this CTA and the one of
@@ -453,9 +502,7 @@ struct Channels {
     return sum_over_warps([&](int warp) { return of_warps[warp].dots[place.lane]; });
   }
 
-  static constexpr float kSmallestScale = 0x1p-120f;  // of which there is 1 / scale
-
-  // The factors of the warp's rows.
+  // The factors of the warp's rows: y.dy/n, or of q as it came q.dq/n^2, where dq is dy/n.
   __device__ void make_norm_factors(float2 sums, GradientsPlace const& place, bool has_other) {
     auto& scratch = smem.scratch();
     if (has_other) {
@@ -464,13 +511,14 @@ struct Channels {
       float2 const other = sum_over_warps([&](int warp) { return scratch.other_dots[warp][token]; });
       sums = {sums.x + other.x, sums.y + other.y};
     }
-    if constexpr (kScalesQueries) {  // the rows have it, and what is taken has it once
-      sums.x *= fabsf(params.scale) > kSmallestScale ? 1.f / params.scale : 0.f;
+    if constexpr (kRawQueries) {
+      float const inverse = smem.inverse_norms[0][kHalfTokens * place.half_of_chunk + place.lane];
+      sums.x *= inverse * inverse;
     }
-    scratch.norm_factors[place.thread / kWarpThreads][place.lane] = sums;
+    store_norm_factors(sums, place);
   }
 
-  // The warp's normalised rows of q and k.
+  // The warp's rows of q and k.
   struct Rows {
     GroupPair q[2], k[2];
   };
@@ -480,23 +528,58 @@ struct Channels {
     return {{{q, 0}, {q, 2}}, {{k, 0}, {k, 2}}};
   }
 
+  // Whether rows are multiplied by a matrix with minus their factors on its diagonal, as sums of two. float16
+  // has not the range.
+  static constexpr bool kHasDiagonals = std::is_same_v<Element, __nv_bfloat16>;
+
+  __device__ void store_norm_factors(float2 factors, GradientsPlace const& place) {
+    auto& of_warp = smem.scratch().norm_factors[warp_anew()];
+    if constexpr (kHasDiagonals) {
+      std::uint32_t const high = pack<Element>(-factors.x, -factors.y);
+      float2 const high2 = unpack<Element>(high);
+      std::uint32_t const low = pack<Element>(-factors.x - high2.x, -factors.y - high2.y);
+      // For the half that the token has of two; the other one is zero.
+      std::uint32_t const of_q = place.lane % 2 == 0 ? 0x4410 : 0x1044,
+                          of_k = place.lane % 2 == 0 ? 0x4432 : 0x3244;
+      of_warp.diagonal[place.lane / kGroup][place.lane % kGroup] = {
+          __byte_perm(high, 0, of_q), __byte_perm(low, 0, of_q), __byte_perm(high, 0, of_k),
+          __byte_perm(low, 0, of_k)};
+      if (place.lane < kHalfGroups) {
+        of_warp.diagonal[place.lane][kGroup] = uint4{};
+      }
+    } else {
+      of_warp.factors[place.lane] = factors;
+    }
+  }
+
   __device__ void finish_norm_gradients(Rows const& rows, GradientsPlace const& place) {
-    auto const& factors = smem.scratch().norm_factors[place.thread / kWarpThreads];
-    float const scale = kScalesQueries ? params.scale : 1.f;
+    auto const& of_warp = smem.scratch().norm_factors[warp_anew()];
     __syncwarp();
+    if constexpr (kHasDiagonals) {
+      int const entry = place.row / 2 == place.quad ? place.row : kGroup;
 #pragma unroll
-    for (int i = 0; i < kHalfGroups; ++i) {
-      // Of two tokens: of q and of k, then of the next one.
-      float4 const both = *reinterpret_cast<float4 const*>(&factors[kGroup * i + 2 * place.quad]);
+      for (int i = 0; i < kHalfGroups; ++i) {
+        uint4 const x = of_warp.diagonal[i][entry];
+        std::uint32_t const* const q = &rows.q[i / 2].pairs[i % 2 * 2];
+        std::uint32_t const* const k = &rows.k[i / 2].pairs[i % 2 * 2];
+        mma_16x8x16<Element>(group_of(dq, i), {q[0], q[1], q[0], q[1]}, x.x, x.y);
+        mma_16x8x16<Element>(group_of(dk, i), {k[0], k[1], k[0], k[1]}, x.z, x.w);
+      }
+    } else {
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        int const n = 4 * i + 2 * half, in_pair = 2 * (i % 2) + half;
-        float2 const q2 = unpack<Element>(rows.q[i / 2].pairs[in_pair]),
-                     k2 = unpack<Element>(rows.k[i / 2].pairs[in_pair]);
-        dq[n] = scale * dq[n] - q2.x * both.x;
-        dq[n + 1] = scale * dq[n + 1] - q2.y * both.z;
-        dk[n] -= k2.x * both.y;
-        dk[n + 1] -= k2.y * both.w;
+      for (int i = 0; i < kHalfGroups; ++i) {
+        // Of two tokens: of q and of k, then of the next one.
+        float4 const both = *reinterpret_cast<float4 const*>(&of_warp.factors[kGroup * i + 2 * place.quad]);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          int const n = 4 * i + 2 * half, in_pair = 2 * (i % 2) + half;
+          float2 const q2 = unpack<Element>(rows.q[i / 2].pairs[in_pair]),
+                       k2 = unpack<Element>(rows.k[i / 2].pairs[in_pair]);
+          dq[n] -= q2.x * both.x;
+          dq[n + 1] -= q2.y * both.z;
+          dk[n] -= k2.x * both.y;
+          dk[n + 1] -= k2.y * both.w;
+        }
       }
     }
   }

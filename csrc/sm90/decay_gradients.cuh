@@ -55,6 +55,16 @@ struct DecayGradients {
 
   __device__ void add_other_half(GradientsPlace const& place) {
     auto const& scratch = smem.scratch();
+    if constexpr (Cfg::kGate == DecayGate::kLowerBound) {  // which has a slope where there are no tokens
+      if (int const num_rows = uniform(smem.work.num_rows); num_rows < kChunk) {
+#pragma unroll
+        for (int n = 0; n < 4 * kHalfGroups; ++n) {
+          bool const is_own = place.token(n / 4, n % 2) < num_rows;
+          slopes[n] = is_own ? slopes[n] : 0.f;
+          dG[n] = is_own ? dG[n] : 0.f;
+        }
+      }
+    }
     float dA_log = own_dA_log;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -124,14 +134,6 @@ struct DecayGradients {
       decay.backward(activations[n], slopes[n], weight);
       own_dA_log += weight * dG[n];
       weights[n / 2 % 2] += weight;
-    }
-    if constexpr (Cfg::kGate == DecayGate::kLowerBound) {  // which has a slope where there are no tokens
-      if (int const num_rows = uniform(smem.work.num_rows); num_rows < kChunk) {
-#pragma unroll
-        for (int n = 8 * pair; n < 8 * pair + 8; ++n) {
-          slopes[n] = place.token(n / 4, n % 2) < num_rows ? slopes[n] : 0.f;
-        }
-      }
     }
 #pragma unroll
     for (int n = 8 * pair; n < 8 * pair + 8; ++n) {

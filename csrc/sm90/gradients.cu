@@ -406,11 +406,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
   store_S_dS(smem, products, place);
   bool const has_dP = place.half_of_chunk == 0;
-  if (!Channels<Cfg>::kScalesQueries && has_dP) {
-#pragma unroll
-    for (float& x : products.dM) {
-      x *= params.scale;
-    }
+  if (has_dP) {
+    x.scale_dP(products.dM, place);
   }
   store_matrix<Element>(has_dP ? smem.dP : smem.dT, products.dM, place);
 

@@ -147,9 +147,14 @@ struct GradientsStorage {
     std::uint8_t E[kBoxBytes];  // -E
     union {
       OfLanes F;  // from the group's first token to a lane's first
-      // After the pair products, of a warp's tokens: products of q and of k with dq and dk / norm, over all
-      // channels.
-      float2 norm_factors[kThreads / kWarpThreads][kHalfTokens];
+      // After the pair products, of a warp's tokens, of q and of k: what times a row its norm takes from the
+      // gradient.
+      union {
+        float2 factors[kHalfTokens];
+        // Of a token's column of a diagonal matrix (see kHasDiagonals) its own pair of rows, two terms each;
+        // and zeros, which all other pairs are.
+        uint4 diagonal[kHalfGroups][kGroup + 1];
+      } norm_factors[kThreads / kWarpThreads];
     };
     union {
       struct {
@@ -171,7 +176,8 @@ struct GradientsStorage {
     float2 other_dots[kChannels / kWarpChannels][kChunk];  // over those of the CTA of the other channels
     // Of a channel: all writes of the first half, and all other terms of the second.
     float first_writes[kChannels], second_reads[kChannels];
-    float S_dS[kChannels];  // rowsum(S*dS')
+    float S_dS[kChannels];       // rowsum(S*dS')
+    float query_scales[kChunk];  // scale / norm, see kRawQueries
   };
   union alignas(kSwizzleAtomBytes) Stage {
     Slice slice;
@@ -182,7 +188,7 @@ struct GradientsStorage {
   union {
     Values values;
     struct {
-      // After the slices: scale*dP (or dP, see kScalesQueries), and -dT; rounded, rows r. See store_matrix
+      // After the slices: scale*dP, and over q's norms (see kRawQueries), and -dT; rounded, rows r. See store_matrix
       // for what lies above the diagonal.
       std::uint8_t dP[kBoxBytes], dT[kBoxBytes];
     };
@@ -265,6 +271,11 @@ struct GradientsPlace {
 
 // acc[4*i + 2*half + c]: channel `half` of the lane, token c of group i of the half.
 using HalfAccumulators = float[4 * kHalfGroups];
+
+// Those of a product for group i.
+__device__ inline float (&group_of(HalfAccumulators& x, int i))[4] {
+  return *reinterpret_cast<float (*)[4]>(&x[4 * i]);
+}
 
 // A gradient as HalfAccumulators, rounded, over the warp's part of a tile.
 template <class Element>

@@ -175,11 +175,6 @@ struct PairGradients : LaneReader {
 
   // ---- levels 1, 2 and 4 ----------------------------------------------------------------------------------
 
-  // The accumulators of a product for group i.
-  __device__ static float (&of_group(HalfAccumulators& x, int i))[4] {
-    return *reinterpret_cast<float (*)[4]>(&x[4 * i]);
-  }
-
   // From a level's middle: D for later tokens, U for earlier ones, [half][token].
   using Factors = float[2][2];
   // q, k and E with them, rounded: operands.
@@ -265,8 +260,8 @@ struct PairGradients : LaneReader {
     std::uint32_t const own = place.row / 2 != place.quad ? 0u
                               : place.row % 2 == 0        ? 0x0000ffffu
                                                           : 0xffff0000u;
-    mma_16x8x8<Element>(of_group(dq, i), k.pairs, m[1] & own);
-    mma_16x8x8<Element>(of_group(dk, i), q.pairs, m[1] & own);
+    mma_16x8x8<Element>(group_of(dq, i), k.pairs, m[1] & own);
+    mma_16x8x8<Element>(group_of(dk, i), q.pairs, m[1] & own);
     float later_E[4] = {}, later_q[4] = {}, earlier[4] = {};
     mma_16x8x8<Element>(later_E, x.k_U, m[0]);
     mma_16x8x8<Element>(later_q, x.k_U, m[1]);

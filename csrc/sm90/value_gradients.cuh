@@ -1,6 +1,8 @@
 // The gradients of v and w in `gradients`.
 #pragma once
 
+#include <type_traits>
+
 #include "sm90/gradients_parts.cuh"
 #include "tile/activation.cuh"
 #include "tile/convert.cuh"
@@ -72,10 +74,15 @@ struct ValueGradients {
 
   __device__ static void multiply(std::uint32_t& dv, std::uint32_t& dw, std::uint32_t v, float2 s,
                                   std::uint32_t dX) {
-    float2 const v2 = unpack<Element>(v), dX2 = unpack<Element>(dX), dv2{s.x * dX2.x, s.y * dX2.y},
-                 v_dv{v2.x * dv2.x, v2.y * dv2.y};
-    dv = pack<Element>(dv2.x, dv2.y);
-    dw = pack<Element>(fmaf(-v_dv.x, s.x, v_dv.x), fmaf(-v_dv.y, s.y, v_dv.y));
+    float2 const slope{fmaf(-s.x, s.x, s.x), fmaf(-s.y, s.y, s.y)};
+    if constexpr (std::is_same_v<Element, __nv_bfloat16>) {
+      dv = multiply_pairs<Element>(pack<Element>(s.x, s.y), dX);
+      dw = multiply_pairs<Element>(multiply_pairs<Element>(v, dX), pack<Element>(slope.x, slope.y));
+    } else {  // which has not the range
+      float2 const v2 = unpack<Element>(v), dX2 = unpack<Element>(dX);
+      dv = pack<Element>(s.x * dX2.x, s.y * dX2.y);
+      dw = pack<Element>(v2.x * dX2.x * slope.x, v2.y * dX2.y * slope.y);
+    }
   }
 };
 

@@ -46,9 +46,10 @@ __device__ float4 unpack(uint2 bits) {
   return {low.x, low.y, high.x, high.y};
 }
 
+constexpr std::uint32_t kSignsOfPair = 0x80008000;
+
 __device__ inline uint4 negative_pairs(uint4 x) {
-  constexpr std::uint32_t kSigns = 0x80008000;
-  return {x.x ^ kSigns, x.y ^ kSigns, x.z ^ kSigns, x.w ^ kSigns};
+  return {x.x ^ kSignsOfPair, x.y ^ kSignsOfPair, x.z ^ kSignsOfPair, x.w ^ kSignsOfPair};
 }
 
 // All bits of what is negative of a pair, and none of the other. (__byte_perm takes no signs.)
@@ -70,6 +71,13 @@ template <class Element>
 __device__ uint4 multiply_pairs(uint4 a, uint4 b) {
   return {multiply_pairs<Element>(a.x, b.x), multiply_pairs<Element>(a.y, b.y),
           multiply_pairs<Element>(a.z, b.z), multiply_pairs<Element>(a.w, b.w)};
+}
+
+template <class Element>
+__device__ std::uint32_t add_pairs(std::uint32_t a, std::uint32_t b) {
+  using Type = typename Pair<Element>::Type;
+  Type const sum = __hadd2(*reinterpret_cast<Type*>(&a), *reinterpret_cast<Type*>(&b));
+  return *reinterpret_cast<std::uint32_t const*>(&sum);
 }
 
 // a*b + c of two pairs, rounded once.
