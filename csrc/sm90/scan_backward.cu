@@ -1,11 +1,11 @@
 // scan_backward: two walks along the chunks of a sequence, side by side: states and residuals once more, and
 // their gradients.
 //
-//     recomputation, forwards from the initial state       reverse, backwards from the final state's gradient
-//     X^T = Z^T - S^T (gamma*E)^T          Z = w*v         dR^T = dO^T P + dS'^T Kt^T
-//     R^T = X^T + X^T (A-I)^T                              dX^T = dR^T + dR^T (A-I)
-//     S^T = S^T Diag(gamma[C-1]) + R^T Kt                  dS^T = dS'^T Diag(gamma[C-1]) + dO^T (scale*gamma*q)
-//                                                                 - dX^T (gamma*E)
+//     recomputation, forwards from the initial state    reverse, backwards from the final state's gradient
+//     X^T = Z^T - S^T (gamma*E)^T          Z = w*v      dR^T = dO^T P + dS'^T Kt^T
+//     R^T = X^T + X^T (A-I)^T                           dX^T = dR^T + dR^T (A-I)
+//     S^T = S^T Diag(gamma[C-1]) + R^T Kt               dS^T = dS'^T Diag(gamma[C-1]) + dO^T (scale*gamma*q)
+//                                                              - dX^T (gamma*E)
 // Of every chunk S (at its start), dS' (after its end), R and dX go out, rounded: what the products read them
 // as. Neither walk reads what the other writes. As in scan, everything is transposed and the left operand of
 // each product is the rounded accumulator of the one before it, in the registers where it is.
@@ -21,17 +21,17 @@
 // next ones store, one a math warpgroup, and whose next one loads v and w, or dO (40 registers each).
 // Shared memory (K 128, one warpgroup / two): rings of stages, each let go as soon as its product is done; of
 // v, w and Z each warpgroup has its own.
-//     recomputation  v and w 2 x 16 / 1 x 32, Z 2 x 16 / 1 x 32, gamma*E and gamma[C-1] 3 x 16.5 / 2 x 16.5,
-//                    A-I 3 x 8, Kt 3 x 16, outgoing S and R 24 / 48: 210 / 217 KB
-//     reverse        dO 3 x 8 / 2 x 16, Kt and P and gamma[C-1] 3 x 24.5 / 2 x 24.5, scale*gamma*q and A-I 3 x 24 /
-//                    2 x 24, gamma*E 2 x 16, outgoing dS' and dX 24 / 48: 226 / 209 KB; maps come to where the k
-//                    of chunks before the last and all q will be
+//     recomputation  v and w 2 x 16 / 2 x 32, Z 2 x 16 / 1 x 32, gamma*E and gamma[C-1] 3 x 16.5 / 2 x 16.5,
+//                    A-I 3 x 8 / 2 x 8, Kt 3 x 16 / 2 x 16, outgoing S and R 24 / 48: 210 / 225 KB
+//     reverse        dO 3 x 8 / 2 x 16, Kt and P and gamma[C-1] 3 x 24.5 / 2 x 24.5, scale*gamma*q and A-I
+//                    3 x 24 / 2 x 24, gamma*E 2 x 16, outgoing dS' and dX 24 / 48: 226 / 209 KB; maps come to
+//                    where the k of chunks before the last and all q will be
 //
 // Tensor cores, one chunk (cycles at full rate) and what the math warps do behind them:
 //     recomputation  X 256               | R 128            |         | S' 256   |
 //                    last R out, decay S | round X .. S out | round R | Z of c+1 | round S
-//     reverse        dR += dS' Kt 256     | dS += dO q 256 | dX 128  |          | dS -= dX E 256 | dR = dO P of c-1 128
-//                    decay dS, last dX out | round dR       | dS' out | round dX | dO of c-1      | round dS
+//     reverse        dR += dS' Kt 256    | dS += dO q 256 | dX 128  |          | dS -= dX E 256 | dO P, c-1 128
+//                    decay, last dX out  | round dR       | dS' out | round dX | dO of c-1      | round dS
 #include <cutlass/arch/barrier.h>
 
 #include <algorithm>
@@ -80,9 +80,7 @@ struct ChunkFactors {
 
 template <class Cfg>
 __device__ void load(RecomputeStorage<Cfg>& smem, ScanBackwardParams const& params, Work const& work) {
-  RingPosition<Cfg::kStagesRecomputeE> at_E;
-  RingPosition<Cfg::kStagesA> at_A;
-  RingPosition<Cfg::kStagesKt> at_Kt;
+  RingPosition<Cfg::kStagesFactors> at_E, at_A, at_Kt;
   wait_for_earlier_kernels();  // prepare
   for (int chunk = 0; chunk < work.num_chunks; ++chunk) {
     ChunkFactors<Cfg> const factors(params.tiles, work, chunk);

@@ -16,9 +16,10 @@ struct Config {
   static constexpr int kTileBytes = kDimK / kBoxColumns * kBoxBytes;
   static constexpr int kGammaBytes = kDimK * sizeof(float);
   static constexpr int kSteps = kDimK / 16;  // fragments of a rounded state
-  // As many stages as shared memory holds: of the recomputation,
-  static constexpr int kStagesValues = kWarpgroups == 1 ? 2 : 1, kStagesZ = kStagesValues;
-  static constexpr int kStagesRecomputeE = kWarpgroups == 1 ? 3 : 2, kStagesA = 3, kStagesKt = 3;
+  // As many stages as shared memory holds: of the recomputation, where v and w come before its factors, for
+  // they come from further away (with one stage a chunk took as long as they did),
+  static constexpr int kStagesValues = 2, kStagesZ = kWarpgroups == 1 ? 2 : 1;
+  static constexpr int kStagesFactors = kWarpgroups == 1 || kDimK <= 64 ? 3 : 2;
   // and of the reverse walk.
   static constexpr int kStagesO = kWarpgroups == 1 ? 3 : 2, kStagesK = kStagesO, kStagesQ = kStagesO;
   static constexpr int kStagesE = 2;
@@ -59,16 +60,14 @@ struct RecomputeStorage {
   };
   alignas(kSwizzleAtomBytes) Outgoing<Cfg> outgoing;
   Values values[Cfg::kStagesValues];
-  std::uint8_t gamma_E[Cfg::kStagesRecomputeE][Cfg::kTileBytes];
-  std::uint8_t A_minus_I[Cfg::kStagesA][kTriangleImageBytes];
-  std::uint8_t Kt[Cfg::kStagesKt][Cfg::kTileBytes];
+  std::uint8_t gamma_E[Cfg::kStagesFactors][Cfg::kTileBytes];
+  std::uint8_t A_minus_I[Cfg::kStagesFactors][kTriangleImageBytes];
+  std::uint8_t Kt[Cfg::kStagesFactors][Cfg::kTileBytes];
   FragmentsZ Z[Cfg::kStagesZ][Cfg::kWarpgroups];
-  float gamma_last[Cfg::kStagesRecomputeE][Cfg::kDimK];  // in the ring of gamma_E
+  float gamma_last[Cfg::kStagesFactors][Cfg::kDimK];  // in the ring of gamma_E
   OutgoingRings<Cfg> rings_outgoing;
   ValueRings<Cfg> value_rings;
-  RingBarriers<Cfg::kStagesRecomputeE> ring_E;
-  RingBarriers<Cfg::kStagesA> ring_A;
-  RingBarriers<Cfg::kStagesKt> ring_Kt;
+  RingBarriers<Cfg::kStagesFactors> ring_E, ring_A, ring_Kt;
 
   // By the first num_threads threads.
   __device__ void clear_above_triangles(int num_threads) {
@@ -171,9 +170,7 @@ struct Recompute {
   int wg;
   Stager<Cfg> stager;
   RingPosition<Cfg::kStagesZ> at_Z;
-  RingPosition<Cfg::kStagesRecomputeE> at_E;
-  RingPosition<Cfg::kStagesA> at_A;
-  RingPosition<Cfg::kStagesKt> at_Kt;
+  RingPosition<Cfg::kStagesFactors> at_E, at_A, at_Kt;
   float S[Cfg::kDimK / 2], X[32];
 
   // X^T = Z^T - S^T (gamma*E)^T: issued, and behind it S goes on as S Diag(gamma[C-1]).
