@@ -213,30 +213,29 @@ PyObject* chunk_order_of_python(PyObject*, PyObject* const* arguments, Py_ssize_
 PyMethodDef methods[] = {
     method(
         "chunk_forward", &forward_of_python,
-        "The chunk forward on the current device. False, and nothing launched, where an argument is not as the "
-        "kernels need it."),
+        "The chunk forward on the current device. False, and nothing launched, where an argument is not as "
+        "the kernels need it."),
     method(
         "chunk_backward", &backward_of_python,
-        "The chunk backward on the current device. False, and nothing launched, where an argument is not as the "
-        "kernels need it."),
+        "The chunk backward on the current device. False, and nothing launched, where an argument is not as "
+        "the kernels need it."),
     method("chunk_workspace_bytes", &workspace_bytes, "The least size of the workspace of either."),
     method("gpu", &gpu_of_python, "(number of SMs, memory bandwidth in GB/s) of a device."),
     method("num_segments", &choice_of_python<num_segments>,
            "Into how many segments sequences are cut by default."),
     method("sms_beside_scan", &choice_of_python<sms_beside_scan>,
            "On how many SMs prepare runs beside scan where sequences stay whole; 0: before it."),
-    method(
-        "chunk_order", &chunk_order_of_python,
-        "(batch, chunks, segments, \"up\", \"down\", \"inwards\" or \"outwards\", as a grid of whole sequences) to slots, in "
-        "the order in which kernels take them."),
+    method("chunk_order", &chunk_order_of_python,
+           "(batch, chunks, segments, \"up\", \"down\", \"inwards\" or \"outwards\", as a grid of whole "
+           "sequences) to slots, in the order in which kernels take them."),
     method(
         "chunk_forward_at_once", &chunk_forward_at_once,
-        "The chunk forward of plain tensors on the current device: (o, final_state or None), and with keep also "
-        "what is kept for the backward. None, and nothing done, where an argument is not as the kernels need it."),
-    method(
-        "chunk_backward_at_once", &chunk_backward_at_once,
-        "The chunk backward of the same: a tuple of gradients, with None for those that nobody asked for. None, "
-        "and nothing done, where an argument is not as the kernels need it."),
+        "The chunk forward of plain tensors on the current device: (o, final_state or None), and with keep "
+        "also what is kept for the backward. None, and nothing done, where an argument is not as the kernels "
+        "need it."),
+    method("chunk_backward_at_once", &chunk_backward_at_once,
+           "The chunk backward of the same: a tuple of gradients, with None for those that nobody asked for. "
+           "None, and nothing done, where an argument is not as the kernels need it."),
     {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace

@@ -168,10 +168,9 @@ PyObject* recurrent_forward(PyObject*, PyObject* const* arguments, Py_ssize_t nu
 }
 
 PyMethodDef methods[] = {
-    method(
-        "recurrent_forward", &recurrent_forward,
-        "A decoding step on the current device; see csrc/api/recurrent.h for shapes. False, and nothing launched, "
-        "where an argument is not as the kernel needs it."),
+    method("recurrent_forward", &recurrent_forward,
+           "A decoding step on the current device; see csrc/api/recurrent.h for shapes. False, and nothing "
+           "launched, where an argument is not as the kernel needs it."),
     {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace

@@ -1,72 +1,14 @@
 // The gradients of q, k and b in `gradients`, before and after the pair products.
 #pragma once
 
-#include <cute/arch/cluster_sm90.hpp>
-#include <type_traits>
-
 #include "sm90/gates.cuh"
 #include "sm90/gradients_parts.cuh"
+#include "sm90/norm_gradients.cuh"
 #include "sm90/pair_gradients.cuh"
 #include "tile/activation.cuh"
 #include "tile/convert.cuh"
-#include "tile/mma.cuh"
 
 namespace gdn2 {
-
-// The products y.dy of a lane's tokens over its two channels, and their sums over the eight lanes that have
-// the same tokens: transposed, times ones. Of bfloat16 packed; for float16, which has not the range, in
-// float32, and then as sums of two.
-template <class Element>
-struct TokenDots {
-  static constexpr bool kIsPacked = std::is_same_v<Element, __nv_bfloat16>;
-  using Term = __nv_bfloat16;
-
-  std::conditional_t<kIsPacked, std::uint32_t, float2> products[kHalfGroups];  // of a group's two tokens
-  float sums[kHalfGroups / 2];  // of a pair of groups: token `row` of the first one, or of the second
-
-  // Of channel `half`, from the first on, and two tokens of group i.
-  __device__ void add(int i, int half, std::uint32_t y, float const* dy) {
-    if constexpr (kIsPacked) {
-      std::uint32_t const dy2 = pack<Element>(dy[0], dy[1]);
-      products[i] =
-          half == 0 ? multiply_pairs<Element>(y, dy2) : multiply_add_pairs<Element>(y, dy2, products[i]);
-    } else {
-      float2 const y2 = unpack<Element>(y);
-      products[i].x = half == 0 ? y2.x * dy[0] : products[i].x + y2.x * dy[0];
-      products[i].y = half == 0 ? y2.y * dy[1] : products[i].y + y2.y * dy[1];
-    }
-  }
-
-  // Over the lanes, when all of a pair of groups is there.
-  __device__ void sum_pair(int pair, GradientsPlace const& place) {
-    int const i = 2 * pair;
-    float acc[4] = {};
-    if constexpr (kIsPacked) {
-      multiply_by_ones(acc, products[i], products[i + 1]);
-    } else {
-      std::uint32_t const first = high(products[i]), second = high(products[i + 1]);
-      multiply_by_ones(acc, first, second);
-      multiply_by_ones(acc, high(rest(products[i], first)), high(rest(products[i + 1], second)));
-    }
-    sums[pair] = place.quad % 2 == 0 ? acc[0] : acc[2];
-  }
-  // Of token `row` of group `quad`.
-  __device__ float sum(GradientsPlace const& place) const {
-    static_assert(kHalfGroups == 4);
-    return place.quad / 2 == 0 ? sums[0] : sums[1];
-  }
-
- private:
-  __device__ static std::uint32_t high(float2 x) { return pack<Term>(x.x, x.y); }
-  __device__ static float2 rest(float2 x, std::uint32_t high) {
-    float2 const high2 = unpack<Term>(high);
-    return {x.x - high2.x, x.y - high2.y};
-  }
-  __device__ static void multiply_by_ones(float (&acc)[4], std::uint32_t first, std::uint32_t second) {
-    constexpr std::uint32_t kOnes = 0x3f803f80;
-    mma_16x8x8<Term>(acc, {transpose(first), transpose(second)}, kOnes);
-  }
-};
 
 // What comes before and after the pair products, for one warp's 16 channels x 32 tokens.
 template <class Cfg>
@@ -83,11 +25,9 @@ struct Channels {
 
   // Whether db finds the slope of b's sigmoid in the tile of b, which then holds sides, or makes the sigmoid
   // anew: float16 has not their range.
-  static constexpr bool kKeepsSides = Cfg::kSigmoid && std::is_same_v<Element, __nv_bfloat16>;
+  static constexpr bool kKeepsSides = Cfg::kSigmoid && kHasFloatRange<Element>;
 
-  // Whether the tile of q stays as it came where q has a norm: scale goes to dP and to the states' share of
-  // dq anyway, and 1 / norm with it. Not float16, which has not the range.
-  static constexpr bool kRawQueries = Cfg::kNormalize && std::is_same_v<Element, __nv_bfloat16>;
+  static constexpr bool kRawQueries = NormGradients<Cfg>::kRawQueries;
   static constexpr bool kDividesQueries = Cfg::kNormalize && !kRawQueries;
 
   // By the warpgroup that has dP, before a barrier.
@@ -125,7 +65,8 @@ struct Channels {
     return *reinterpret_cast<uint4*>(tile + swizzled_offset(token, 2 * warp + i));
   }
 
-  // q, k and -E = -b*k, through the sigmoid of b, to the scratch tile, as the products read them: normalised.
+  // q, k and -E = -b*k, through the sigmoid of b, to the scratch tile, as the products read them: over their
+  // norms, but for kRawQueries.
   __device__ void prepare_tiles(TokenPieces& x, int t, int warp) {
     auto& tokens = smem.tokens();
     auto& scratch = smem.scratch();
@@ -183,33 +124,39 @@ struct Channels {
     }
   }
 
-  // What the pair products read, of the tokens that have come: q, k and E; the decays inside groups, a warp a
-  // group and a lane two channels of it, and over them. Both warpgroups read all decays: ends with the CTA's
-  // barrier.
+  // Where a thread has decays inside a group, a warp a group and a lane two channels, eight apart. Which of
+  // them comes first alternates, so that a warp reads g from all banks.
+  struct DecayPlace {
+    int group, warp, in_half;  // of the channels of a warp in_half and eight further
+    int halves[2], channels[2];
+
+    __device__ explicit DecayPlace(GradientsPlace const& place)
+        : group(place.thread / kWarpThreads), warp(place.lane / 8), in_half(place.lane % 8) {
+      halves[0] = (warp ^ warp / 2) & 1;
+      halves[1] = halves[0] ^ 1;
+      int const first = kWarpChannels * warp + in_half;
+      channels[0] = first + 8 * halves[0];
+      channels[1] = first + 8 * halves[1];
+    }
+
+    // To the four lanes that have the channel's tokens, two each.
+    __device__ void store(float (&of_threads)[kWarpgroupThreads], float x0, float x1, float x2,
+                          float x3) const {
+      *reinterpret_cast<float4*>(&of_threads[kWarpThreads * warp + 4 * in_half]) = {x0, x1, x2, x3};
+    }
+  };
+
+  // What the pair products read, of the tokens that have come: q, k and E; the decays inside groups and over
+  // them. Both warpgroups read all decays: ends with the CTA's barrier.
   __device__ void prepare_tokens() {
     auto& tokens = smem.tokens();
-    auto& scratch = smem.scratch();
     GradientsPlace const place;
-    int const group = place.thread / kWarpThreads, own_rows = uniform(smem.work.num_rows);
-    // Which of a lane's two channels, eight apart, comes first alternates, so that a warp reads g from all
-    // banks.
-    int const of_lane = place.lane / 8, first_half = (of_lane ^ of_lane / 2) & 1;
-    int const halves[2] = {first_half, first_half ^ 1};
-    int const first_channel = kWarpChannels * of_lane + place.lane % 8;
-    int const channels[2] = {first_channel + 8 * halves[0], first_channel + 8 * halves[1]};
-    int const first_thread = kWarpThreads * of_lane + 4 * (place.lane % 8);
-    auto const store = [&](float (&of_threads)[kWarpgroupThreads], float x0, float x1, float x2, float x3) {
-      *reinterpret_cast<float4*>(&of_threads[first_thread]) = {x0, x1, x2, x3};
-    };
-    auto const level2 = [&](int half) -> float2& {
-      auto& of_warp = scratch.of_warps[kWarpgroupWarps * (group / kHalfGroups) + of_lane];
-      return *reinterpret_cast<float2*>(
-          &of_warp.level2[2 * (group % kHalfGroups) + half][2 * (place.lane % 8)]);
-    };
+    DecayPlace const at(place);
+    int const own_rows = uniform(smem.work.num_rows);
     // All is read before anything is written, or each read would wait for a write; and what waits for special
     // functions is in one run of instructions.
     float x[2][kGroup];
-    read_g(x, kGroup * group, channels[0]);
+    read_g(x, kGroup * at.group, at.channels[0]);
     int const t = kHalfTokens * place.half_of_chunk + place.lane;
     TokenPieces pieces{};
 #pragma unroll
@@ -223,8 +170,8 @@ struct Channels {
     DecayFunction<Element, Cfg::kGate> const decay(params.gates, Cfg::kIsGated ? smem.gate.A_log : 0.f);
     float bias[2] = {0.f, 0.f};
     if constexpr (Cfg::kIsGated) {
-      bias[0] = kLog2E * smem.gate.bias[channels[0]];
-      bias[1] = kLog2E * smem.gate.bias[channels[1]];
+      bias[0] = kLog2E * smem.gate.bias[at.channels[0]];
+      bias[1] = kLog2E * smem.gate.bias[at.channels[1]];
     }
     prepare_tiles(pieces, t, place.warp);
 #pragma unroll
@@ -236,19 +183,17 @@ struct Channels {
     }
     float alpha[2][kGroup];
 #pragma unroll
-    for (int j = 0; j < kGroup; ++j) {
-      alpha[0][j] = decay.alpha(x[0][j]);
-      alpha[1][j] = decay.alpha(x[1][j]);
+    for (int i = 0; i < 2; ++i) {
+#pragma unroll
+      for (int j = 0; j < kGroup; ++j) {
+        alpha[i][j] = decay.alpha(x[i][j]);
+      }
     }
     if (own_rows < kChunk) {  // rows that are not the chunk's own, whatever lies there
       if (t >= own_rows) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          piece(tokens.q, t, place.warp, i) = piece(tokens.k, t, place.warp, i) =
-              piece(scratch.E, t, place.warp, i) = uint4{};
-        }
+        clear_pieces(t, place.warp);
       }
-      int const rows_of_group = own_rows - kGroup * group;
+      int const rows_of_group = own_rows - kGroup * at.group;
 #pragma unroll
       for (int j = 0; j < kGroup; ++j) {
         if (j >= rows_of_group) {
@@ -257,31 +202,49 @@ struct Channels {
         }
       }
     }
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      float const(&a)[kGroup] = alpha[i];
-      int const row = 2 * group + halves[i];
-      float const a34 = a[3] * a[4], a56 = a[5] * a[6];
-      float const F1 = a[1] * a[2], F2 = F1 * a34, F3 = F2 * a56;
-      float const B2 = a[6] * a[7], B1 = a[4] * a[5] * B2, B0 = a[2] * a[3] * B1;
-      store(smem.alpha1[row], a[1], a[3], a[5], a[7]);
-      store(smem.level4[row], a[2] * a34, a[4], 1.f, a56);
-      store(scratch.F[row], 1.f, F1, F2, F3);
-      store(scratch.B[row], B0, B1, B2, 1.f);
-      level2(halves[i]) = {a[2], a[6]};
-      scratch.groups[group][channels[i]] = {a[0], F3 * a[7]};
-    }
-    __syncthreads();  // and all of g has been read
+    store_decays(alpha, at);
+    __syncthreads();  // the decays over groups are there, and all of g has been read
+    make_places();
     if constexpr (Cfg::kIsGated) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         float const(&y)[kGroup] = x[i];
-        store(smem.tokens().activations[0][2 * group + halves[i]], y[0], y[2], y[4], y[6]);
-        store(smem.tokens().activations[1][2 * group + halves[i]], y[1], y[3], y[5], y[7]);
+        int const row = 2 * at.group + at.halves[i];
+        at.store(tokens.activations[0][row], y[0], y[2], y[4], y[6]);
+        at.store(tokens.activations[1][row], y[1], y[3], y[5], y[7]);
       }
     }
-    make_places();
     __syncthreads();
+  }
+
+  __device__ void clear_pieces(int t, int warp) {
+    auto& tokens = smem.tokens();
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      piece(tokens.q, t, warp, i) = piece(tokens.k, t, warp, i) = piece(smem.scratch().E, t, warp, i) =
+          uint4{};
+    }
+  }
+
+  // The decays inside a group, products of alpha, where the lanes of the products read them.
+  __device__ void store_decays(float const (&alpha)[2][kGroup], DecayPlace const& at) {
+    auto& scratch = smem.scratch();
+    auto& of_warp = scratch.of_warps[kWarpgroupWarps * (at.group / kHalfGroups) + at.warp];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      float const(&a)[kGroup] = alpha[i];
+      int const row = 2 * at.group + at.halves[i];
+      float const a34 = a[3] * a[4], a56 = a[5] * a[6];
+      float const F1 = a[1] * a[2], F2 = F1 * a34, F3 = F2 * a56;
+      float const B2 = a[6] * a[7], B1 = a[4] * a[5] * B2, B0 = a[2] * a[3] * B1;
+      at.store(smem.alpha1[row], a[1], a[3], a[5], a[7]);
+      at.store(smem.level4[row], a[2] * a34, a[4], 1.f, a56);
+      at.store(scratch.F[row], 1.f, F1, F2, F3);
+      at.store(scratch.B[row], B0, B1, B2, 1.f);
+      float* const level2 = of_warp.level2[2 * (at.group % kHalfGroups) + at.halves[i]];
+      *reinterpret_cast<float2*>(&level2[2 * at.in_half]) = {a[2], a[6]};
+      scratch.groups[at.group][at.channels[i]] = {a[0], F3 * a[7]};
+    }
   }
 
   // The decays over groups of those inside them. A thread a channel and direction. All is read before
@@ -336,10 +299,10 @@ struct Channels {
       dq[n + 1] *= scales.y * gamma1;
       dE[n] *= gamma0;
       dE[n + 1] *= gamma1;
-      dk[n] *= tail0;
-      dk[n + 1] *= tail1;
       dG[n] = q2.x * dq[n] + E2.x * dE[n];
       dG[n + 1] = q2.y * dq[n + 1] + E2.y * dE[n + 1];
+      dk[n] *= tail0;
+      dk[n + 1] *= tail1;
       if (last != kGroup * i) {
         dG[n] -= k2.x * dk[n];
         written[half] += k2.x * dk[n];
@@ -385,12 +348,13 @@ struct Channels {
     }
   }
 
-  // dE becomes db, and dk takes its share; through the sigmoid of b where there is one. Two tokens.
+  // dE becomes db, and dk takes its share; through the sigmoid of b where there is one. Two tokens. dE is -dE
+  // before, and b may be sides: sigmoid(b) = b, or 1 + b where that is negative, and its slope |b| - b*b.
   __device__ void finish_erase(int n, std::uint32_t k, std::uint32_t b) {
     float2 b2, db_per_dE;
     if constexpr (kKeepsSides) {
       std::uint32_t const minus_slope = multiply_add_pairs<Element>(b, b, b | kSignsOfPair),
-                          ones = sign_masks(b) & pack<Element>(1.f, 1.f);
+                          ones = sign_masks(b) & kBfloat16Ones;
       db_per_dE = unpack<Element>(multiply_pairs<Element>(k, minus_slope));
       b2 = unpack<Element>(add_pairs<Element>(b, ones));
     } else {
@@ -408,9 +372,10 @@ struct Channels {
     dE[n + 1] *= db_per_dE.y;
   }
 
-  // For all tokens, from the last groups to the first, `between` two of them: what has nothing to do with it,
-  // and hides what it waits for. Where there are norms, dq and dk over those of their rows, and the products
-  // of these with the normalised rows, which go to both CTAs of the rows and arrive during something else.
+  // For all tokens, from the last groups to the first, `between` what is made of their k and of their q: what
+  // has nothing to do with it, and hides what it waits for. Where there are norms, dq and dk over those of
+  // their rows (kRawQueries: dq is already), and the products of these with the rows, which go to both CTAs
+  // of the rows and arrive during something else.
   //
   // What rows that are not the chunk's own make of their b, whatever lies there, stays in them.
   template <class Between>
@@ -428,17 +393,21 @@ struct Channels {
     TokenDots<Element> of_q, of_k;
 #pragma unroll
     for (int pair = kHalfGroups / 2 - 1; pair >= 0; --pair) {
-      between(pair, place);
       GroupPair const k(lane_address(place, tokens.k), 2 * pair), b(lane_address(place, tokens.b), 2 * pair);
 #pragma unroll
       for (int m = 0; m < 4; ++m) {
         int const i = 2 * pair + m / 2, n = 4 * i + 2 * (m % 2);
         finish_erase(n, k.pairs[m], b.pairs[m]);
-        if constexpr (Cfg::kNormalize) {
+      }
+      if constexpr (Cfg::kNormalize) {
+#pragma unroll
+        for (int m = 0; m < 4; ++m) {
+          int const i = 2 * pair + m / 2, n = 4 * i + 2 * (m % 2);
           multiply(&dk[n], inverse_norms[kChunk / 2 + i * kGroup / 2]);
           of_k.add(i, m % 2, k.pairs[m], &dk[n]);
         }
       }
+      between(pair, place);
       if constexpr (Cfg::kNormalize) {
         GroupPair const q(lane_address(place, tokens.q), 2 * pair);
 #pragma unroll
@@ -455,133 +424,14 @@ struct Channels {
     }
     if constexpr (Cfg::kNormalize) {
       // A lane stores those of one token: of row `row` of group `quad`.
-      store_dots(place, kGroup * place.quad + place.row, {of_q.sum(place), of_k.sum(place)});
+      NormGradients<Cfg> const norms{smem, work};
+      norms.store_dots(place, kGroup * place.quad + place.row, {of_q.sum(place), of_k.sum(place)});
     }
   }
 
   __device__ static void multiply(float* x, float2 factors) {
     x[0] *= factors.x;
     x[1] *= factors.y;
-  }
-
-  // of_warp(w): what a warp has of the lane's token.
-  template <class F>
-  __device__ static float2 sum_over_warps(F of_warp) {
-    static_assert(kChannels / kWarpChannels == 4);
-    float2 const a = of_warp(0), b = of_warp(1), c = of_warp(2), d = of_warp(3);
-    return {(a.x + b.x) + (c.x + d.x), (a.y + b.y) + (c.y + d.y)};
-  }
-
-  // The CTA is done with its slices: dots of the CTA of the other channels may come to where they were. After
-  // a barrier, before which all of them were read; so there is nothing to fence, and a fence would wait for
-  // all stores to memory.
-  __device__ static void announce_dots(bool has_other) {
-    if (has_other) {
-      cute::cluster_arrive_relaxed();
-    }
-  }
-
-  // The products of a token of the half over the warp's channels, of q and of k, for this CTA and the one of
-  // the other channels.
-  __device__ void store_dots(GradientsPlace const& place, int token, float2 dots) const {
-    auto& scratch = smem.scratch();
-    __syncwarp();  // of_warps: all lanes have read level2
-    scratch.of_warps[place.thread / kWarpThreads].dots[token] = dots;
-    if (work.has_other_box()) {
-      cute::cluster_wait();  // see announce_dots
-      store_remote(&scratch.other_dots[place.warp][kHalfTokens * place.half_of_chunk + token], dots,
-                   smem.dots_full, work.box ^ 1);
-    }
-  }
-
-  // Through the norms, behind a barrier: with y the normalised row and n its norm, dx = dy/n - y (y.dy/n). In
-  // steps, between which something else hides what each waits for. First the sums of the warp's rows over
-  // the channels of this CTA, a lane a token: of q and of k.
-  __device__ float2 sum_dots(GradientsPlace const& place) const {
-    auto const* const of_warps = &smem.scratch().of_warps[kWarpgroupWarps * place.half_of_chunk];
-    return sum_over_warps([&](int warp) { return of_warps[warp].dots[place.lane]; });
-  }
-
-  // The factors of the warp's rows: y.dy/n, or of q as it came q.dq/n^2, where dq is dy/n.
-  __device__ void make_norm_factors(float2 sums, GradientsPlace const& place, bool has_other) {
-    auto& scratch = smem.scratch();
-    if (has_other) {
-      wait_to_read(smem.dots_full, 0);
-      int const token = kHalfTokens * place.half_of_chunk + place.lane;
-      float2 const other = sum_over_warps([&](int warp) { return scratch.other_dots[warp][token]; });
-      sums = {sums.x + other.x, sums.y + other.y};
-    }
-    if constexpr (kRawQueries) {
-      float const inverse = smem.inverse_norms[0][kHalfTokens * place.half_of_chunk + place.lane];
-      sums.x *= inverse * inverse;
-    }
-    store_norm_factors(sums, place);
-  }
-
-  // The warp's rows of q and k.
-  struct Rows {
-    GroupPair q[2], k[2];
-  };
-  __device__ Rows rows(GradientsPlace const& place) const {
-    static_assert(kHalfGroups == 4);
-    std::uint32_t const q = lane_address(place, smem.tokens().q), k = lane_address(place, smem.tokens().k);
-    return {{{q, 0}, {q, 2}}, {{k, 0}, {k, 2}}};
-  }
-
-  // Whether rows are multiplied by a matrix with minus their factors on its diagonal, as sums of two. float16
-  // has not the range.
-  static constexpr bool kHasDiagonals = std::is_same_v<Element, __nv_bfloat16>;
-
-  __device__ void store_norm_factors(float2 factors, GradientsPlace const& place) {
-    auto& of_warp = smem.scratch().norm_factors[warp_anew()];
-    if constexpr (kHasDiagonals) {
-      std::uint32_t const high = pack<Element>(-factors.x, -factors.y);
-      float2 const high2 = unpack<Element>(high);
-      std::uint32_t const low = pack<Element>(-factors.x - high2.x, -factors.y - high2.y);
-      // For the half that the token has of two; the other one is zero.
-      std::uint32_t const of_q = place.lane % 2 == 0 ? 0x4410 : 0x1044,
-                          of_k = place.lane % 2 == 0 ? 0x4432 : 0x3244;
-      of_warp.diagonal[place.lane / kGroup][place.lane % kGroup] = {
-          __byte_perm(high, 0, of_q), __byte_perm(low, 0, of_q), __byte_perm(high, 0, of_k),
-          __byte_perm(low, 0, of_k)};
-      if (place.lane < kHalfGroups) {
-        of_warp.diagonal[place.lane][kGroup] = uint4{};
-      }
-    } else {
-      of_warp.factors[place.lane] = factors;
-    }
-  }
-
-  __device__ void finish_norm_gradients(Rows const& rows, GradientsPlace const& place) {
-    auto const& of_warp = smem.scratch().norm_factors[warp_anew()];
-    __syncwarp();
-    if constexpr (kHasDiagonals) {
-      int const entry = place.row / 2 == place.quad ? place.row : kGroup;
-#pragma unroll
-      for (int i = 0; i < kHalfGroups; ++i) {
-        uint4 const x = of_warp.diagonal[i][entry];
-        std::uint32_t const* const q = &rows.q[i / 2].pairs[i % 2 * 2];
-        std::uint32_t const* const k = &rows.k[i / 2].pairs[i % 2 * 2];
-        mma_16x8x16<Element>(group_of(dq, i), {q[0], q[1], q[0], q[1]}, x.x, x.y);
-        mma_16x8x16<Element>(group_of(dk, i), {k[0], k[1], k[0], k[1]}, x.z, x.w);
-      }
-    } else {
-#pragma unroll
-      for (int i = 0; i < kHalfGroups; ++i) {
-        // Of two tokens: of q and of k, then of the next one.
-        float4 const both = *reinterpret_cast<float4 const*>(&of_warp.factors[kGroup * i + 2 * place.quad]);
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          int const n = 4 * i + 2 * half, in_pair = 2 * (i % 2) + half;
-          float2 const q2 = unpack<Element>(rows.q[i / 2].pairs[in_pair]),
-                       k2 = unpack<Element>(rows.k[i / 2].pairs[in_pair]);
-          dq[n] -= q2.x * both.x;
-          dq[n + 1] -= q2.y * both.z;
-          dk[n] -= k2.x * both.y;
-          dk[n + 1] -= k2.y * both.w;
-        }
-      }
-    }
   }
 
   // dq or dk for every gate head, float32 [batch, seqlen, num_gate_heads, dim_k].

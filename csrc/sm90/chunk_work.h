@@ -28,7 +28,7 @@ struct ChunkDivisors {
     return are_whole ? dim3(x, shape.batch, chunks.num_chunks()) : dim3(x * shape.num_slots);
   }
 
-  // The key head of a CTA of the grid, for what is asked for before its place is found.
+  // The key head of a CTA of a grid with one each, for what is asked for before its place is found.
   __device__ int head_of_cta() const {
     int slot, gate_head = static_cast<int>(blockIdx.x);
     if (are_whole == 0) {
@@ -55,7 +55,6 @@ struct ChunkWork {
   template <ChunkOrder kOrder>
   __device__ void find(CallShape const& shape, PackedPlan const& plan, ChunkDivisors const& by, int order) {
     by.gate_heads(slot, gate_head, order);
-    head = by.gate_heads_of_head.div(gate_head);
     if (plan.slots != nullptr) {
       ChunkSlot const at = plan.slots[slot];
       batch = 0;
@@ -66,7 +65,7 @@ struct ChunkWork {
       slot = by.chunks.find<kOrder>(slot, batch, chunk);
       take_chunk(shape, chunk);
     }
-    tile = static_cast<std::int64_t>(slot) * shape.num_gate_heads + gate_head;
+    take_head(shape, by);
   }
 
   // That of a CTA of the grid, x: blockIdx.x without what is side by side.
@@ -79,17 +78,20 @@ struct ChunkWork {
     }
     gate_head = x;
     batch = static_cast<int>(blockIdx.y);
-    head = by.gate_heads_of_head.div(gate_head);
     int const chunk = by.chunks.chunk_of_rank<kOrder>(static_cast<int>(blockIdx.z));
     slot = batch * by.chunks.num_chunks() + chunk;
     take_chunk(shape, chunk);
-    tile = static_cast<std::int64_t>(slot) * shape.num_gate_heads + gate_head;
+    take_head(shape, by);
   }
 
  private:
   __device__ void take_chunk(CallShape const& shape, int chunk) {
     first_token = chunk * kChunk;
     num_rows = min(kChunk, shape.seqlen - first_token);
+  }
+  __device__ void take_head(CallShape const& shape, ChunkDivisors const& by) {
+    head = by.gate_heads_of_head.div(gate_head);
+    tile = static_cast<std::int64_t>(slot) * shape.num_gate_heads + gate_head;
   }
 };
 

@@ -1,6 +1,7 @@
 // gate_sums: the gradients of the decay gate's parameters, from what `gradients` left of every slot.
 //
-//     dA_log[h] = sum over slots, the head's gate heads and channels     d_dt_bias[h, i] = sum over slots and gate heads
+//     dA_log[h] = sum over slots, the head's gate heads and channels
+//     d_dt_bias[h, i] = sum over slots and gate heads
 //
 // in a fixed order, so that two calls agree bit for bit.
 //

@@ -74,7 +74,7 @@ struct DecayFunction {
   }
 
   // The gradient of the raw projection is slope times that of the decay, dg; and dA_log is made of a sum of
-  // weight times dg. A weight is not finite where g is not.
+  // weight times dg. A weight may be infinite or NaN where g is infinite.
   __device__ void backward(float activation, float& slope, float& weight) const {
     static_assert(kGate != DecayGate::kNone);
     if constexpr (kGate == DecayGate::kSoftplus) {

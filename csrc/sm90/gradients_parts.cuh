@@ -151,8 +151,8 @@ struct GradientsStorage {
       // gradient.
       union {
         float2 factors[kHalfTokens];
-        // Of a token's column of a diagonal matrix (see kHasDiagonals) its own pair of rows, two terms each;
-        // and zeros, which all other pairs are.
+        // Of a token's column of a diagonal matrix (see kHasDiagonals) its own pair of rows: of q high and
+        // low, of k high and low. And zeros, which all other pairs are.
         uint4 diagonal[kHalfGroups][kGroup + 1];
       } norm_factors[kThreads / kWarpThreads];
     };
@@ -188,8 +188,8 @@ struct GradientsStorage {
   union {
     Values values;
     struct {
-      // After the slices: scale*dP, and over q's norms (see kRawQueries), and -dT; rounded, rows r. See store_matrix
-      // for what lies above the diagonal.
+      // After the slices: scale*dP, its rows over q's norms where kRawQueries, and -dT; rounded, rows r. See
+      // store_matrix for what lies above the diagonal.
       std::uint8_t dP[kBoxBytes], dT[kBoxBytes];
     };
     // After the pair products: what the chunk adds to d_dt_bias, over a half's tokens, and to dA_log, over a

@@ -5,11 +5,11 @@
 //
 // (with -dT, -E and -dE for dT, E and dE, which is the same) for the six levels of blocks. Levels 1, 2 and 4
 // lie inside a group of eight tokens, an 8x8 block of dP or dT on the diagonal: of levels 1 and 2 its entries
-// have blocks of their own (see store_matrix), for level 4 D and U are zero where there are none. Levels 8
-// and 16 are whole blocks inside a half, and level 32 is between the halves: the first one computes dk, the
-// second dq and dE, a warpgroup's products and not a warp's. The rounded factors k*U, E*D and q*D are
-// operands where they are built, in the registers of the lanes that need them again for dG: what is added at
-// r and taken away at s has the same operands, and cancels behind both.
+// have blocks of their own (see store_matrix), those of level 4 and of tokens with themselves are masked where
+// they are read. Levels 8 and 16 are whole blocks inside a half, and level 32 is between the halves: the
+// first one computes dk, the second dq and dE, a warpgroup's products and not a warp's. The rounded factors
+// k*U, E*D and q*D are operands where they are built, in the registers of the lanes that need them again for
+// dG: what is added at r and taken away at s has the same operands, and cancels behind both.
 #pragma once
 
 #include "sm90/gradients_parts.cuh"
@@ -146,10 +146,13 @@ struct PairGradients : LaneReader {
   // ---- one product's share --------------------------------------------------------------------------------
 
   // dE += D*acc and dq likewise of the two tokens of index n, and their share of dG. D rounded with E and q:
-  // E_D, q_D.
+  // E_D, q_D; or of those what they are as float32.
   __device__ void add_later(int n, float D0, float D1, float const* dE_acc, float const* dq_acc,
                             std::uint32_t E_D, std::uint32_t q_D) {
-    float2 const E2 = unpack<Element>(E_D), q2 = unpack<Element>(q_D);
+    add_later(n, D0, D1, dE_acc, dq_acc, unpack<Element>(E_D), unpack<Element>(q_D));
+  }
+  __device__ void add_later(int n, float D0, float D1, float const* dE_acc, float const* dq_acc, float2 E2,
+                            float2 q2) {
     dE[n] += D0 * dE_acc[0];
     dE[n + 1] += D1 * dE_acc[1];
     dq[n] += D0 * dq_acc[0];
@@ -230,42 +233,45 @@ struct PairGradients : LaneReader {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       int const n = 4 * i + 2 * half;
-      add_later(n, D[half][0], D[half][1], &later_E[2 * half], &later_q[2 * half], x.E_D[half], x.q_D[half]);
+      // D of the first token is one.
+      float2 const E2{unpack<Element>(E.pairs[half]).x, unpack<Element>(x.E_D[half]).y},
+          q2{unpack<Element>(q.pairs[half]).x, unpack<Element>(x.q_D[half]).y};
+      add_later(n, D[half][0], D[half][1], &later_E[2 * half], &later_q[2 * half], E2, q2);
       add_earlier(n, U[half][0], U[half][1], &earlier2[2 * half], x.k_U[half]);
       dk[n] += earlier1[2 * half];
       dG[n] -= unpack<Element>(k.pairs[half]).x * earlier1[2 * half];
     }
   }
 
-  // Level 4, and each token with itself, where there is no decay. D and U are zero where a token is not in
-  // the level's later or earlier half.
+  // Level 4, and each token with itself, where there is no decay. Where a token is not in the level's later
+  // or earlier half, D or U may be anything: entries that are not the level's are masked.
   __device__ void level4_and_own(int i, float const (&alpha1)[2], GroupTokens const& q, GroupTokens const& k,
                                  GroupTokens const& E) {
     Factors D, U;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      float const factor = level4(i, half);
-      bool const is_later = place.quad / 2 == 1;
-      D[half][0] = is_later ? factor : 0.f;
-      D[half][1] = D[half][0] * alpha1[half];
-      U[half][1] = is_later ? 0.f : factor;
-      U[half][0] = U[half][1] * alpha1[half];
+      D[half][0] = U[half][1] = level4(i, half);
+      D[half][1] = U[half][0] = D[half][0] * alpha1[half];
     }
     Rounded const x(D, U, q, k, E);
     std::uint8_t const* const matrix = place.row / 2 % 2 ? smem.dP : smem.dT;  // lanes 0-7, 8-15
     std::uint32_t m[2], m_t[2];
     load_blocks<false>(m, matrix, i, i);
     load_blocks<true>(m_t, matrix, i, i);
-    // Of the lane's two entries, (row, 2*quad + c), the one on the diagonal.
+    // Of the lane's two entries, (row, 2*quad + c): the one on the diagonal; and both, where the row is later
+    // and the columns are earlier, and transposed.
     std::uint32_t const own = place.row / 2 != place.quad ? 0u
                               : place.row % 2 == 0        ? 0x0000ffffu
-                                                          : 0xffff0000u;
+                                                          : 0xffff0000u,
+                        level = place.row / 4 == 1 && place.quad / 2 == 0 ? 0xffffffffu : 0u,
+                        level_t = place.row / 4 == 0 && place.quad / 2 == 1 ? 0xffffffffu : 0u;
+    float later_E[4] = {}, later_q[4] = {}, earlier[4] = {};
+    mma_16x8x8<Element>(later_E, x.k_U, m[0] & level);
+    mma_16x8x8<Element>(later_q, x.k_U, m[1] & level);
+    mma_16x8x16<Element>(earlier, {x.E_D[0], x.E_D[1], x.q_D[0], x.q_D[1]}, m_t[0] & level_t,
+                         m_t[1] & level_t);
     mma_16x8x8<Element>(group_of(dq, i), k.pairs, m[1] & own);
     mma_16x8x8<Element>(group_of(dk, i), q.pairs, m[1] & own);
-    float later_E[4] = {}, later_q[4] = {}, earlier[4] = {};
-    mma_16x8x8<Element>(later_E, x.k_U, m[0]);
-    mma_16x8x8<Element>(later_q, x.k_U, m[1]);
-    mma_16x8x16<Element>(earlier, {x.E_D[0], x.E_D[1], x.q_D[0], x.q_D[1]}, m_t[0], m_t[1]);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       int const n = 4 * i + 2 * half;
@@ -425,7 +431,7 @@ struct PairGradients : LaneReader {
   // ---- level 32 -------------------------------------------------------------------------------------------
 
   // By wgmma, for which all of a warpgroup has the same num_rows: a block of dT or dP is read once for all
-  // warps, and all groups' products are on their way together.
+  // warps. The products of all groups are on their way together, but for dq, of which two groups are.
 
   // dk of the first half, from E*D and q*D of the second.
   __device__ void across_earlier() {

@@ -15,13 +15,14 @@
 // Grid: one CTA for a chunk slot and gate head, heads fastest, dense chunks as chunk_order.h has them; beside
 // a walk one CTA an SM, whose teams each take every so many-th. K 128: 256 threads, two CTAs an SM. K 64: 128
 // threads, three. One thread asks for the inputs, in the order in which they are needed: several at once took
-// longer. Roles: a thread owns two channels of 16 tokens, in registers from the first read to the last store,
-// so that the running products stay inside it; the four warps of a warpgroup take the four blocks of 16
-// tokens of 64 channels. alpha, normalised k and, but for the sigmoid of b, E are made where they are read; q
-// is divided by its norms where it is used. The backward's norms are those of the forward. The first
-// warpgroup multiplies rows of q for their norms and the diagonal of P before it makes alpha, the last one
-// rows of k afterwards: the tensor cores' waits and special functions meet each other. Of three levels at a
-// time each of two warpgroups multiplies one and a half, and one alone (K 64) all; the first one inverts.
+// longer.
+// Roles: a thread owns two channels of 16 tokens, in registers from the first read to the last store, so that
+// the running products stay inside it; the four warps of a warpgroup take the four blocks of 16 tokens of 64
+// channels. alpha, normalised k and, but for the sigmoid of b, E are made where they are read; q is divided
+// by its norms where it is used. The backward's norms are those of the forward. The first warpgroup
+// multiplies rows of q for their norms and the diagonal of P before it makes alpha, the last one rows of k
+// afterwards: the tensor cores' waits and special functions meet each other. Of three levels at a time each
+// of two warpgroups multiplies one and a half, and one alone (K 64) all; the first one inverts.
 // Shared memory (K 128): q, k, b, g 80 KB, which then hold three operand buffers of 24 KB; T 17 KB, P 8 KB,
 // block products 4 KB: 110 KB.
 //
@@ -57,7 +58,7 @@ __device__ void place_diagonal(SharedStorage<Cfg>& smem, int row) {
 }
 
 // scale*gamma*q, Kt and gamma*E from running products over the chunk, straight to their tiles: a warp writes
-// the 128 bytes of a row.
+// the 128 bytes of a row. Makes x.E of what read_pairs left of it, see activate_erase_of.
 template <class Cfg>
 __device__ void store_factor_tiles(SharedStorage<Cfg>& smem, PrepareParams const& params, Work const& work,
                                    ThreadInputs<Cfg>& x) {

@@ -16,8 +16,9 @@
 // Shared memory: the channels of a token, or of two in turn, and the sums of warps: 2 to 6 KB.
 //
 // One token:
-//     addresses | earlier kernels end | indices | state and inputs asked for | next kernel may start | channels |
-//     barrier | decay, r and p | sums over lanes (K first: barrier, sums over warps) | u, o, S | state out
+//     addresses | earlier kernels end | indices | state and inputs asked for | next kernel may start |
+//     channels | barrier | decay, r and p | sums over lanes (K first: barrier, sums over warps) | u, o, S |
+//     state out
 // Bytes in flight are what counts: all of a CTA's state is asked for before anything is computed with it, and
 // an SM has 96 KB of float32 state under way (80 KB of packed bfloat16).
 #include <cuda_runtime.h>

@@ -1,6 +1,6 @@
 // C = A B, tile by tile: the smallest kernel that runs the whole data path of the op's kernels.
 //
-//     C [rows, 128] (float32) = A [rows, depth] B,   B stored [128, depth] (K-major) or [depth, 128] (MN-major)
+//     C [rows, 128] (float32) = A [rows, depth] B, B stored [128, depth] (K-major) or [depth, 128] (MN-major)
 //
 // Grid: one CTA for 64 rows of C, walking the depth 64 steps at a time.
 // Roles: warpgroup 0 computes (A from registers, 64 accumulators a thread); warp 4 loads by TMA.

@@ -1,8 +1,6 @@
 // The gradients of v and w in `gradients`.
 #pragma once
 
-#include <type_traits>
-
 #include "sm90/gradients_parts.cuh"
 #include "tile/activation.cuh"
 #include "tile/convert.cuh"
@@ -75,10 +73,10 @@ struct ValueGradients {
   __device__ static void multiply(std::uint32_t& dv, std::uint32_t& dw, std::uint32_t v, float2 s,
                                   std::uint32_t dX) {
     float2 const slope{fmaf(-s.x, s.x, s.x), fmaf(-s.y, s.y, s.y)};
-    if constexpr (std::is_same_v<Element, __nv_bfloat16>) {
+    if constexpr (kHasFloatRange<Element>) {
       dv = multiply_pairs<Element>(pack<Element>(s.x, s.y), dX);
       dw = multiply_pairs<Element>(multiply_pairs<Element>(v, dX), pack<Element>(slope.x, slope.y));
-    } else {  // which has not the range
+    } else {
       float2 const v2 = unpack<Element>(v), dX2 = unpack<Element>(dX);
       dv = pack<Element>(s.x * dX2.x, s.y * dX2.y);
       dw = pack<Element>(v2.x * dX2.x * slope.x, v2.y * dX2.y * slope.y);

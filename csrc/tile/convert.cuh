@@ -7,6 +7,10 @@
 
 namespace gdn2 {
 
+// Whether Element has float32's range: bfloat16 has it, float16 has not.
+template <class Element>
+constexpr bool kHasFloatRange = std::is_same_v<Element, __nv_bfloat16>;
+
 template <class Element>
 struct Pair;  // the packed type of two Elements
 
@@ -46,7 +50,7 @@ __device__ float4 unpack(uint2 bits) {
   return {low.x, low.y, high.x, high.y};
 }
 
-constexpr std::uint32_t kSignsOfPair = 0x80008000;
+constexpr std::uint32_t kSignsOfPair = 0x80008000, kBfloat16Ones = 0x3f803f80;
 
 __device__ inline uint4 negative_pairs(uint4 x) {
   return {x.x ^ kSignsOfPair, x.y ^ kSignsOfPair, x.z ^ kSignsOfPair, x.w ^ kSignsOfPair};

@@ -53,8 +53,8 @@ __device__ inline void bulk_load(void* smem, void const* global, std::uint32_t b
                                  cutlass::arch::ClusterTransactionBarrier& full,
                                  CacheHint hint = CacheHint::EVICT_NORMAL) {
   asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;\n" ::
-          "r"(cute::cast_smem_ptr_to_uint(smem)),
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+      "[%0], [%1], %2, [%3], %4;\n" ::"r"(cute::cast_smem_ptr_to_uint(smem)),
       "l"(global), "r"(bytes), "r"(cute::cast_smem_ptr_to_uint(&full)), "l"(static_cast<std::uint64_t>(hint))
       : "memory");
 }

@@ -2,8 +2,8 @@
 // registers.
 //
 // Which element lies where, for lane l of warp i in the warpgroup:
-//     accumulator  acc[4*j + 2*half + c]      row 16*i + l/4 + 8*half      column 8*j + 2*(l%4) + c
-//     A fragment   a[2*kk + half] (c = 0, 1)   row 16*i + l/4 + 8*half      column 8*kk + 2*(l%4) + c,   kk = 0, 1
+//     accumulator  acc[4*j + 2*half + c]        row 16*i + l/4 + 8*half   column 8*j + 2*(l%4) + c
+//     A fragment   a[2*kk + half], kk = 0, 1    row 16*i + l/4 + 8*half   column 8*kk + 2*(l%4) + c, c = 0, 1
 // so the accumulators of 16 columns are, rounded and packed in pairs, the A fragment of the next product's 16
 // steps.
 #pragma once
