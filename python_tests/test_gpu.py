@@ -361,6 +361,21 @@ def test_tensors_of_more_than_two_to_the_31_elements(seed):
             assert torch.equal(final_state[:, head : head + 1], state_alone), f"final state of head {head}"
 
 
+@pytest.mark.parametrize("options", [{}, {"use_qk_l2norm_in_kernel": True}], ids=["plain", "norm"])
+def test_a_training_step_of_more_sequences_than_a_grid_has_in_one_dimension(options, seed):
+    batch = 65535 + 300
+    free, _ = torch.cuda.mem_get_info()
+    if free < 24 * 2**30:  # the call and its tensors take 9
+        pytest.skip(f"needs 24 GiB of GPU memory, {free / 2**30:.0f} GiB are free")
+    inputs = make_inputs(seed, seqlen=2, batch=batch, heads=1, dim_v=16)
+    states = make_states(inputs, seed)
+    together = training_step(inputs, states, **options)
+    for part in (slice(0, 100), slice(65500, 65600), slice(batch - 100, batch)):
+        rows = cases.Inputs(*(x[part] for x in (*inputs.tensors, inputs.do)))
+        alone = training_step(rows, tuple(x[part] for x in states), **options)
+        assert_same([x[part] for x in together], alone, f" of {part}")
+
+
 def test_the_kernels_are_made_of_tensor_core_and_bulk_copy_instructions():
     tool = shutil.which("cuobjdump")
     if tool is None:

@@ -84,6 +84,18 @@ def test_the_bounded_gate_and_its_parameters(backend, with_A_log, with_bias, see
     assert ("d_dt_bias" in results) == with_bias
 
 
+@pytest.mark.every_dtype
+@every_head_size
+@pytest.mark.parametrize("lower_bound", [None, -5.0])
+def test_the_gradient_of_the_bias_is_the_sum_of_the_gates_gradients(backend, lower_bound, dim_k, dim_v, seed):
+    inputs = backend.raw_inputs(**{**SHAPE, "dim_k": dim_k, "dim_v": dim_v}, seed=seed)
+    results = backend.run(inputs, **EVERYTHING, lower_bound=lower_bound)
+    assert results["dg"].dtype == inputs.g.dtype
+    dg = results["dg"].double().flatten(0, 1).flatten(1)
+    error = (results["d_dt_bias"].double() - dg.sum(0)).abs() / dg.abs().sum(0)
+    assert error.max() < 1e-6, f"{error.max():.1e} of the summands at {error.argmax()}"
+
+
 @every_head_size
 @pytest.mark.parametrize("lower_bound", [None, -5.0])
 @pytest.mark.parametrize("gate_heads", ["key", "value"])

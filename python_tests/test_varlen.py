@@ -179,15 +179,20 @@ def test_offsets_on_the_cpu_serve_tensors_on_any_device(backend, seed):
 
 
 @pytest.mark.parametrize("split", [1, 3, 64])
-@pytest.mark.parametrize("raw", [False, True])
+@pytest.mark.parametrize(
+    "raw, dim_k",
+    [(None, 32), ({}, 32), ({}, 100), ({"lower_bound": -5.0}, 32), ({"lower_bound": -5.0}, 128)],
+    ids=["activated", "raw", "raw-100", "bounded", "bounded-128"],
+)
 @pytest.mark.parametrize("bad", [0, 1, 2])
-def test_nan_in_one_sequence_stays_there(backend, bad, raw, split, seed):
+def test_nan_in_one_sequence_stays_there(backend, bad, raw, dim_k, split, seed):
     """Also of rows that a short last chunk has in front of it or in its tiles."""
-    lengths = (70, 33, 270)
-    inputs, options = packed_inputs(backend, lengths, seed)
+    lengths, shape = (70, 33, 270), {**SHAPE, "dim_k": dim_k}
+    inputs, options = packed_inputs(backend, lengths, seed, dim_k=dim_k)
     options["sequence_split"] = split
-    if raw:
-        inputs, options = backend.raw_inputs(seqlen=373, **SHAPE, seed=seed), {**options, **cases.EVERYTHING}
+    if raw is not None:
+        inputs = backend.raw_inputs(seqlen=373, **shape, seed=seed)
+        options |= {**cases.EVERYTHING, **raw}
     clean = backend.run(inputs, **options)
     begin, end = options["cu_seqlens"][bad : bad + 2].tolist()
     for x in (*inputs.tensors, inputs.do):
