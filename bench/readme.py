@@ -269,7 +269,8 @@ def split(result: Result) -> str:
     about = paragraph(
         f"Sequences cut into segments, where that is chosen, against whole ones on {result.gpu}, "
         f"over {shapes} shapes, in CUDA graphs: {ranges} faster (`python -m bench.split`, {result.source}). "
-        f"{slower} of {len(eager)} eager calls are slower, at worst {min(eager):.2f} times as fast{itself}: "
+        f"{slower} of {len(eager)} eager calls {'is' if slower == 1 else 'are'} slower, "
+        f"at worst {min(eager):.2f} times as fast{itself}: "
         "with the backward short sequences wait for the host, split or whole; "
         "`sequence_split=1` turns it off."
     )
