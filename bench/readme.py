@@ -247,12 +247,34 @@ def recall(result: Result) -> str:
 
 
 def sweep(result: Result) -> str:
+    times: dict[tuple[str, str, str], dict[str, float]] = {}  # by implementation, of a pass at a point
+    for row in result.record["rows"]:
+        times.setdefault((row["what"], row["shape"], row["pass"]), {})[row["implementation"]] = row["ms"]
+
+    def line(name: str) -> list[str]:
+        ratios = {
+            point: x[name] / x["gdn2_ext"] for point, x in times.items() if {name, "gdn2_ext"} <= x.keys()
+        }
+        ranges = []
+        for which in PASSES:
+            values = [ratio for point, ratio in ratios.items() if point[2] == which]
+            ranges.append(f"{min(values):.2f} to {max(values):.2f}" if values else "-")
+        slower = [
+            f"{what}, {shape}, {which.replace('+', ' + ')}"
+            for (what, shape, which), ratio in ratios.items()
+            if ratio < 1
+        ]
+        return [records.IMPLEMENTATIONS[name], *ranges, "; ".join(slower) or f"nowhere of {len(ratios)}"]
+
+    others = {name for x in times.values() for name in x if name != "gdn2_ext"}
+    lines = [line(name) for name in records.IMPLEMENTATIONS if name in others]
+    header = ("gdn2_ext against", "forward, times faster", "forward + backward", "slower at")
     about = paragraph(
         f"Over lengths and heads on {result.gpu}, beside Kimi Delta Attention (Triton) and PyTorch's causal "
-        f"attention (`python -m bench.sweep`, {result.source}):"
+        f"attention, eager (`python -m bench.sweep`, {result.source}):"
     )
     plot = f"![time a token, share of the byte floor, times faster than Triton]({result.path('png')})"
-    return f"{about}\n\n{plot}"
+    return "\n\n".join([about, *([table(header, lines)] if lines else []), plot])
 
 
 def split(result: Result) -> str:

@@ -18,6 +18,14 @@ import provenance
 
 RESULTS = Path(__file__).resolve().parent / "results"  # by GPU
 
+# What the sweep's records call them, and what README and plots do.
+IMPLEMENTATIONS = {
+    "gdn2_ext": "gdn2_ext",
+    "fla": "chunk_gdn2, Triton",
+    "kda": "chunk_kda, Triton",
+    "attention": "causal attention, PyTorch",
+}
+
 # Rows are kept from one run to the next where these are the same.
 _SAME = ("digest", "gpu", "torch", "triton", "cuda", "fla")
 

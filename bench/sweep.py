@@ -32,12 +32,6 @@ from .shapes import Shape
 PASSES = ("forward", "forward+backward")
 LENGTHS = tuple(1024 * 2**n for n in range(9))
 HEADS = (1, 2, 4, 8, 16, 32, 64, 128)
-WHO = {
-    "gdn2_ext": "gdn2_ext",
-    "fla": "chunk_gdn2, Triton",
-    "kda": "chunk_kda, Triton",
-    "attention": "causal attention, PyTorch",
-}
 
 
 class Point(NamedTuple):
@@ -214,12 +208,13 @@ def plot(record: dict, path: Path) -> None:
     figure = Figure(figsize=(12, 6.4), layout="constrained")
     (forward, training, shares), (lengths, heads, kinds) = figure.subplots(2, 3)
     for axes, which in zip((forward, training), PASSES, strict=True):
-        for who, label in WHO.items():
+        for who, label in records.IMPLEMENTATIONS.items():
             draw(axes, line("length", which, who, "seqlen", "ns_a_token"), label)
         axes.set(title=f"{which}, B1 H16", xlabel="T", yscale="log", ylabel="ns a token")
     for who in ("gdn2_ext", "fla"):
         for which in PASSES:
-            draw(shares, line("length", which, who, "seqlen", "share_of_floor"), f"{WHO[who]}, {which}")
+            label = f"{records.IMPLEMENTATIONS[who]}, {which}"
+            draw(shares, line("length", which, who, "seqlen", "share_of_floor"), label)
     shares.set(title="share of the byte floor, B1 H16", xlabel="T", ylabel="byte floor / time")
     for which in PASSES:
         draw_ratio(lengths, "length", which, "seqlen", which)

@@ -234,6 +234,24 @@ def test_splits_are_summed_up(results):
     assert "at worst 0.76 times as fast (whole against whole: 0.89 to 1.00): with" in text
 
 
+def test_the_sweep_says_where_others_are_quicker(results):
+    rows = [
+        {"what": "heads", "shape": f"B1 T8192 H{heads}", "pass": which, "implementation": name, "ms": ms}
+        for heads, which, name, ms in (
+            (1, "forward", "gdn2_ext", 1.0), (1, "forward", "fla", 2.0), (1, "forward", "attention", 0.9),
+            (2, "forward", "gdn2_ext", 1.0), (2, "forward", "fla", 5.0), (2, "forward", "attention", 1.5),
+            (2, "forward+backward", "gdn2_ext", 2.0), (2, "forward+backward", "fla", 9.0),
+            (4, "forward", "fla", 0.1),
+        )
+    ]  # fmt: skip
+    record(results, "sweep", rows=rows)
+    run(results)
+    text = block(results, "sweep")
+    assert "| chunk_gdn2, Triton | 2.00 to 5.00 | 4.50 to 4.50 | nowhere of 3 |" in text
+    assert "| causal attention, PyTorch | 0.90 to 1.50 | - | heads, B1 T8192 H1, forward |" in text
+    assert "chunk_kda" not in text
+
+
 def test_lines_are_short_and_commands_whole(results):
     text = readme.paragraph("a " * 54 + "`python -m bench.op` " + "b " * 60)
     assert all(len(line) <= 120 for line in text.splitlines()) and "`python -m bench.op`" in text
