@@ -202,17 +202,18 @@ def variants(result: Result) -> str:
     lines = [
         [row["topic"], row["pass"].replace("+", " + "), row["call"],
          f"{row['ms']:.3f} / {number(row['graph_ms'], '.3f')}", f"{row['relative_to_first']:.2f}",
-         number(row["ns_a_token_and_head"], ".2f")]
+         number(row["ns_a_token_and_head"], ".2f"), number(row["peak_mib"], ",.1f")]
         for row in result.record["rows"]
     ]  # fmt: skip
-    header = ("topic", "pass", "call", "ms, eager / graph", "relative to the first", "ns a token and head")
+    header = ("topic", "pass", "call", "ms, eager / graph", "relative to the first", "ns a token and head",
+              "peak memory, MiB")  # fmt: skip
     about = paragraph(
         f"What options and sizes cost on {result.gpu} (`python -m bench.variants`, {result.source}), at "
         "B4 T4096 H16, K = V = 128 unless said. small: beside a call of PyTorch's own, between events, or in "
         "a row without them, which tells what the host takes for it; fused: norms, decay gate and gate "
         "sigmoids inside the call, raw g in float32 or in 16 bits, or outside in PyTorch; keep: "
         "disable_recompute; groups: 4 value heads a key head (H4, HV16), or q, k, g and b repeated for them; "
-        "linear: B1."
+        "linear: B1. Memory is what a call allocates beyond its inputs."
     )
     return f"{about}\n\n{table(header, lines)}"
 

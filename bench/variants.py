@@ -1,19 +1,20 @@
 """`python -m bench.variants`: what options and sizes cost, ours alone.
 
-    small          T = 64, B1, H4, forward, eager under no_grad and as a CUDA graph: the host's time, beside
-                   that of a call of PyTorch's own; and without the events, whose recording takes the host as
-                   long as a launch: calls in a row
     dtype, size    float16 beside bfloat16, K = V = 64 beside 128, at B4 T4096 H16
     fused          L2 norm, decay gate and gate sigmoids inside the call, raw g in float32 and in 16 bits as a
                    layer's projection is, against the plain call on activated tensors, and against the same
                    made outside in PyTorch
     keep           disable_recompute, at B4 T4096 H16
     groups         4 value heads a key head (H4, HV16), against q, k, g and b repeated
-    linear         nanoseconds a token and head at T = 262144 beside T = 16384
+    linear         nanoseconds and memory a token and head at T = 262144 beside T = 16384
+    small          T = 64, B1, H4, forward, eager under no_grad and as a CUDA graph: the host's time, beside
+                   that of a call of PyTorch's own; and without the events, whose recording takes the host as
+                   long as a launch: calls in a row
 
-The calls of a topic take turns in one process: medians of eager calls, and of CUDA graphs. The table goes to
-the screen, and with versions, GPU and a digest of the sources to bench/results/GPU/variants.csv and .json,
-where the topics of several runs of the same sources add up.
+The calls of a topic take turns in one process: medians of eager calls, and of CUDA graphs; and the most
+memory that a call allocates beyond its inputs. The table goes to the screen, and with versions, GPU and a
+digest of the sources to bench/results/GPU/variants.csv and .json, where the topics of several runs of the
+same sources add up. small comes last, since a host may take a minute of work to be as quick as it gets.
 """
 
 from __future__ import annotations
@@ -160,12 +161,12 @@ def linear() -> Lines:
 
 
 TOPICS = {
-    "small": small,
     "dtype, size": dtypes_and_sizes,
     "fused": fused,
     "keep": keep,
     "groups": groups,
     "linear": linear,
+    "small": small,
 }
 
 
@@ -177,6 +178,7 @@ def measure(topic: str, repeats: int) -> Iterator[dict]:
             eager, graph = timing.eager_and_graphs(calls, repeats, warmup)
             if topic == "small":
                 eager |= {f"{name}, row": timing.in_a_row(call, 200, 20) for name, call in calls.items()}
+            peaks = {name: timing.peak_bytes(call) / 2**20 for name, call in calls.items()}
         first = next(iter(calls))
         for name in eager:
             best = graph if name in graph else eager
@@ -190,6 +192,7 @@ def measure(topic: str, repeats: int) -> Iterator[dict]:
                 "graph_ms": graph[name].median if name in graph else None,
                 "relative_to_first": best[name].median / best[first].median,
                 "ns_a_token_and_head": 1e6 * best[name].median / token_heads[name] if token_heads else None,
+                "peak_mib": peaks.get(name),
             }
         torch.cuda.empty_cache()
 
@@ -198,7 +201,8 @@ def line(row: dict) -> str:
     return (
         f"{row['topic']:12} {row['pass']:16} {row['call']:15} {row['ms']:8.4f} "
         f"{row['ms_p10']:8.4f}-{row['ms_p90']:.4f} {number(row['graph_ms'], '.4f'):>8} "
-        f"{row['relative_to_first']:6.3f} {number(row['ns_a_token_and_head'], '.4f'):>8}"
+        f"{row['relative_to_first']:6.3f} {number(row['ns_a_token_and_head'], '.4f'):>8} "
+        f"{number(row['peak_mib'], '.1f'):>8}"
     )
 
 
@@ -214,7 +218,8 @@ def main(arguments: list[str] | None = None) -> int:
     budget = records.Budget(options.budget)
     print(torch.cuda.get_device_name())
     print(
-        f"{'topic':12} {'pass':16} {'call':15} {'ms':>8} {'p10-p90':>15} {'graph':>8} {'ratio':>6} {'ns':>8}"
+        f"{'topic':12} {'pass':16} {'call':15} {'ms':>8} {'p10-p90':>15} {'graph':>8} {'ratio':>6} {'ns':>8} "
+        f"{'MiB':>8}"
     )
     rows = records.Rows(options.out, "variants", ("topic", "pass", "call"), options.again)
     for topic in options.topics:

@@ -75,7 +75,7 @@ CONTENT = {
     "variants": {
         "rows": [
             {"topic": "small", "pass": "forward", "call": "B1", "ms": 3.0, "graph_ms": 2.0,
-             "relative_to_first": 1.0, "ns_a_token_and_head": None}
+             "relative_to_first": 1.0, "ns_a_token_and_head": None, "peak_mib": 0.5}
         ]
     },
     "recall": {
@@ -206,9 +206,12 @@ def test_training_steps(results):
 
 def test_variants(results):
     variant = {"topic": "linear", "pass": "forward+backward", "call": "H32", "ms": 3.0, "graph_ms": 2.0}
-    record(results, "variants", rows=[variant | {"relative_to_first": 1.5, "ns_a_token_and_head": None}])
+    variant |= {"relative_to_first": 1.5, "ns_a_token_and_head": None, "peak_mib": 1234.5}
+    record(results, "variants", rows=[variant, variant | {"call": "H64", "peak_mib": None}])
     run(results)
-    assert "| linear | forward + backward | H32 | 3.000 / 2.000 | 1.50 | - |" in block(results, "variants")
+    text = block(results, "variants")
+    assert "| linear | forward + backward | H32 | 3.000 / 2.000 | 1.50 | - | 1,234.5 |" in text
+    assert "| linear | forward + backward | H64 | 3.000 / 2.000 | 1.50 | - | - |" in text
 
 
 def test_splits_are_summed_up(results):
