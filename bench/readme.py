@@ -99,10 +99,10 @@ def by_shape(rows: Iterable[dict], *about: str) -> dict[tuple, dict[str, dict]]:
     return shapes
 
 
-def ratio(rows: dict[str, dict], column: str) -> float | None:
-    """How many times faster than FLA."""
-    theirs = rows.get("fla", {}).get(column)
-    return theirs and rows["gdn2_ext"][column] and theirs / rows["gdn2_ext"][column]
+def ratio(rows: dict[str, dict], column: str, other: str = "fla") -> float | None:
+    """How many times faster than another implementation."""
+    ours, theirs = (rows.get(name, {}).get(column) for name in ("gdn2_ext", other))
+    return ours and theirs and theirs / ours
 
 
 def op(result: Result) -> str:
@@ -248,26 +248,18 @@ def recall(result: Result) -> str:
 
 
 def sweep(result: Result) -> str:
-    times: dict[tuple[str, str, str], dict[str, float]] = {}  # by implementation, of a pass at a point
-    for row in result.record["rows"]:
-        times.setdefault((row["what"], row["shape"], row["pass"]), {})[row["implementation"]] = row["ms"]
+    points = by_shape(result.record["rows"], "what", "shape", "pass")
 
     def line(name: str) -> list[str]:
-        ratios = {
-            point: x[name] / x["gdn2_ext"] for point, x in times.items() if {name, "gdn2_ext"} <= x.keys()
-        }
+        ratios = {point: x for point, rows in points.items() if (x := ratio(rows, "ms", name))}
         ranges = []
         for which in PASSES:
-            values = [ratio for point, ratio in ratios.items() if point[2] == which]
+            values = [x for point, x in ratios.items() if point[-1] == which]
             ranges.append(f"{min(values):.2f} to {max(values):.2f}" if values else "-")
-        slower = [
-            f"{what}, {shape}, {which.replace('+', ' + ')}"
-            for (what, shape, which), ratio in ratios.items()
-            if ratio < 1
-        ]
+        slower = [", ".join(point).replace("+", " + ") for point, x in ratios.items() if x < 1]
         return [records.IMPLEMENTATIONS[name], *ranges, "; ".join(slower) or f"nowhere of {len(ratios)}"]
 
-    others = {name for x in times.values() for name in x if name != "gdn2_ext"}
+    others = {name for rows in points.values() for name in rows if name != "gdn2_ext"}
     lines = [line(name) for name in records.IMPLEMENTATIONS if name in others]
     header = ("gdn2_ext against", "forward, times faster", "forward + backward", "slower at")
     about = paragraph(

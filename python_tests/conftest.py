@@ -22,6 +22,7 @@ import os
 import sys
 import zlib
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -342,6 +343,18 @@ def seed(request) -> int:
     value = zlib.crc32(request.node.nodeid.encode()) % 100_000 if given is None else given
     print(f"seed = {value}")
     return value
+
+
+@pytest.fixture
+def needs_gpu_memory() -> Callable[[int], None]:
+    """Called with GiB: skips, with the reason, where fewer are free."""
+
+    def skip_below(gib: int) -> None:
+        free, _ = torch.cuda.mem_get_info()
+        if free < gib * 2**30:
+            pytest.skip(f"needs {gib} GiB of GPU memory, {free / 2**30:.0f} GiB are free")
+
+    return skip_below
 
 
 @pytest.fixture

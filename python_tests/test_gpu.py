@@ -334,12 +334,10 @@ def test_the_second_device_is_used_when_the_tensors_are_there(seed):
     compare.assert_bitwise_equal(results[0].cpu(), expected[0].cpu(), "o")
 
 
-def test_tensors_of_more_than_two_to_the_31_elements(seed):
+def test_tensors_of_more_than_two_to_the_31_elements(needs_gpu_memory, seed):
     """The last and the first head of a call with 2^31 + 2^20 elements a tensor equal calls of their own."""
     seqlen, heads, dim = 2**17 + 64, 128, 128
-    free, _ = torch.cuda.mem_get_info()
-    if free < 60 * 2**30:  # the call and its tensors take 49
-        pytest.skip(f"needs 60 GiB of GPU memory, {free / 2**30:.0f} GiB are free")
+    needs_gpu_memory(60)  # the call and its tensors take 49
     generator = torch.Generator("cuda").manual_seed(seed)
     shape = (1, seqlen, heads, dim)
     q, k, v, b, w = (torch.empty(shape, device="cuda", dtype=torch.bfloat16) for _ in range(5))
@@ -362,11 +360,9 @@ def test_tensors_of_more_than_two_to_the_31_elements(seed):
 
 
 @pytest.mark.parametrize("options", [{}, {"use_qk_l2norm_in_kernel": True}], ids=["plain", "norm"])
-def test_a_training_step_of_more_sequences_than_a_grid_has_in_one_dimension(options, seed):
+def test_a_training_step_of_more_sequences_than_a_grid_has_in_one_dimension(options, needs_gpu_memory, seed):
     batch = 65535 + 300
-    free, _ = torch.cuda.mem_get_info()
-    if free < 24 * 2**30:  # the call and its tensors take 9
-        pytest.skip(f"needs 24 GiB of GPU memory, {free / 2**30:.0f} GiB are free")
+    needs_gpu_memory(24)  # the call and its tensors take 9
     inputs = make_inputs(seed, seqlen=2, batch=batch, heads=1, dim_v=16)
     states = make_states(inputs, seed)
     together = training_step(inputs, states, **options)

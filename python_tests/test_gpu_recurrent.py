@@ -252,11 +252,9 @@ def test_more_sequences_than_a_grid_has_in_one_dimension(seed):
         compare.assert_bitwise_equal(S[part], S_alone, f"S of {part}")
 
 
-def test_a_pool_of_more_than_two_to_the_31_elements(seed):
+def test_a_pool_of_more_than_two_to_the_31_elements(needs_gpu_memory, seed):
     slots = 2**31 // (4 * 128 * 128) + 10
-    free, _ = torch.cuda.mem_get_info()
-    if free < 6 * 2**30:
-        pytest.skip(f"needs 6 GiB of GPU memory, {free / 2**30:.0f} GiB are free")
+    needs_gpu_memory(6)
     pool = torch.zeros(slots, 4, 128, 128, device="cuda", dtype=torch.bfloat16)
     small = make_pool(seed, torch.bfloat16, slots=3)
     inputs = make_inputs(seed)
